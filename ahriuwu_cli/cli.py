@@ -1,0 +1,84 @@
+"""The command line: every command is added here, and every error for the user is printed here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from typer.main import get_command
+
+from ahriuwu_cli import __version__
+from ahriuwu_cli.errors import UserError
+
+app = typer.Typer(
+    name="ahriuwu",
+    help="Train, roll out and evaluate Dreamer-4-style world models. tau is 0 for clean latents and 1 for pure noise.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"ahriuwu {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _global_options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+    debug: bool = typer.Option(False, "--debug", help="Show the full traceback of an error."),
+) -> None:
+    """Options that come before the command's name."""
+
+
+def _add_commands() -> None:
+    from ahriuwu_cli import commands
+
+    for register in commands.ALL:
+        register(app)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line. Exit codes: 0 done, 1 a check failed, 2 usage, 3 data, 4 checkpoint, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in arguments or bool(os.environ.get("AHRIUWU_DEBUG"))
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        code = get_command(app).main(args=arguments, prog_name="ahriuwu", standalone_mode=False)
+    except UserError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        code = error.exit_code
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except Exception as error:
+        # Typer's own usage errors carry format_message(); everything else is a defect of ours.
+        if not hasattr(error, "format_message") or debug:
+            if debug:
+                raise
+            _complain(f"internal error: {type(error).__name__}: {error} (run again with --debug, and please report it)")
+            code = 70
+        else:
+            _complain(error.format_message())
+            code = getattr(error, "exit_code", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(sentence: str) -> None:
+    sys.stderr.write("error: " + " ".join(sentence.split()) + "\n")
+
+
+_add_commands()

@@ -1,0 +1,1 @@
+"""Episodes on disk, recorders and importers, the video codec, latent packs."""

@@ -1,0 +1,1 @@
+"""The mathematics: torch only, nothing of ours but itself. A model arrives as the callable `denoise`."""

@@ -1,0 +1,1 @@
+"""Networks: layers, trunk and cache, tokenizers, dynamics. They use only `tau` of the diffusion package."""
