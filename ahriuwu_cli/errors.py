@@ -22,6 +22,20 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class TrainingError(UserError):
+    """A run that cannot go on: a loss or gradient that is not finite, a full disk. Exit code 1."""
+
+    exit_code = 1
+
+
+class Interrupted(UserError):
+    """A signal ended a run after its state was saved. Exit code 128 + the signal's number."""
+
+    def __init__(self, sentence: str, signal_number: int) -> None:
+        super().__init__(sentence)
+        self.exit_code = 128 + signal_number
+
+
 def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     """The tail of an "unknown name" sentence: the nearest known name, or the list of all of them."""
     import difflib

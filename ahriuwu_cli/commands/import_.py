@@ -1,0 +1,66 @@
+"""`ahriuwu import`: video files, with action files beside them or without, become a dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("import")(import_)
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Folder with the videos (mp4, mkv, webm, avi, mov, gif).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the dataset to make.")],
+    size: Annotated[str, typer.Option(help="Pixels of a frame: a side, or HEIGHTxWIDTH; videos are cropped.")] = "64",
+    fps: Annotated[float | None, typer.Option(help="Thin videos without actions to this rate.")] = None,
+    max_frames: Annotated[int, typer.Option(min=2, help="Refuse a video with more frames.")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the splits.")] = 0,
+    splits: Annotated[str, typer.Option(help="Shares of episodes for train, val, test.")] = "0.8,0.1,0.1",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier dataset at --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Import video files, each an episode, into a dataset.
+
+    clip.mp4 takes its actions from clip.csv (a header of column names, then numbers) or clip.jsonl (an object or array
+    a line): row t takes frame t to frame t+1, so N frames need N-1 rows. Videos without such a file are kept
+    unlabelled.
+
+    actions.json may declare the action space: {"components": [{"name": "steer", "kind": "continuous", "size": 1,
+    "low": [-1], "high": [1]}]}; kinds are discrete, binary, continuous. Without it the space is inferred and announced.
+    """
+    from tqdm import tqdm
+
+    from ahriuwu_cli.data.describe import as_text, describe
+    from ahriuwu_cli.data.episodes import EpisodeWriter, check_target, parse_fractions
+    from ahriuwu_cli.data.importer import ImportConfig, import_videos, plan_import
+    from ahriuwu_cli.data.resize import parse_size
+
+    height, width = parse_size(size)
+    fractions = parse_fractions(splits)
+    check_target(out, overwrite)
+    plan = plan_import(ImportConfig(folder, height, width, fps, max_frames))
+    writer = EpisodeWriter(
+        out,
+        height=height,
+        width=width,
+        fps=plan.fps,
+        action_space=plan.action_space,
+        source={"kind": "import", "folder": folder.resolve().name},
+        seed=seed,
+        fractions=fractions,
+        overwrite=overwrite,
+    )
+    with tqdm(total=len(plan.videos), unit="video", disable=as_json or None) as bar, writer:
+        for frames, actions, name in import_videos(plan):
+            writer.add(frames, actions, name)
+            bar.update()
+    for note in plan.notes:
+        typer.echo(f"note: {note}", err=True)
+    facts = describe(out)
+    typer.echo(json.dumps(facts) if as_json else as_text(facts))

@@ -1,0 +1,82 @@
+"""The configuration of a training run: one frozen dataclass, stored resolved in the run folder and read back strictly."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from ahriuwu_cli.diffusion.tau import TAU_CTX
+
+OPTIMIZERS = ("muon", "adamw")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the dynamics is trained. Defaults train a small world that works on two cores."""
+
+    size: str = "nano"
+    steps: int | None = None  # exactly this many optimiser steps; or
+    budget: float | None = 240.0  # seconds: the decay phase starts when its share of them is left
+    batch: int = 16  # B, clips a step
+    frames: int = 12  # T, frames of a clip
+    long_frames: int = 0  # every long_every-th step uses clips this long ...
+    long_every: int = 0  # ... and fewer of them, at equal frames a step; 0 = never
+    accumulate: int = 1  # micro-batches a step
+    forcing: str = "independent"
+    tau_ctx: float = TAU_CTX
+    ramp: str = "paper"
+    bootstrap_share: float = 0.25  # of the clips that draw d > d_min and aim at the bootstrap target (eq. 7)
+    single_image_share: float = 0.0  # of the clips whose frames are seen as single images (paper: 0.3)
+    optimizer: str = "muon"
+    lr: float = 3e-3
+    weight_decay: float = 0.0
+    warmup: int = 20  # optimiser steps of linear warm-up
+    decay: float = 0.4  # share of the run in which the learning rate falls to zero
+    clip: float = 1.0  # gradient norm
+    ema: float = 0.98  # decay of the averaged weights that are sampled from
+    precision: str = "float32"  # or "bfloat16": autocast
+    compile: bool = False
+    threads: int = 0  # 0: PyTorch's own choice
+    seed: int = 0
+    log_every: int = 10
+    preview_every: int = 0  # steps; 0: three times a run
+    save_every: int = 0  # steps; 0: with every preview
+    keep: int = 2  # resumable checkpoints kept
+    preview_windows: int = 32
+
+    def __post_init__(self) -> None:
+        positive = ("batch", "frames", "accumulate", "log_every", "keep", "preview_windows")
+        problems = [(getattr(self, n) < 1, f"{n} must be at least 1, got {getattr(self, n)}") for n in positive]
+        whole = ("long_frames", "long_every", "warmup", "threads", "preview_every", "save_every", "seed")
+        problems += [(getattr(self, n) < 0, f"{n} must not be negative, got {getattr(self, n)}") for n in whole]
+        shares = ("bootstrap_share", "single_image_share", "decay", "ema")
+        problems += [(not 0 <= getattr(self, n) <= 1, f"{n} must be in [0, 1], got {getattr(self, n)}") for n in shares]
+        problems += [
+            ((self.steps is None) == (self.budget is None), "give either steps or a time budget, not both or neither"),
+            (self.steps is not None and self.steps < 1, f"steps must be at least 1, got {self.steps}"),
+            (self.budget is not None and not 0 < self.budget < 1e8, f"budget {self.budget} is not a number of seconds"),
+            (self.frames < 2, f"frames must be at least 2 for the dynamics to see motion, got {self.frames}"),
+            (bool(self.long_every) != bool(self.long_frames), "long_frames and long_every go together"),
+            (self.long_frames > self.batch * self.frames, "long_frames is larger than a whole batch of frames"),
+            (not 0 <= self.tau_ctx < 1, f"tau_ctx must be in [0, 1) where 0 is clean, got {self.tau_ctx}"),
+            (not 0 < self.lr < 10, f"lr {self.lr} is not in (0, 10)"),
+            (not 0 <= self.weight_decay < 10, f"weight_decay {self.weight_decay} is not in [0, 10)"),
+            (not self.clip > 0, f"clip must be above 0, got {self.clip}"),
+            (self.batch % self.accumulate != 0, f"batch {self.batch} does not divide by accumulate {self.accumulate}"),
+            (self.bootstrap_share + self.single_image_share > 1, "bootstrap_share and single_image_share exceed 1"),
+            (self.optimizer not in OPTIMIZERS, f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"),
+            (self.precision not in ("float32", "bfloat16"), f"precision {self.precision!r} is not float32 or bfloat16"),
+        ]
+        for wrong, sentence in problems:
+            if wrong:
+                raise ValueError(sentence)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict) -> TrainConfig:
+        """Strict: a missing or unknown field is a ValueError."""
+        wrong = sorted(set(document) ^ {f.name for f in fields(cls)})
+        if wrong:
+            raise ValueError(f"missing or unknown fields: {', '.join(wrong)}")
+        return cls(**document)

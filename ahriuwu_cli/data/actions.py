@@ -1,0 +1,292 @@
+"""What an action is: named components laid side by side as the columns of a float32 row.
+
+`actions[t]` takes `frames[t]` to `frames[t+1]`, so a clip of T frames has T-1 rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+
+KINDS = ("discrete", "binary", "continuous")
+MAX_SIZE = 4096
+_OPPOSITES = {"LEFT": "RIGHT", "FORWARD": "BACKWARD", "UP": "DOWN", "NEXT": "PREV"}
+_OPPOSITES |= {b: a for a, b in _OPPOSITES.items()}
+_NOTHING = ("none", "noop", "-")
+
+
+@dataclass(frozen=True)
+class ActionComponent:
+    """One part of an action. discrete: one column holding 0..size-1; binary: `size` columns of 0 or 1;
+    continuous: `size` columns, column i within [low[i], high[i]]. Raises DataError when it contradicts itself."""
+
+    name: str
+    kind: str
+    size: int
+    labels: tuple[str, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f"action component {self.name!r}"
+        if not self.name or self.name != self.name.strip():
+            raise DataError(f"{where} needs a name without spaces around it")
+        if self.kind not in KINDS:
+            raise DataError(f"{where} has the unknown kind {self.kind!r}: {did_you_mean(self.kind, KINDS)}")
+        if not 1 <= self.size <= MAX_SIZE:
+            raise DataError(f"{where} has size {self.size}: give 1 to {MAX_SIZE}")
+        if self.labels and len(self.labels) != self.size:
+            raise DataError(
+                f"{where} has {len(self.labels)} labels for size {self.size}: give one each, or none at all"
+            )
+        if len(set(self.labels)) != len(self.labels) or not all(self.labels):
+            raise DataError(f"{where} has empty or repeated labels: {', '.join(map(repr, self.labels))}")
+        bounds = self.size if self.kind == "continuous" else 0
+        if len(self.low) != bounds or len(self.high) != bounds:
+            raise DataError(f"{where} of kind {self.kind} needs {bounds} values in low and in high")
+        for low, high in zip(self.low, self.high, strict=True):
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise DataError(f"{where} has the range {low} to {high}: low must be finite and below high")
+
+    @property
+    def width(self) -> int:
+        """How many columns it takes."""
+        return 1 if self.kind == "discrete" else self.size
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """A name for each of its columns."""
+        if self.kind == "discrete":
+            return (self.name,)
+        return self.labels or tuple(f"{self.name}{i}" for i in range(self.size))
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """The components of an action, in column order. No component at all means video without actions."""
+
+    components: tuple[ActionComponent, ...] = ()
+    column_names: tuple[str, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        names = tuple(name for c in self.components for name in c.column_names)
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise DataError(f"the action space names the column {repeated[0]!r} twice: rename one")
+        object.__setattr__(self, "column_names", names)
+
+    @property
+    def width(self) -> int:
+        """How many columns an action row has (A)."""
+        return len(self.column_names)
+
+    def slices(self) -> list[tuple[ActionComponent, slice]]:
+        """Each component with its columns."""
+        at, out = 0, []
+        for component in self.components:
+            out.append((component, slice(at, at + component.width)))
+            at += component.width
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `from_json` reads back to an equal space."""
+        return {
+            "components": [
+                {
+                    "name": c.name,
+                    "kind": c.kind,
+                    "size": c.size,
+                    "labels": list(c.labels),
+                    "low": list(c.low),
+                    "high": list(c.high),
+                }
+                for c in self.components
+            ]
+        }
+
+    @staticmethod
+    def from_json(document: Any, where: str = "the action space") -> ActionSpace:
+        """Read `to_json`'s dict; labels, low and high may be left out. Raises DataError on anything else."""
+        if not isinstance(document, dict) or set(document) != {"components"}:
+            raise DataError(f'{where} must be an object with the one key "components"')
+        if not isinstance(document["components"], list):
+            raise DataError(f'{where}: "components" must be a list of objects')
+        return ActionSpace(tuple(_component_from_json(c, where) for c in document["components"]))
+
+    def validate(self, actions: np.ndarray, where: str) -> None:
+        """Refuse (DataError) actions (T, A) float32 that this space does not allow: shape, NaN, range, fractions."""
+        import numpy as np
+
+        if actions.dtype != np.float32 or actions.ndim != 2 or actions.shape[1] != self.width:
+            raise DataError(
+                f"{where}: actions are {actions.dtype} of shape {tuple(actions.shape)}, not float32 (T, {self.width})"
+            )
+        bad = np.argwhere(~np.isfinite(actions))
+        if len(bad):
+            t, a = bad[0]
+            raise DataError(f"{where}: the action at step {t}, column {self.column_names[a]!r} is {actions[t, a]}")
+        for component, columns in self.slices():
+            values = actions[:, columns]
+            if component.kind == "continuous":
+                slack = 1e-5 * (np.abs(component.low) + np.abs(component.high))  # float32 against the JSON's float64
+                wrong = (values < component.low - slack) | (values > component.high + slack)
+                allowed = f"within {list(component.low)} to {list(component.high)}"
+            else:
+                top = component.size - 1 if component.kind == "discrete" else 1
+                wrong = (values < 0) | (values > top) | (values != np.round(values))
+                allowed = f"a whole number 0 to {top}"
+            bad = np.argwhere(wrong)
+            if len(bad):
+                t, a = bad[0]
+                name = component.column_names[a]
+                raise DataError(f"{where}: the action at step {t}, column {name!r} is {values[t, a]:g}, not {allowed}")
+
+    def random(self, steps: int, hold: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        """Random actions (steps, A) float32, each held for a number of steps drawn from hold, ends included.
+
+        binary: none, one button, or two that are not opposites, all equally likely; discrete and continuous: uniform.
+        """
+        import numpy as np
+
+        if not 1 <= hold[0] <= hold[1]:
+            raise UserError(f"actions cannot be held for {hold[0]} to {hold[1]} steps: give 1 <= shortest <= longest")
+        presses = {c.name: _button_choices(c.labels, c.size) for c in self.components if c.kind == "binary"}
+        rows = np.zeros((steps, self.width), np.float32)
+        t = 0
+        while t < steps:
+            until = t + int(rng.integers(hold[0], hold[1] + 1))
+            for component, columns in self.slices():
+                if component.kind == "discrete":
+                    rows[t:until, columns] = rng.integers(component.size)
+                elif component.kind == "continuous":
+                    rows[t:until, columns] = rng.uniform(component.low, component.high)
+                else:
+                    choices = presses[component.name]
+                    for button in choices[rng.integers(len(choices))]:
+                        rows[t:until, columns.start + button] = 1
+            t = until
+        return rows
+
+    def describe(self, row: np.ndarray) -> str:
+        """Short text for one row (A,), such as 'TURN_LEFT+ATTACK'; '-' for no button. `parse` reads it back."""
+        words = []
+        for component, columns in self.slices():
+            values = row[columns]
+            if component.kind == "binary":
+                words += [n for n, v in zip(component.column_names, values, strict=True) if v >= 0.5]
+            elif component.kind == "discrete":
+                value = component.labels[int(values[0])] if component.labels else str(int(values[0]))
+                words.append(value if len(self.components) == 1 else f"{component.name}={value}")
+            else:
+                words += [f"{n}={v:.2f}" for n, v in zip(component.column_names, values, strict=True)]
+        return "+".join(words) or "-"
+
+    def parse(self, text: str) -> np.ndarray:
+        """The row (A,) float32 for a user's text: labels joined by '+', an index, column=value, or 'none'.
+
+        'none' and columns that are not named mean: no button, the label NOOP, and zero (or the nearest value allowed).
+        Raises UserError on an unknown name, and where a discrete component without NOOP gets no value.
+        """
+        import numpy as np
+
+        row = np.zeros(self.width, np.float32)
+        missing = set()
+        for component, columns in self.slices():
+            if component.kind == "continuous":
+                row[columns] = np.clip(0, component.low, component.high)
+            elif component.kind == "discrete":
+                nothing = [i for i, label in enumerate(component.labels) if label.lower() in _NOTHING]
+                row[columns] = nothing[0] if nothing else 0
+                missing |= set() if nothing else {component.name}
+        for word in [] if text.strip().lower() in ("none", "-") else text.split("+"):
+            missing.discard(self._parse_word(word.strip(), row))
+        if missing:
+            raise UserError(f"the action {text!r} leaves {min(missing)!r} open: {self._known_words()}")
+        self.validate(row[None], f"the action {text!r}")
+        return row
+
+    def _parse_word(self, word: str, row: np.ndarray) -> str:
+        """Write what one word says into row; returns the name of its component."""
+        name, equals, value = word.partition("=")
+        for component, columns in self.slices():
+            labels = [label.lower() for label in component.labels]
+            if component.kind == "discrete" and (name == component.name if equals else len(self.components) == 1):
+                text = value if equals else word
+                if text.lower() in labels:
+                    row[columns] = labels.index(text.lower())
+                    return component.name
+                if text.isdecimal() and int(text) < component.size:
+                    row[columns] = int(text)
+                    return component.name
+            elif component.kind == "discrete" and not equals and word.lower() in labels:
+                row[columns] = labels.index(word.lower())
+                return component.name
+            elif component.kind == "binary" and not equals:
+                names = [n.lower() for n in component.column_names]
+                index = names.index(word.lower()) if word.lower() in names else -1
+                if index < 0 and word.isdecimal() and int(word) < component.size:
+                    index = int(word)
+                if index >= 0:
+                    row[columns.start + index] = 1
+                    return component.name
+            elif component.kind == "continuous" and equals and name in component.column_names:
+                try:
+                    row[columns.start + component.column_names.index(name)] = float(value)
+                except ValueError:
+                    raise UserError(f"the action {word!r} needs a number after '='") from None
+                return component.name
+        raise UserError(f"unknown action {word!r}: {self._known_words()}")
+
+    def _known_words(self) -> str:
+        words = ["none"]
+        for c in self.components:
+            prefix = f"{c.name}=" if c.kind == "discrete" and len(self.components) > 1 else ""
+            if c.kind == "continuous":
+                words += [f"{n}=VALUE" for n in c.column_names]
+            elif c.kind == "binary":
+                words += c.column_names
+            else:
+                words += [prefix + w for w in (c.labels or (f"0..{c.size - 1}",))]
+        return f"choose from {', '.join(words)} (join several with '+')"
+
+
+def _component_from_json(document: Any, where: str) -> ActionComponent:
+    known = {"name", "kind", "size", "labels", "low", "high"}
+    if not isinstance(document, dict):
+        raise DataError(f"{where}: every component must be an object, not {document!r}")
+    if not {"name", "kind", "size"} <= set(document) <= known:
+        odd = sorted(({"name", "kind", "size"} - set(document)) | (set(document) - known))
+        raise DataError(
+            f"{where}: a component must have name, kind, size and may have labels, low, high; see {odd[0]!r}"
+        )
+    name, kind, size = document["name"], document["kind"], document["size"]
+    if not isinstance(name, str) or not isinstance(kind, str) or type(size) is not int:
+        raise DataError(
+            f"{where}: name and kind must be text and size a whole number, not {name!r}, {kind!r}, {size!r}"
+        )
+    labels, low, high = (document.get(key, []) for key in ("labels", "low", "high"))
+    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
+        raise DataError(f"{where}: the labels of {name!r} must be a list of texts, not {labels!r}")
+    for bound in (low, high):
+        if not isinstance(bound, list) or not all(type(x) in (int, float) for x in bound):
+            raise DataError(f"{where}: low and high of {name!r} must be lists of numbers, not {bound!r}")
+    return ActionComponent(name, kind, size, tuple(labels), tuple(map(float, low)), tuple(map(float, high)))
+
+
+def _button_choices(labels: tuple[str, ...], size: int) -> list[tuple[int, ...]]:
+    """Nothing, every single button, and every pair that does not pull both ways."""
+    choices: list[tuple[int, ...]] = [(), *((i,) for i in range(size))]
+    for i in range(size):
+        choices += [(i, j) for j in range(i + 1, size) if not labels or not _are_opposite(labels[i], labels[j])]
+    return choices
+
+
+def _are_opposite(a: str, b: str) -> bool:
+    words, others = a.upper().split("_"), b.upper().split("_")
+    return words != others and [_OPPOSITES.get(w, w) for w in words] == others

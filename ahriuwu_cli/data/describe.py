@@ -1,0 +1,100 @@
+"""The facts of a dataset for people and scripts: one dict, and the same as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.metadata import SPLITS
+
+
+def describe(path: Path, check: bool = False) -> dict[str, Any]:
+    """Facts ready for JSON. With check, `checks` holds the rows of `data.validate` and `sound` whether none failed."""
+    store = EpisodeStore.open(path)
+    facts: dict[str, Any] = {
+        "kind": "dataset",
+        "path": str(path),
+        "name": store.name,
+        "source": store.source,
+        "fps": store.fps,
+        "frame_skip": store.frame_skip,
+        "height": store.height,
+        "width": store.width,
+        "seed": store.seed,
+        "bytes": sum(store.file(e.id).stat().st_size for e in store.episodes()),
+        "fingerprint": store.fingerprint,
+        "splits": {split: _count(store, split) for split in SPLITS},
+        "action_space": store.action_space.to_json(),
+        "actions": _histogram(store),
+    }
+    if check:
+        from ahriuwu_cli.data.validate import validate
+
+        checks = validate(store)
+        facts["checks"] = [vars(c) for c in checks]
+        facts["sound"] = all(c.ok or c.warning for c in checks)
+    return facts
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The table that `ahriuwu info`, `record` and `import` print."""
+    source = ", ".join(f"{k} {v}" for k, v in facts["source"].items())
+    picture = f"{facts['height']}x{facts['width']} at {facts['fps']:g} per second"
+    lines = [
+        f"dataset   {facts['path']} ({facts['bytes'] / 1e6:.1f} MB)",
+        f"source    {source}",
+        f"frames    {picture}, frame skip {facts['frame_skip']}",
+        "",
+        f"{'split':8}{'episodes':>10}{'labelled':>10}{'frames':>10}{'longest':>10}",
+    ]
+    for split, n in facts["splits"].items():
+        lines.append(f"{split:8}{n['episodes']:10}{n['labelled']:10}{n['frames']:10}{n['longest']:10}")
+    lines += ["", "actions"]
+    for part in facts["action_space"]["components"]:
+        lines.append(f"  {part['name']}: {part['kind']}, {part['size']}")
+        for row in facts["actions"].get(part["name"], []):
+            if part["kind"] == "continuous":
+                lines.append(f"    {row['label']:20} mean {row['mean']:+.3f}, std {row['std']:.3f}")
+            else:
+                lines.append(f"    {row['label']:20} {row['share']:6.1%}")
+    if not facts["action_space"]["components"]:
+        lines.append("  none: video only")
+    for row in facts.get("checks", []):
+        mark = "ok" if row["ok"] else "warn" if row["warning"] else "FAIL"
+        lines += ["", "checks"] * (row is facts["checks"][0]) + [f"  {mark:5} {row['name']}: {row['detail']}"]
+    return "\n".join(lines)
+
+
+def _count(store: EpisodeStore, split: str) -> dict[str, int]:
+    episodes = store.episodes(split)
+    return {
+        "episodes": len(episodes),
+        "labelled": sum(e.labelled for e in episodes),
+        "frames": sum(e.frames for e in episodes),
+        "longest": max((e.frames for e in episodes), default=0),
+    }
+
+
+def _histogram(store: EpisodeStore) -> dict[str, list[dict[str, Any]]]:
+    """For each component: the share of steps of each value or button, or the mean and spread of each axis."""
+    import numpy as np
+
+    rows = [store.actions(e.id) for e in store.episodes() if e.labelled]
+    if not rows:
+        return {}
+    actions = np.concatenate(rows)
+    out: dict[str, list[dict[str, Any]]] = {}
+    for part, columns in store.action_space.slices():
+        values = actions[:, columns].astype(np.float64)
+        if part.kind == "discrete":
+            labels = part.labels or tuple(map(str, range(part.size)))
+            shares = np.bincount(values[:, 0].astype(int), minlength=part.size)[: part.size] / len(values)
+            out[part.name] = [{"label": n, "share": float(s)} for n, s in zip(labels, shares, strict=True)]
+        elif part.kind == "binary":
+            shares = values.mean(0)
+            out[part.name] = [{"label": n, "share": float(s)} for n, s in zip(part.column_names, shares, strict=True)]
+        else:
+            spread = zip(part.column_names, values.mean(0), values.std(0), strict=True)
+            out[part.name] = [{"label": n, "mean": float(m), "std": float(s)} for n, m, s in spread]
+    return out

@@ -1,0 +1,124 @@
+"""Recording from ViZDoom, whose wheel carries engine, free art and scenarios: real game video without a download."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.recording import RecordConfig, Recorded, record_episodes
+from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TICS_PER_SECOND = 35
+DEFAULT_FRAME_SKIP = 4
+MULTIPLAYER = ("cig", "multi")
+# Per tic, in degrees for turning and looking and in the engine's own units for moving (50 is a run).
+_DELTA_RANGES = {"TURN": 5.0, "LOOK": 2.0, "MOVE": 50.0}
+
+
+def scenario_names() -> list[str]:
+    """The scenarios that can be recorded: for one player, with a map in the wheel. Raises UserError without ViZDoom."""
+    folder = Path(_vizdoom().scenarios_path)
+    return sorted(p.stem for p in folder.glob("*.cfg") if _can_play_alone(p))
+
+
+class DoomWorld:
+    """One scenario as a `recording.World`: 160 x 120 RGB, no window, no sound, buttons as the scenario lists them."""
+
+    def __init__(self, config: RecordConfig) -> None:
+        """Raises UserError on an unknown scenario or without ViZDoom, DataError when the engine does not start."""
+        vizdoom = _vizdoom()
+        names = scenario_names()
+        if config.name not in names:
+            raise UserError(f"unknown ViZDoom scenario {config.name!r}: {did_you_mean(config.name, names)}")
+        self.frame_skip = config.frame_skip or DEFAULT_FRAME_SKIP
+        self.fps = TICS_PER_SECOND / self.frame_skip
+        self.facts: dict[str, Any] = {"kind": "doom", "scenario": config.name, "vizdoom": vizdoom.__version__}
+        self._game = game = vizdoom.DoomGame()
+        game.load_config(os.path.join(vizdoom.scenarios_path, f"{config.name}.cfg"))
+        game.set_mode(vizdoom.Mode.PLAYER)
+        game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
+        game.set_screen_format(vizdoom.ScreenFormat.RGB24)
+        game.set_window_visible(False)
+        game.set_sound_enabled(False)
+        self.action_space, self._order = _action_space([b.name for b in game.get_available_buttons()])
+        self._litter = Path(tempfile.mkdtemp(prefix="ahriuwu-doom-"))
+        home, on_interrupt = Path.cwd(), signal.getsignal(signal.SIGINT)
+        try:
+            os.chdir(self._litter)  # the engine writes _vizdoom/ and _vizdoom.ini where it is started
+            game.init()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, on_interrupt)  # the library's own handler would end us without cleaning up
+        except Exception as error:
+            shutil.rmtree(self._litter, ignore_errors=True)
+            raise DataError(f"ViZDoom could not start {config.name!r}: {error}") from None
+        finally:
+            os.chdir(home)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Start an episode; the first picture, uint8 (120, 160, 3)."""
+        self._game.set_seed(seed)
+        self._game.new_episode()
+        return self._game.get_state().screen_buffer
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray | None, bool]:
+        """Hold the buttons for frame_skip tics; the picture after them, or None when the episode ended meanwhile."""
+        self._game.make_action(action[self._order].tolist(), self.frame_skip)
+        if self._game.is_episode_finished():
+            return None, True
+        return self._game.get_state().screen_buffer, False
+
+    def close(self) -> None:
+        """Stop the engine and remove its files."""
+        self._game.close()
+        shutil.rmtree(self._litter, ignore_errors=True)
+
+
+def record_doom(config: RecordConfig) -> Iterator[Recorded]:
+    """Yield episodes of a scenario without end (`recording.record_episodes`). Closing the generator ends the engine."""
+    world = DoomWorld(config)
+    try:
+        yield from record_episodes(world, config)
+    finally:
+        world.close()
+
+
+def _vizdoom() -> ModuleType:
+    try:
+        import vizdoom
+    except ImportError:
+        raise UserError("recording from ViZDoom needs the package vizdoom: pip install 'ahriuwu[doom]'") from None
+    return vizdoom
+
+
+def _can_play_alone(config: Path) -> bool:
+    """Whether it has a map of its own in the wheel, for one player (without a host the others end the process)."""
+    settings = dict(
+        [part.strip() for part in line.split("=", 1)] for line in config.read_text().splitlines() if "=" in line
+    )
+    map_file = settings.get("doom_scenario_path", "")
+    return not config.stem.startswith(MULTIPLAYER) and bool(map_file) and (config.parent / map_file).is_file()
+
+
+def _action_space(buttons: list[str]) -> tuple[ActionSpace, list[int]]:
+    """Plain buttons, then deltas; and for each of the game's buttons the column that holds it."""
+    plain = [b for b in buttons if not b.endswith("_DELTA")]
+    deltas = [b for b in buttons if b.endswith("_DELTA")]
+    components = []
+    if plain:
+        components.append(ActionComponent("buttons", "binary", len(plain), tuple(plain)))
+    if deltas:
+        high = tuple(_DELTA_RANGES[b.split("_")[0]] for b in deltas)
+        low = tuple(-x for x in high)
+        components.append(ActionComponent("deltas", "continuous", len(deltas), tuple(deltas), low, high))
+    return ActionSpace(tuple(components)), [[*plain, *deltas].index(b) for b in buttons]

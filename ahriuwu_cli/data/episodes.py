@@ -1,0 +1,274 @@
+"""The episode store: a folder with dataset.json and one safetensors file an episode, frames kept lossless.
+
+`actions[t]` takes `frames[t]` to `frames[t+1]`: an episode of T frames has T-1 actions, or none when it is unlabelled.
+Train, val and test are split by episode; episodes with identical content never part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.metadata import FORMAT, SPLITS, read_document
+from ahriuwu_cli.data.tensors import open_tensor, read_header
+from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One recording: its id, split, number of frames, whether it has actions, and the SHA-256 of its file."""
+
+    id: str
+    split: str
+    frames: int
+    labelled: bool
+    sha256: str
+    source: str = ""
+
+
+class EpisodeStore:
+    """A dataset on disk, opened with `EpisodeStore.open`; windows are read through memory maps that stay open."""
+
+    def __init__(self, path: Path, document: dict[str, Any]) -> None:
+        self.path = path
+        self.name: str = document["name"]
+        self.source: dict[str, Any] = document["source"]
+        self.fps: float = document["fps"]
+        self.frame_skip: int = document["frame_skip"]
+        self.height: int = document["height"]
+        self.width: int = document["width"]
+        self.seed: int = document["seed"]
+        self.action_space = ActionSpace.from_json(document["action_space"], f"{path / 'dataset.json'}: action_space")
+        self._episodes = {e["id"]: Episode(**e) for e in document["episodes"]}
+        self._maps: dict[tuple[str, str], np.ndarray] = {}
+        canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+
+    @staticmethod
+    def open(path: Path | str) -> EpisodeStore:
+        """Open a dataset folder; its JSON and every file's size are checked. Raises DataError with a sentence."""
+        path = Path(path)
+        store = EpisodeStore(path, read_document(path))
+        for episode in store.episodes():
+            store._check_file(episode)
+        return store
+
+    def episodes(self, split: str | None = None) -> list[Episode]:
+        """The episodes of one split, or all of them. Raises UserError on an unknown split."""
+        if split is not None and split not in SPLITS:
+            raise UserError(f"unknown split {split!r}: {did_you_mean(split, SPLITS)}")
+        return [e for e in self._episodes.values() if split in (None, e.split)]
+
+    def episode(self, episode_id: str) -> Episode:
+        """One episode by its id. Raises DataError when it is not in the dataset."""
+        if episode_id not in self._episodes:
+            raise DataError(f"{self.path} has no episode {episode_id!r}: `ahriuwu info` counts them")
+        return self._episodes[episode_id]
+
+    def lengths(self, split: str | None = None) -> dict[str, int]:
+        """Frames of every episode of a split by id, as `data.windows` wants them."""
+        return {e.id: e.frames for e in self.episodes(split)}
+
+    def file(self, episode_id: str) -> Path:
+        """The episode's safetensors file."""
+        return self.path / "episodes" / f"{episode_id}.safetensors"
+
+    def frames(self, episode_id: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Frames start..stop-1 as uint8 (T, H, W, 3). Raises IndexError outside the episode."""
+        return self._read(episode_id, "frames", start, stop, self.episode(episode_id).frames)
+
+    def actions(self, episode_id: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Actions start..stop-1 as float32 (T, A). Raises DataError when unlabelled, IndexError outside the episode."""
+        if not self.episode(episode_id).labelled:
+            raise DataError(f"episode {episode_id} of {self.path} has no actions: choose a labelled one")
+        return self._read(episode_id, "actions", start, stop, self.episode(episode_id).frames - 1)
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return EpisodeStore.open, (self.path,)  # a worker process maps the files itself; pickling a map would copy it
+
+    def _read(self, episode_id: str, name: str, start: int, stop: int | None, length: int) -> np.ndarray:
+        import numpy as np
+
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"{name} {start}..{stop} of episode {episode_id}, which has {length}")
+        if (episode_id, name) not in self._maps:
+            self._maps[episode_id, name] = open_tensor(self.file(episode_id), name)
+        return np.array(self._maps[episode_id, name][start:stop])
+
+    def _check_file(self, episode: Episode) -> None:
+        file = self.file(episode.id)
+        if file.resolve().parent != self.path.resolve() / "episodes":
+            raise DataError(f"{file} points out of the dataset: copy the file in instead of linking to it")
+        tensors = {name: (t.dtype, t.shape) for name, t in read_header(file).items()}
+        expected = {"frames": ("U8", (episode.frames, self.height, self.width, 3))}
+        if episode.labelled:
+            expected["actions"] = ("F32", (episode.frames - 1, self.action_space.width))
+        if tensors != expected:
+            raise DataError(f"{file} holds {tensors}, but dataset.json says {expected}: record or import it again")
+
+
+class EpisodeWriter:
+    """Context manager that writes a dataset folder: `add` episodes, and leaving it assigns splits and renames.
+
+    Everything goes to a hidden folder beside the target, which takes its name at the end: whatever stops the writing,
+    nothing is left behind and an earlier dataset stays as it was.
+
+    fps is the rate of the stored frames; frame_skip how many steps of the world one stored frame takes. Refuses
+    (UserError) a folder that is not empty, unless overwrite is set and the folder is a dataset.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        height: int,
+        width: int,
+        fps: float,
+        action_space: ActionSpace,
+        name: str | None = None,
+        source: dict[str, Any] | None = None,
+        frame_skip: int = 1,
+        seed: int = 0,
+        fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path).absolute()
+        self.action_space = action_space
+        self._shape = (height, width, 3)
+        self._fractions = fractions
+        self._overwrite = overwrite
+        self._facts = {
+            "format": FORMAT,
+            "name": name or self.path.name,
+            "source": source or {},
+            "fps": fps,
+            "frame_skip": frame_skip,
+            "height": height,
+            "width": width,
+            "action_space": action_space.to_json(),
+            "seed": seed,
+        }
+        self._episodes: list[dict[str, Any]] = []
+        check_target(self.path, overwrite)
+        split_episodes(1, fractions, seed)  # refuse bad fractions now, not after an hour of recording
+        near = next(p for p in self.path.parents if p.is_dir())  # parents are made only at the end
+        self._staging = near / f".{self.path.name}.partial-{os.getpid()}"
+
+    @property
+    def frames(self) -> int:
+        """How many frames have been added."""
+        return sum(e["frames"] for e in self._episodes)
+
+    def __enter__(self) -> EpisodeWriter:
+        return self
+
+    def add(self, frames: np.ndarray, actions: np.ndarray | None, source: str = "") -> str:
+        """Write one episode, frames uint8 (T, H, W, 3) and actions float32 (T-1, A) or None; returns its id.
+
+        Raises DataError on a wrong shape, a wrong count of actions, or actions outside the action space.
+        """
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        where = f"episode {source or len(self._episodes)}"
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != self._shape:
+            raise DataError(f"{where}: frames are {frames.dtype} {frames.shape}, not uint8 (T, {self._shape})")
+        if len(frames) < 2:
+            raise DataError(f"{where}: {len(frames)} frame(s) show no action; an episode needs at least 2")
+        tensors = {"frames": np.ascontiguousarray(frames)}
+        if actions is not None:
+            self.action_space.validate(actions, where)
+            if len(actions) != len(frames) - 1:
+                raise DataError(f"{where}: {len(frames)} frames need {len(frames) - 1} actions, not {len(actions)}")
+            if self.action_space.width == 0:
+                raise DataError(f"{where}: actions were given, but the dataset's action space is empty")
+            tensors["actions"] = np.ascontiguousarray(actions)
+        episode_id = f"{len(self._episodes):06d}"
+        (self._staging / "episodes").mkdir(parents=True, exist_ok=True)
+        file = self._staging / "episodes" / f"{episode_id}.safetensors"
+        save_file(tensors, file)
+        with open(file, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        episode = Episode(episode_id, "train", len(frames), actions is not None, digest, source)
+        self._episodes.append(dict(vars(episode)))
+        return episode_id
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _finish(self) -> None:
+        if not self._episodes:
+            raise DataError(f"no episode was written, so {self.path} was not made")
+        unique = list(dict.fromkeys(e["sha256"] for e in self._episodes))  # identical episodes share one split
+        splits = dict(zip(unique, split_episodes(len(unique), self._fractions, self._facts["seed"]), strict=True))
+        for episode in self._episodes:
+            episode["split"] = splits[episode["sha256"]]
+        document = self._facts | {"episodes": self._episodes}
+        (self._staging / "dataset.json").write_text(json.dumps(document, indent=1) + "\n")
+        check_target(self.path, self._overwrite)  # somebody may have written there meanwhile
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replaced = self._staging.with_name(self._staging.name + "-old")
+        if self.path.exists():
+            self.path.rename(replaced)
+        self._staging.rename(self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def parse_fractions(text: str) -> tuple[float, float, float]:
+    """The shares of train, val and test from "0.8,0.1,0.1". Raises UserError."""
+    try:
+        train, val, test = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"the splits {text!r} are not three shares: give train,val,test such as 0.8,0.1,0.1") from None
+    return train, val, test
+
+
+def split_episodes(n: int, fractions: tuple[float, float, float], seed: int) -> list[str]:
+    """The split of each of n episodes, shuffled by the seed. From 3 episodes on, each split with a fraction above zero
+    gets at least one; 2 become train and val; 1 is train. Raises UserError on fractions that are not shares of 1."""
+    import numpy as np
+
+    if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(
+            f"splits {fractions} must be three shares (train, val, test) that sum to 1, such as 0.8,0.1,0.1"
+        )
+    if fractions[0] == 0:
+        raise UserError(f"splits {fractions} leave nothing to train on: give train a share above 0")
+    wanted = [max(1, round(n * f)) if f > 0 else 0 for f in fractions[1:]]
+    while sum(wanted) > n - 1:  # train keeps one; test gives way before val
+        wanted[1 if wanted[1] >= wanted[0] else 0] -= 1
+    names = ["val"] * wanted[0] + ["test"] * wanted[1]
+    names += ["train"] * (n - len(names))
+    order = np.random.default_rng([seed, n]).permutation(n)
+    return [names[i] for i in order]
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Refuse to write a dataset where something else is. Raises UserError."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise UserError(f"{path} exists and is not a folder: choose another --out")
+    if any(path.iterdir()):
+        if not (path / "dataset.json").is_file():
+            raise UserError(f"{path} is not empty and is not a dataset, so it is left alone: choose another --out")
+        if not overwrite:
+            raise UserError(f"{path} already holds a dataset: choose another --out, or add --overwrite")

@@ -1,0 +1,175 @@
+"""Video files with optional action files beside them, as a dataset: row t takes frame t to frame t+1.
+
+`clip.mp4` takes its actions from `clip.csv` (a header of column names) or `clip.jsonl` (an object or array a line).
+A video without an action file is stored unlabelled. `actions.json` in the folder declares the action space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ahriuwu_cli.data.action_files import ActionTable, infer_space, read_actions
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.resize import area_resize, centre_crop
+from ahriuwu_cli.data.video import MAX_PIXELS, iter_video, video_fps
+from ahriuwu_cli.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
+ACTION_SUFFIXES = (".csv", ".jsonl")
+SAME_RATE = 1e-3  # relative; 29.97 and 30 differ by exactly this
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """What to import: size in pixels; fps in frames per second (None keeps the videos'); limits for one video."""
+
+    folder: Path
+    height: int = 64
+    width: int = 64
+    fps: float | None = None
+    max_frames: int = 100_000
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not 0 < self.fps < 1000:
+            raise UserError(f"a rate of {self.fps} frames per second cannot be stored: give one above 0, such as 10")
+        if self.max_frames < 2:
+            raise UserError(f"a limit of {self.max_frames} frames a video leaves no transition: give at least 2")
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """What will be imported, made before a frame is decoded; notes are sentences that the user should see."""
+
+    config: ImportConfig
+    videos: tuple[Path, ...]
+    tables: dict[Path, ActionTable]
+    action_space: ActionSpace
+    fps: float
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_import(config: ImportConfig) -> ImportPlan:
+    """Look at the folder, its rates and its action files. Raises DataError on whatever does not fit together."""
+    folder = config.folder
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give the folder that holds the videos")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    videos = tuple(p for p in files if p.suffix.lower() in VIDEO_SUFFIXES)
+    if not videos:
+        raise DataError(f"{folder} holds no video file ({', '.join(VIDEO_SUFFIXES)}): subfolders are not searched")
+    tables = _tables(files, videos)
+    notes: list[str] = []
+    declared = folder / "actions.json"
+    if declared.is_file():
+        space = ActionSpace.from_json(_read_json(declared), str(declared))
+    else:
+        space, found = infer_space(list(tables.values()))
+        notes += found
+    unlabelled = len(videos) - len(tables)
+    if unlabelled:
+        notes.append(f"{unlabelled} of {len(videos)} videos have no action file and are stored unlabelled")
+    return ImportPlan(config, videos, tables, space, _common_rate(config, videos, tables), notes)
+
+
+def import_videos(plan: ImportPlan) -> Iterator[tuple[np.ndarray, np.ndarray | None, str]]:
+    """Yield (frames uint8 (T, H, W, 3), actions float32 (T-1, A) or None, file name), one video after the other.
+
+    Notes about a video are added to plan.notes. Raises DataError when its action rows do not fit its frames.
+    """
+    for video in plan.videos:
+        frames = _read_frames(video, plan)
+        actions = None
+        if video in plan.tables:
+            table = plan.tables[video]
+            actions = table.rows_for(plan.action_space)
+            if len(actions) == len(frames):
+                plan.notes.append(
+                    f"{table.path.name} has a row for each of the {len(frames)} frames: the last row, which leads to "
+                    "no frame, was dropped"
+                )
+                actions = actions[:-1]
+            if len(actions) != len(frames) - 1:
+                raise DataError(
+                    f"{table.path} has {len(actions)} rows and {video.name} has {len(frames)} frames: give "
+                    f"{len(frames) - 1} rows, row t for the step from frame t to frame t+1"
+                )
+            plan.action_space.validate(actions, str(table.path))
+        yield frames, actions, video.name
+
+
+def _tables(files: list[Path], videos: tuple[Path, ...]) -> dict[Path, ActionTable]:
+    stems: dict[str, Path] = {}
+    for video in videos:
+        other = stems.setdefault(video.stem, video)
+        if other != video:
+            raise DataError(f"{other.name} and {video.name} differ only in their endings: rename one of them")
+    tables: dict[Path, ActionTable] = {}
+    for file in files:
+        if file.suffix.lower() not in ACTION_SUFFIXES:
+            continue
+        video = stems.get(file.stem)
+        if video is None:
+            raise DataError(
+                f"{file} has no video of the same name beside it: rename it to its video's, or move it away"
+            )
+        if video in tables:
+            raise DataError(f"{video.name} has two action files, {tables[video].path.name} and {file.name}: keep one")
+        tables[video] = read_actions(file)
+    return tables
+
+
+def _common_rate(config: ImportConfig, videos: tuple[Path, ...], tables: dict[Path, ActionTable]) -> float:
+    """The one rate of the dataset."""
+    rates = {video: video_fps(video) for video in videos}
+    target = config.fps or rates[videos[0]]
+    for video, rate in rates.items():
+        if abs(rate - target) <= SAME_RATE * target:
+            continue
+        if config.fps is None:
+            raise DataError(
+                f"{video.name} runs at {rate:g} frames per second and {videos[0].name} at {target:g}: give --fps to "
+                "bring them to one rate, or import them apart"
+            )
+        if video in tables:
+            raise DataError(
+                f"{video.name} runs at {rate:g} frames per second and has actions, so it cannot be brought to "
+                f"{target:g}: leave --fps away, or resample video and actions together beforehand"
+            )
+        if rate < target:
+            raise DataError(
+                f"{video.name} runs at {rate:g} frames per second, below the {target:g} asked for: give a lower --fps"
+            )
+    return target
+
+
+def _read_frames(video: Path, plan: ImportPlan) -> np.ndarray:
+    """Decoded, thinned to the plan's rate, cropped to its aspect and resized: uint8 (T, H, W, 3)."""
+    import numpy as np
+
+    config = plan.config
+    rate = video_fps(video)
+    keep = 1.0 if abs(rate - plan.fps) <= SAME_RATE * plan.fps else plan.fps / rate  # frames kept of one decoded
+    frames: list[np.ndarray] = []
+    for i, frame in enumerate(iter_video(video, config.max_pixels)):
+        if i == config.max_frames:
+            raise DataError(f"{video} has more than {config.max_frames} frames: cut it, or raise --max-frames")
+        if i == 0 or int(i * keep + 1e-6) > int((i - 1) * keep + 1e-6):
+            frames.append(area_resize(centre_crop(frame, config.height, config.width), config.height, config.width))
+    if len(frames) < 2:
+        raise DataError(f"{video} has {len(frames)} frame(s) at {plan.fps:g} frames per second: at least 2 are needed")
+    return np.stack(frames)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} is not JSON: see `ahriuwu import --help` for its form") from None

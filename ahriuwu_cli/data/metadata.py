@@ -1,0 +1,87 @@
+"""dataset.json, the one page that describes a dataset: read strictly, key by key."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from ahriuwu_cli.errors import DataError
+
+FORMAT = "ahriuwu-dataset/1"
+SPLITS = ("train", "val", "test")
+MAX_SIDE = 4096
+_ID = re.compile(r"[0-9]{6,12}")
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The content of a dataset folder's dataset.json. Raises DataError that names the key and the value."""
+    file = path / "dataset.json"
+    if not path.is_dir():
+        raise DataError(f"{path} is not a folder: give a dataset folder made by `ahriuwu record` or `ahriuwu import`")
+    if not file.is_file():
+        raise DataError(f"{path} is not a dataset (it has no dataset.json): make one with `ahriuwu record` or `import`")
+    try:
+        document = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        raise DataError(f"{file} is not JSON: the dataset is damaged, record or import it again") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else None
+        raise DataError(f"{file} has the format {found!r}, not {FORMAT!r}: record or import it again")
+    kinds = {
+        "format": str,
+        "name": str,
+        "source": dict,
+        "fps": (int, float),
+        "frame_skip": int,
+        "height": int,
+        "width": int,
+        "action_space": dict,
+        "seed": int,
+        "episodes": list,
+    }
+    _check_keys(document, kinds, str(file))
+    if not (math.isfinite(document["fps"]) and document["fps"] > 0):
+        raise DataError(f"{file}: fps is {document['fps']}, not a rate above zero")
+    for key, low, high in (("frame_skip", 1, 10_000), ("height", 1, MAX_SIDE), ("width", 1, MAX_SIDE)):
+        if not low <= document[key] <= high:
+            raise DataError(f"{file}: {key} is {document[key]}, not within {low} to {high}")
+    if not document["episodes"]:
+        raise DataError(f"{file} lists no episodes: record or import some")
+    seen = set()
+    for entry in document["episodes"]:
+        _check_episode(entry, str(file))
+        if entry["id"] in seen:
+            raise DataError(f"{file} lists the episode {entry['id']} twice")
+        seen.add(entry["id"])
+    return document
+
+
+def _check_episode(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: an episode is {entry!r}, not an object")
+    kinds = {"id": str, "split": str, "frames": int, "labelled": bool, "sha256": str, "source": str}
+    _check_keys(entry, kinds, f"{where}: an episode")
+    if not _ID.fullmatch(entry["id"]):
+        raise DataError(f"{where}: the episode id {entry['id']!r} is not a row of at least 6 digits")
+    if entry["split"] not in SPLITS:
+        raise DataError(
+            f"{where}: episode {entry['id']} has the split {entry['split']!r}, not one of {', '.join(SPLITS)}"
+        )
+    if entry["frames"] < 2:
+        raise DataError(f"{where}: episode {entry['id']} has {entry['frames']} frames; it takes 2 to show an action")
+    if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
+        raise DataError(f"{where}: episode {entry['id']} has the sha256 {entry['sha256']!r}, not 64 hex digits")
+
+
+def _check_keys(document: dict[str, Any], kinds: dict[str, Any], where: str) -> None:
+    odd = sorted(set(kinds) ^ set(document))
+    if odd:
+        state = "is missing" if odd[0] in kinds else "is not known"
+        raise DataError(f"{where}: the key {odd[0]!r} {state}; record or import the dataset again")
+    for key, kind in kinds.items():
+        value = document[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise DataError(f"{where}: {key} is {value!r}, which has the wrong type")

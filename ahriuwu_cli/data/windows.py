@@ -1,0 +1,57 @@
+"""Which windows of a dataset to look at: pure functions on episode lengths, both counted in frames."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+from ahriuwu_cli.errors import DataError
+
+
+def enumerate_windows(lengths: Mapping[str, int], length: int) -> list[tuple[str, int]]:
+    """Every window (episode, first frame) of `length` frames. Raises DataError when no episode is long enough."""
+    _require_room(lengths, length)
+    return [(name, start) for name, frames in lengths.items() for start in range(frames - length + 1)]
+
+
+def draw_windows(lengths: Mapping[str, int], length: int, count: int, seed: int) -> list[tuple[str, int]]:
+    """`count` different windows, spread evenly over episodes and, within one, over its time; the same for a seed.
+
+    They come in turns, one of every episode before the second of any, so any beginning of the list is spread as well.
+    Raises DataError when no episode is long enough, or when there are fewer windows than wanted.
+    """
+    import numpy as np
+
+    _require_room(lengths, length)
+    room = {name: frames - length + 1 for name, frames in lengths.items() if frames >= length}
+    if count < 1 or count > sum(room.values()):
+        raise DataError(
+            f"{count} windows of {length} frames were asked for, and {len(room)} episodes hold {sum(room.values())}: "
+            "ask for fewer, or record more"
+        )
+    rng = np.random.default_rng(seed)
+    order = [list(room)[i] for i in rng.permutation(len(room))]
+    quota = dict.fromkeys(order, 0)
+    while sum(quota.values()) < count:
+        for name in order:
+            if quota[name] < room[name] and sum(quota.values()) < count:
+                quota[name] += 1
+    starts = {}
+    for name, n in quota.items():  # one from each of n equal parts of the episode
+        edges = [room[name] * i // n for i in range(n + 1)] if n else [0]
+        drawn = [int(rng.integers(a, b)) for a, b in itertools.pairwise(edges)]
+        starts[name] = [drawn[i] for i in rng.permutation(n)]
+    return [(name, starts[name][turn]) for turn in range(max(quota.values())) for name in order if turn < quota[name]]
+
+
+def _require_room(lengths: Mapping[str, int], length: int) -> None:
+    if length < 1:
+        raise DataError(f"a window of {length} frames is empty: ask for at least 1")
+    if not lengths:
+        raise DataError(f"there is no episode to take a window of {length} frames from: is this split empty?")
+    longest = max(lengths.values())
+    if longest < length:
+        raise DataError(
+            f"no episode is long enough for a window of {length} frames: the longest of {len(lengths)} has {longest}; "
+            "ask for shorter windows or record longer episodes"
+        )

@@ -1,0 +1,81 @@
+"""Diffusion forcing: draws tau and the step size d for every frame of every clip (Dreamer 4, eq. 4 and 6).
+
+Every forcing is a function (batch, frames, k_max, tau_ctx, generator) -> (tau, d), both (B, T) float32, and is found
+by name in FORCINGS. tau is 0 for clean and 1 for noise; `independent` never draws 0, so nothing divides by zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from ahriuwu_cli.diffusion import tau as tau_
+
+Forcing = Callable[[int, int, int, float, Generator | None], tuple[Tensor, Tensor]]
+
+
+def independent(
+    batch: int, frames: int, k_max: int, tau_ctx: float = tau_.TAU_CTX, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each frame its own d, uniform over {1, 1/2, ..., 1/k_max}, and its own tau, uniform on {d, 2d, ..., 1} (eq. 4).
+
+    tau_ctx plays no part. Pure noise is drawn for (1 + 1/2 + ... + 1/k_max) / (log2 k_max + 1) of the frames.
+    """
+    sizes = torch.tensor(tau_.levels(k_max))
+    d = sizes[torch.randint(len(sizes), (batch, frames), generator=generator)]
+    return tau_.on_grid(torch.rand(batch, frames, generator=generator), d), d
+
+
+def horizon(
+    batch: int,
+    frames: int,
+    k_max: int,
+    tau_ctx: float = tau_.TAU_CTX,
+    generator: Generator | None = None,
+    tau_max: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The review's schedule: tau_ctx before a random h in 1..T-1, then a straight rise to tau_max; d = 1/k_max.
+
+    Kept because the review calls it correct. It ties tau to the position: the first target frame always gets tau_ctx,
+    and the pairs that a rollout asks for are hardly ever trained (`coverage` shows it). Needs frames >= 2.
+    """
+    if frames < 2:
+        raise ValueError(f"horizon forcing needs at least 2 frames, got {frames}")
+    h = torch.randint(1, frames, (batch, 1), generator=generator)
+    position = torch.arange(frames)[None]
+    rise = (position - h) / (frames - 1 - h).clamp(min=1)
+    tau = torch.where(position < h, torch.tensor(tau_ctx), tau_.between(tau_ctx, tau_max, rise.clamp(min=0)))
+    return tau, torch.full_like(tau, 1 / k_max)
+
+
+def prefix(
+    batch: int, frames: int, k_max: int, tau_ctx: float = tau_.TAU_CTX, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """`independent`, but half of the clips have their frames before a random h in 1..T-1 at exactly tau_ctx.
+
+    A departure from the paper: small budgets see the pairs of a rollout (context at tau_ctx, the next frame noisy) far
+    more often. d of those context frames is 1/k_max, the d by which a rollout commits a frame. Needs frames >= 2.
+    """
+    if frames < 2:
+        raise ValueError(f"prefix forcing needs at least 2 frames, got {frames}")
+    tau, d = independent(batch, frames, k_max, tau_ctx, generator)
+    h = torch.randint(1, frames, (batch, 1), generator=generator)
+    chosen = torch.rand(batch, 1, generator=generator) < 0.5
+    context = chosen & (torch.arange(frames)[None] < h)
+    return tau.masked_fill(context, tau_ctx), d.masked_fill(context, 1 / k_max)
+
+
+def finest(d: Tensor, k_max: int) -> Tensor:
+    """The plain flow's step size 1/k_max for every frame of d (B, T): what a run without shortcut training uses."""
+    return torch.full_like(d, 1 / k_max)
+
+
+def coverage(tau: Tensor, bins: int = 10) -> Tensor:
+    """Share of draws (T, bins) by position and tau bin, rows summing to 1, from drawn tau (B, T). Bin i is (i, i+1]/bins."""
+    index = (tau * bins).ceil().long().clamp(1, bins) - 1
+    return torch.nn.functional.one_hot(index, bins).float().mean(0)
+
+
+FORCINGS: dict[str, Forcing] = {"independent": independent, "horizon": horizon, "prefix": prefix}

@@ -1,0 +1,232 @@
+"""The dynamics: a block-causal transformer that predicts z_clean of every frame from z_tau, tau, d and actions.
+
+Dreamer 4 (arXiv 2509.24527), sections 3.2 and 3.4. `forward` sees whole clips; `extend` adds frames to a
+`ContextCache`. Both give the same numbers: a frame sees itself and the window - 1 frames before it.
+
+    z_tau (B, T, N, D), tau and d (B, T), actions (B, T, A), known (B, T)  ->  z_hat (B, T, N, D)
+
+`actions` are *incoming*: row t is the action that led to frame t. `incoming_actions` makes them from a clip's own
+(B, T-1, A), where actions[t] takes frame t to frame t + 1. Frames with known = False get a learned embedding instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ahriuwu_cli.diffusion import tau as tau_
+from ahriuwu_cli.models.cache import ContextCache
+from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
+from ahriuwu_cli.models.layers import Attention, SwiGLU, rotary, rotate, window_mask
+
+CONDITIONINGS = ("add", "token", "modulate")
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """Architecture of the dynamics. Everything here is stored in the checkpoint and read back strictly."""
+
+    tokens: int = 16  # N, latent tokens of a frame
+    latent_dim: int = 64  # D, channels of a latent token
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    mlp_hidden: int = 256
+    time_every: int = 2  # every time_every-th layer attends over time, the others over space
+    registers: int = 0
+    conditioning: str = "add"  # of (tau, d) and the action: added to tokens, tokens of their own, or modulation
+    look_back: bool = True  # every token also reads the previous frame's input at its own place
+    linear_skip: bool = True  # start from the best linear denoiser of Gaussian latents instead of from zero
+    window: int = 12  # frames that a frame may look at, itself included
+    k_max: int = 64
+    action_space: tuple[tuple[str, int, tuple[float, ...], tuple[float, ...]], ...] = ()  # kind, size, low, high
+
+    def __post_init__(self) -> None:
+        problems = [
+            (self.width % self.heads != 0, f"width {self.width} is not a multiple of heads {self.heads}"),
+            (self.heads % self.kv_heads != 0, f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}"),
+            ((self.width // self.heads) % 2 != 0, f"head width {self.width // self.heads} is odd"),
+            (self.conditioning not in CONDITIONINGS, f"conditioning {self.conditioning!r} is not in {CONDITIONINGS}"),
+            (not 1 <= self.time_every <= self.depth, f"time_every {self.time_every} is not in 1..depth {self.depth}"),
+            (self.k_max not in (2**i for i in range(17)), f"k_max {self.k_max} is not a power of two up to 65536"),
+            (self.window < 2, f"window {self.window} is below 2"),
+        ]
+        for wrong, sentence in problems:
+            if wrong:
+                raise ValueError(sentence)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + MLP(norm x); attention over space or over time. Modulation is optional."""
+
+    def __init__(self, config: DynamicsConfig, over_time: bool) -> None:
+        super().__init__()
+        self.over_time = over_time
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.attention = Attention(config.width, config.heads, config.kv_heads)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.mlp = SwiGLU(config.width, config.mlp_hidden)
+        self.modulation = nn.Linear(config.width, 4 * config.width) if config.conditioning == "modulate" else None
+
+    def forward(self, x: Tensor, condition: Tensor | None, time: TimeContext) -> Tensor:
+        scale1 = shift1 = scale2 = shift2 = None
+        if self.modulation is not None:
+            scale1, shift1, scale2, shift2 = self.modulation(F.silu(condition))[:, :, None].chunk(4, dim=-1)
+        h = _modulate(self.attention_norm(x), scale1, shift1)
+        x = x + (time.attend(self.attention, h) if self.over_time else self.attention(h))
+        return x + self.mlp(_modulate(self.mlp_norm(x), scale2, shift2))
+
+
+def _modulate(h: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    return h if scale is None else h * (1 + scale) + shift
+
+
+class TimeContext:
+    """What time layers need besides activations: rotary tables, a mask, and in a rollout the cache with its slots."""
+
+    def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None) -> None:
+        self.cos, self.sin, self.mask = cos, sin, mask
+        self.cache: ContextCache | None = None
+        self.slots: Tensor | None = None
+        self.layer = 0  # which time layer comes next; counts up within one pass
+
+    def attend(self, attention: Attention, h: Tensor) -> Tensor:
+        """Attention of h (B, T, S, C) over T, causal within the window."""
+        q, k, v = attention.project(h.transpose(1, 2))  # (B, S, heads, T, head_dim)
+        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        if self.cache is not None:
+            keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
+            k, v = keys.index_copy_(-2, self.slots, k), values.index_copy_(-2, self.slots, v)
+            self.layer += 1
+        return attention.attend(q, k, v, self.mask).transpose(1, 2)
+
+
+class Dynamics(nn.Module):
+    """See the module's first lines. Raises ValueError for a config that cannot be built."""
+
+    def __init__(self, config: DynamicsConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.embed = nn.Linear(c.latent_dim, c.width)
+        self.embed_previous = nn.Linear(c.latent_dim, c.width, bias=False) if c.look_back else None
+        self.places = nn.Parameter(torch.randn(c.tokens, c.width) * 0.5)  # a position in space for every latent token
+        self.registers = nn.Parameter(torch.randn(c.registers, c.width) * 0.5)
+        self.level = LevelEmbedding(c.k_max, c.width)
+        self.action = ActionEmbedding(c.action_space, c.width)
+        self.blocks = nn.ModuleList(Block(c, (i + 1) % c.time_every == 0) for i in range(c.depth))
+        self.final_norm = nn.RMSNorm(c.width, eps=1e-6)
+        self.head = nn.Linear(c.width, c.latent_dim)
+        self.channel_scale = nn.Parameter(torch.ones(c.latent_dim))  # spread of z_clean by channel, for linear_skip
+        self._initialise()
+
+    def _initialise(self) -> None:
+        residual = (2 * self.config.depth) ** -0.5
+        for block in self.blocks:
+            for linear in (block.attention.out, block.mlp.down):
+                linear.weight.data.mul_(residual)
+            if block.modulation is not None:
+                nn.init.normal_(block.modulation.weight, std=0.02)
+                nn.init.zeros_(block.modulation.bias)
+        self.head.weight.data.mul_(0.1)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def time_layers(self) -> int:
+        return sum(block.over_time for block in self.blocks)
+
+    def forward(self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor) -> Tensor:
+        """z_hat (B, T, N, D) for whole clips, causal in time, each frame within its window."""
+        frames, device = z_tau.shape[1], z_tau.device
+        cos, sin = rotary(torch.arange(frames, device=device), self.config.width // self.config.heads)
+        mask = window_mask(frames, self.config.window, device)
+        previous = None
+        if self.embed_previous is not None:
+            previous = F.pad(self.embed_previous(z_tau), (0, 0, 0, 0, 1, 0))[:, :-1]
+        return self._run(z_tau, tau, d, actions, known, previous, TimeContext(cos, sin, mask))
+
+    def new_cache(self, batch: int) -> ContextCache:
+        """An empty context window for `batch` rollouts on this model's device, in its number format."""
+        c = self.config
+        tokens = c.tokens + c.registers + (2 if c.conditioning == "token" else 0)
+        like = self.embed.weight
+        return ContextCache(batch, c.window, self.time_layers, tokens, c.kv_heads, c.width // c.heads, like)
+
+    def extend(
+        self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor, cache: ContextCache, keep: int
+    ) -> Tensor:
+        """z_hat of the next F frames after the cache; the first `keep` of them are committed to it, at their own level.
+
+        F - keep is 0 or 1: the frame that is being denoised rides behind the one that is being committed. More than
+        one frame can be committed at once only while the window is not yet full.
+        """
+        count = z_tau.shape[1]
+        assert keep <= 1 or cache.frames + keep <= cache.window, (keep, cache.frames, cache.window)
+        device = z_tau.device
+        positions = torch.arange(cache.frames, cache.frames + count, device=device)
+        cos, sin = rotary(positions, self.config.width // self.config.heads)
+        time = TimeContext(cos, sin, cache.mask(count, keep, device))
+        time.cache, time.slots = cache, torch.tensor(cache.slots(count, keep), device=device)
+        previous = None
+        if self.embed_previous is not None:
+            embedded = self.embed_previous(z_tau)
+            first = torch.zeros_like(embedded[:, :1]) if cache.previous is None else cache.previous
+            previous = torch.cat([first, embedded[:, :-1]], dim=1)
+            if keep:
+                cache.previous = embedded[:, keep - 1 : keep]
+        z_hat = self._run(z_tau, tau, d, actions, known, previous, time)
+        cache.frames += keep
+        return z_hat
+
+    def _run(
+        self,
+        z_tau: Tensor,
+        tau: Tensor,
+        d: Tensor,
+        actions: Tensor,
+        known: Tensor,
+        previous: Tensor | None,
+        time: TimeContext,
+    ) -> Tensor:
+        c = self.config
+        level, action = self.level(tau, d), self.action(actions, known)  # (B, T, C) each
+        x = self.embed(z_tau) + self.places  # (B, T, N, C)
+        if previous is not None:
+            x = x + previous
+        if c.conditioning == "add":
+            x = x + (level + action)[:, :, None]
+        batch, frames = tau.shape
+        extra = [self.registers.expand(batch, frames, -1, -1)] if c.registers else []
+        if c.conditioning == "token":
+            extra += [level[:, :, None], action[:, :, None]]
+        if extra:
+            x = torch.cat([x, *extra], dim=2)  # (B, T, S, C)
+        for block in self.blocks:
+            x = block(x, level + action, time)
+        z_hat = self.head(self.final_norm(x[:, :, : c.tokens]))
+        if c.linear_skip:
+            z_hat = z_hat + tau_.gaussian_gain(tau[..., None, None], self.channel_scale) * z_tau
+        return z_hat
+
+
+def incoming_actions(actions: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T-1, A) actions and (B,) labelled -> incoming (B, T, A) and known (B, T).
+
+    actions[t] takes frame t to t + 1, so frame t gets actions[t - 1]; what led to frame 0 is not known.
+    """
+    incoming = F.pad(actions, (0, 0, 1, 0))
+    known = labelled[:, None].expand(-1, incoming.shape[1]).clone()
+    known[:, 0] = False
+    return incoming, known
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

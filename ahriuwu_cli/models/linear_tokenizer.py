@@ -1,0 +1,87 @@
+"""The linear tokenizer: each patch to its principal components, fitted in closed form in seconds.
+
+A patch place keeps its own mean; the components are shared by all places. Component i is divided by its spread to the
+power `whitening`: 0 keeps pixel distances (strong components rule), 1 gives every component the same spread. The whole
+is then scaled to unit spread, so that noise at tau means the same for every world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ahriuwu_cli.models.tokenizer import Tokenizer
+
+
+class LinearTokenizer(Tokenizer):
+    """Patches of patch_height x patch_width pixels to latent_dim principal components: N = patches, D = latent_dim."""
+
+    kind = "linear"
+
+    def __init__(self, height: int, width: int, patch_height: int, patch_width: int, latent_dim: int) -> None:
+        super().__init__()
+        if height % patch_height or width % patch_width:
+            raise ValueError(f"frames of {height}x{width} do not divide into patches of {patch_height}x{patch_width}")
+        values = patch_height * patch_width * 3
+        if not 1 <= latent_dim <= values:
+            raise ValueError(f"latent_dim {latent_dim} is not in 1..{values}, the values of a patch")
+        self.height, self.width, self.latent_dim = height, width, latent_dim
+        self.patch_height, self.patch_width = patch_height, patch_width
+        self.rows, self.columns = height // patch_height, width // patch_width
+        self.tokens = self.rows * self.columns
+        self.register_buffer("mean", torch.zeros(self.tokens, values))
+        self.register_buffer("components", torch.eye(values)[:, :latent_dim].clone())  # orthonormal columns
+        self.register_buffer("scale", torch.ones(latent_dim))
+
+    @classmethod
+    def from_json(cls, architecture: dict) -> LinearTokenizer:
+        return cls(**architecture)
+
+    def to_json(self) -> dict:
+        names = ("height", "width", "patch_height", "patch_width", "latent_dim")
+        return {name: getattr(self, name) for name in names}
+
+    def encode(self, frames: Tensor) -> Tensor:
+        patches = self._patches(frames.to(self.mean.device).float() / 255)  # (B, T, N, P)
+        return (patches - self.mean) @ self.components / self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        patches = (latents.float() * self.scale) @ self.components.T + self.mean
+        return self._frames(patches).clamp(0, 1)
+
+    def fit(self, batches: Iterable[Tensor], whitening: float = 0.5) -> None:
+        """Fit mean, components and scale to uint8 frames, given as batches (F, H, W, 3). Two sums are all that is kept."""
+        values = self.mean.shape[1]
+        count, total = 0, torch.zeros(self.tokens, values, dtype=torch.float64)
+        second = torch.zeros(values, values, dtype=torch.float64)
+        for frames in batches:
+            patches = self._patches(frames[None].float() / 255)[0]  # (F, N, P)
+            count += len(patches)
+            total += patches.sum(0).double()
+            flat = patches.reshape(-1, values)
+            second += (flat.T @ flat).double()
+        if count < 2:
+            raise ValueError(f"the linear tokenizer needs at least 2 frames to fit, got {count}")
+        mean = total / count
+        covariance = (second - count * mean.T @ mean) / (count * self.tokens)
+        power, directions = torch.linalg.eigh(covariance)
+        power = power.flip(0)[: self.latent_dim].clamp(min=1e-8)
+        scale = power.sqrt() ** whitening
+        overall = (power / scale.square()).mean().sqrt()  # spread of all latents together
+        self.mean.copy_(mean)
+        self.components.copy_(directions.flip(1)[:, : self.latent_dim])
+        self.scale.copy_(scale * overall)
+
+    def _patches(self, frames: Tensor) -> Tensor:
+        """(B, T, H, W, 3) -> (B, T, N, P)."""
+        b, t = frames.shape[:2]
+        grid = frames.reshape(b, t, self.rows, self.patch_height, self.columns, self.patch_width, 3)
+        return grid.permute(0, 1, 2, 4, 3, 5, 6).reshape(b, t, self.tokens, -1)
+
+    def _frames(self, patches: Tensor) -> Tensor:
+        """(B, T, N, P) -> (B, T, H, W, 3)."""
+        b, t = patches.shape[:2]
+        grid = patches.reshape(b, t, self.rows, self.columns, self.patch_height, self.patch_width, 3)
+        return grid.permute(0, 1, 2, 4, 3, 5, 6).reshape(b, t, self.height, self.width, 3)

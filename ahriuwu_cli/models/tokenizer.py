@@ -1,0 +1,55 @@
+"""The interface of tokenizers: frames to latents and back, and the hash that says which tokenizer made a latent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Tokenizer(nn.Module):
+    """Maps frames (B, T, H, W, 3) uint8 to latents (B, T, N, D) float32 and back to frames (B, T, H, W, 3) in [0, 1].
+
+    Causal in time: latents of a frame never depend on later frames. `kind` names the class in a checkpoint and
+    `to_json` gives its architecture; both together rebuild it (`build_tokenizer`).
+    """
+
+    kind: str
+    height: int
+    width: int
+    tokens: int  # N
+    latent_dim: int  # D
+
+    @abstractmethod
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 frames (B, T, H, W, 3) -> latents (B, T, N, D), scaled to unit spread over the training data."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, T, N, D) -> frames (B, T, H, W, 3) float32 in [0, 1]."""
+
+    @abstractmethod
+    def to_json(self) -> dict:
+        """Architecture, enough to rebuild the module before its weights are loaded."""
+
+    def fingerprint(self) -> str:
+        """sha256 over kind, architecture and every weight: two tokenizers with equal shapes are told apart."""
+        digest = hashlib.sha256(json.dumps([self.kind, self.to_json()], sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def build_tokenizer(kind: str, architecture: dict) -> Tokenizer:
+    """An untrained tokenizer from its checkpoint description. ValueError for an unknown kind or a bad field."""
+    from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
+    from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer
+
+    kinds = {c.kind: c for c in (LinearTokenizer, TransformerTokenizer)}
+    if kind not in kinds:
+        raise ValueError(f"unknown tokenizer kind {kind!r}, choose one of {', '.join(kinds)}")
+    return kinds[kind].from_json(architecture)

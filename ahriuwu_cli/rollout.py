@@ -1,0 +1,127 @@
+"""Rollout: context frames and actions in, imagined latents out, one frame at a time, at K passes a frame.
+
+Every frame is walked from pure noise to tau_ctx by a sampler. Its last prediction z_hat is what is shown and scored;
+its state at tau_ctx is what the next frames see (`ctx_mode="stop"`), committed to the cache by a pass at
+(tau_ctx, d_min) that rides along with the next frame's first pass. Labels are honest: prompt frames are really mixed
+with noise at tau_ctx, and every frame is labelled with the level that was applied to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ahriuwu_cli.diffusion import tau as tau_
+from ahriuwu_cli.diffusion.samplers import SAMPLERS
+
+CTX_MODES = ("stop", "renoise")
+NoiseSource = Callable[[int, str, int], Tensor]  # (frame, purpose, step) -> (B, N, D)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How frames are generated. tau_ctx is noise: 0 is a clean context, 1 would be pure noise."""
+
+    steps: int = 4  # K, model passes a frame
+    sampler: str = "shortcut"
+    tau_ctx: float = tau_.TAU_CTX
+    ctx_mode: str = "stop"  # what becomes context: the state at tau_ctx, or z_hat with fresh noise ("renoise")
+
+
+class CachedDenoiser(Protocol):
+    """What a rollout needs of a model: `models.dynamics.Dynamics`, or a control that stands in for one."""
+
+    def new_cache(self, batch: int): ...
+
+    def extend(self, z_tau, tau, d, actions, known, cache, keep: int) -> Tensor: ...
+
+
+class KeyedNoise:
+    """Noise as a function of (seed, window, frame, purpose, step): the same for any batch size, order or process count."""
+
+    def __init__(self, seed: int, windows: Sequence[str], shape: tuple[int, int], device: torch.device | str = "cpu"):
+        self.seed, self.windows, self.shape, self.device = seed, list(windows), shape, device
+
+    def __call__(self, frame: int, purpose: str, step: int = 0) -> Tensor:
+        """(B, N, D) standard normal, drawn on the CPU so that every device sees the same numbers."""
+        rows = []
+        for window in self.windows:
+            key = hashlib.blake2b(f"{self.seed}/{window}/{frame}/{purpose}/{step}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+            rows.append(torch.randn(self.shape, generator=generator))
+        return torch.stack(rows).to(self.device)
+
+
+@torch.no_grad()
+def rollout(
+    dynamics: CachedDenoiser,
+    prompt: Tensor,
+    actions: Tensor,
+    known: Tensor,
+    config: RolloutConfig,
+    noise: NoiseSource,
+    k_max: int,
+) -> Iterator[Tensor]:
+    """Yields z_hat (B, N, D) of every frame after the prompt.
+
+    prompt: clean latents (B, P, N, D), P >= 1. actions: incoming (B, P + L, A) for prompt and new frames, known
+    (B, P + L) likewise (`models.dynamics.incoming_actions`); L frames are generated. noise: see NoiseSource.
+    """
+    batch, prompt_frames = prompt.shape[:2]
+    device = prompt.device
+    d_min = 1 / k_max
+    cache = dynamics.new_cache(batch)
+
+    def level(value: float, frames: int) -> Tensor:
+        return torch.full((batch, frames), value, device=device)
+
+    def inputs(first: int, stop: int) -> tuple[Tensor, Tensor]:
+        return actions[:, first:stop], known[:, first:stop]
+
+    noisy = [tau_.add_noise(prompt[:, t], noise(t, "prompt", 0), config.tau_ctx) for t in range(prompt_frames)]
+    for first, stop in _prefill_chunks(prompt_frames - 1, cache.window):
+        z = torch.stack(noisy[first:stop], dim=1)
+        frames = stop - first
+        dynamics.extend(
+            z, level(config.tau_ctx, frames), level(d_min, frames), *inputs(first, stop), cache, keep=frames
+        )
+
+    pending, pending_tau = noisy[-1][:, None], config.tau_ctx  # waits to be committed with the next first pass
+    for t in range(prompt_frames, actions.shape[1]):
+        uncommitted = True
+
+        def denoise(z: Tensor, tau: Tensor, d: Tensor, t: int = t) -> Tensor:
+            nonlocal uncommitted
+            if not uncommitted:
+                return dynamics.extend(z, tau, d, *inputs(t, t + 1), cache, keep=0)
+            uncommitted = False
+            both = torch.cat([pending, z], dim=1)
+            taus = torch.cat([level(pending_tau, 1), tau], dim=1)
+            sizes = torch.cat([level(d_min, 1), d], dim=1)
+            return dynamics.extend(both, taus, sizes, *inputs(t - 1, t + 1), cache, keep=1)[:, 1:]
+
+        z_hat, z_end, tau_end = SAMPLERS[config.sampler](
+            denoise,
+            noise(t, "start", 0)[:, None],
+            config.steps,
+            tau_ctx=config.tau_ctx,
+            k_max=k_max,
+            generator=lambda i, t=t: noise(t, "renoise", i)[:, None],
+        )
+        if config.ctx_mode == "renoise":
+            z_end, tau_end = tau_.add_noise(z_hat, noise(t, "context", 0)[:, None], config.tau_ctx), config.tau_ctx
+        pending, pending_tau = z_end, tau_end
+        yield z_hat[:, 0]
+
+
+def _prefill_chunks(frames: int, window: int) -> Iterator[tuple[int, int]]:
+    """The prompt's frames in one chunk while the window fills, then one by one."""
+    if frames:
+        yield 0, min(frames, window)
+    for t in range(window, frames):
+        yield t, t + 1

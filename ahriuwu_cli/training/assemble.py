@@ -1,0 +1,134 @@
+"""From a dataset and a configuration to a trainer that is ready to go: the train flow, read from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.latents import open_pack
+from ahriuwu_cli.diffusion.tau import levels
+from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
+from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
+from ahriuwu_cli.models.sizes import SIZES
+from ahriuwu_cli.models.tokenizer import Tokenizer
+from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.training.checkpoint import action_slots, load_world
+from ahriuwu_cli.training.loop import DynamicsTrainer
+from ahriuwu_cli.training.preview import preview_manifest
+from ahriuwu_cli.training.run import Run, refuse_used
+from ahriuwu_cli.world import World
+
+Progress = Callable[[int, int], None]
+
+
+def fit_linear_tokenizer(
+    store: EpisodeStore, patch: tuple[int, int], latent_dim: int, whitening: float, progress: Progress | None = None
+) -> LinearTokenizer:
+    """Fit the linear tokenizer to the train split. UserError for a patch or latent_dim that does not fit the frames."""
+    try:
+        tokenizer = LinearTokenizer(store.height, store.width, *patch, latent_dim)
+    except ValueError as error:
+        raise UserError(f"{error}: choose another --patch or --latent-dim") from None
+    if not 0 <= whitening <= 1:
+        raise UserError(f"--whitening must be in [0, 1], got {whitening}")
+    episodes = store.episodes("train")
+    if not episodes:
+        raise DataError(f"{store.path} has no episodes in its train split: record or import more episodes")
+
+    def batches():
+        for i, episode in enumerate(episodes):
+            yield torch.from_numpy(store.frames(episode.id))
+            if progress is not None:
+                progress(i + 1, len(episodes))
+
+    tokenizer.fit(batches(), whitening)
+    return tokenizer.eval()
+
+
+def assemble(
+    store: EpisodeStore,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    out: Path,
+    command: str,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    overwrite: bool = False,
+    init_from: Path | None = None,
+    progress: Progress | None = None,
+) -> DynamicsTrainer:
+    """A trainer for a new run in `out`, or for the run that is there. Everything is checked before anything is written."""
+    if config.size not in SIZES:
+        raise UserError(f"unknown size {config.size!r}: {did_you_mean(config.size, tuple(SIZES))}")
+    if (tokenizer.height, tokenizer.width) != (store.height, store.width):
+        raise CheckpointError(
+            f"the tokenizer is for frames of {tokenizer.height}x{tokenizer.width}, {store.path} has "
+            f"{store.height}x{store.width}: train a tokenizer on this dataset"
+        )
+    if not resume:
+        refuse_used(out, overwrite)
+    preview_manifest(store, config.preview_windows, config.seed)  # a dataset too small for previews is refused now
+    longest = max((e.frames for e in store.episodes("train")), default=0)
+    if longest < max(config.frames, config.long_frames):
+        raise DataError(
+            f"no training episode of {store.path} has {max(config.frames, config.long_frames)} frames (longest: "
+            f"{longest}): train with fewer --frames or record longer episodes"
+        )
+    architecture = DynamicsConfig(
+        tokens=tokenizer.tokens,
+        latent_dim=tokenizer.latent_dim,
+        action_space=action_slots(store.action_space),
+        **SIZES[config.size],
+    )
+    torch.manual_seed(config.seed)
+    dynamics = Dynamics(architecture)
+    every_d = config.bootstrap_share > 0 and config.forcing != "horizon"
+    trained_d = tuple(levels(architecture.k_max)) if every_d else (1 / architecture.k_max,)
+    world = World(
+        dynamics=dynamics.to(device).requires_grad_(False),
+        tokenizer=tokenizer.to(device),
+        action_space=store.action_space,
+        fps=store.fps,
+        frame_skip=store.frame_skip,
+        trained_d=trained_d,
+        forcing=config.forcing,
+        trained_unlabelled=any(not e.labelled for e in store.episodes("train")) or config.single_image_share > 0,
+        generation=RolloutConfig(sampler="shortcut" if every_d else "euler", tau_ctx=config.tau_ctx),
+    )
+    facts = {
+        "dataset": store.name,
+        "dataset_fingerprint": store.fingerprint,
+        "tokenizer_hash": tokenizer.fingerprint(),
+        "architecture": architecture.to_json(),
+        "init_from": str(init_from) if init_from else None,
+    }
+    facts["architecture"]["action_space"] = store.action_space.to_json()
+    if init_from is not None:
+        _initialise_from(dynamics, init_from)
+    pack = open_pack(store, tokenizer, "train", progress)
+    if init_from is None:
+        dynamics.channel_scale.copy_(pack.spread())
+    if resume:
+        run = Run.resume(out, config, facts, command)
+    else:
+        run = Run.start(out, config, facts, command, overwrite)
+    trainer = DynamicsTrainer(world, pack, store, run)
+    if resume:
+        run.load(trainer)
+    return trainer
+
+
+def _initialise_from(dynamics: Dynamics, path: Path) -> None:
+    """Weights of another world with the same architecture; nothing else of it."""
+    other = load_world(path, "cpu").dynamics
+    if other.config != dynamics.config:
+        mine, its = dynamics.config.to_json(), other.config.to_json()
+        differs = ", ".join(f"{k} {its[k]!r}" for k in mine if mine[k] != its[k])
+        raise CheckpointError(f"{path} has another architecture ({differs}): --init-from needs the same")
+    dynamics.load_state_dict(other.state_dict(), strict=True)

@@ -1,0 +1,63 @@
+"""Muon for hidden matrices: momentum, made orthogonal by Newton-Schulz steps, scaled to AdamW's update size.
+
+The method is Keller Jordan's (2024) with the scale of Liu et al. (arXiv 2502.16982). PyTorch's own `torch.optim.Muon`
+does the same in bfloat16 only, which costs 30 times a training step on a CPU without bfloat16 units (measured:
+docs/log.md). This one works in float32 on a CPU and bfloat16 on a GPU, and stacks matrices of one shape into one batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
+    """U V^T, roughly, of each matrix of g (M, rows, columns), by the quintic Newton-Schulz iteration."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if g.is_cuda else g.float()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        s = x @ x.mT
+        x = a * x + (b * s + c * s @ s) @ x
+    return (x.mT if tall else x).type_as(g)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over 2-D parameters with Nesterov momentum and decoupled weight decay. Update RMS is 0.2, as AdamW's."""
+
+    def __init__(self, params, lr: float = 3e-3, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2:
+                    raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "closures are not supported"
+        for group in self.param_groups:
+            by_shape: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault((*p.shape, p.dtype), []).append(p)
+            for matrices in by_shape.values():
+                self._update(matrices, group)
+
+    def _update(self, matrices: list[Tensor], group: dict) -> None:
+        directions = []
+        for p in matrices:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffer = state["momentum_buffer"]
+            buffer.lerp_(p.grad, 1 - group["momentum"])
+            directions.append(p.grad.lerp(buffer, group["momentum"]))
+        scale = 0.2 * max(matrices[0].shape) ** 0.5
+        updates = orthogonalise(torch.stack(directions))
+        for p, update in zip(matrices, updates, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update, alpha=-group["lr"] * scale)

@@ -1,0 +1,38 @@
+"""Optimisers, the learning-rate schedule, and the averaged weights that are sampled from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.training.muon import Muon
+
+
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all."""
+    matrices: list[Tensor] = []
+    if config.optimizer == "muon":
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    adamw = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    return [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay), adamw] if matrices else [adamw]
+
+
+def rate(step: int, total: int | None, config: TrainConfig) -> float:
+    """Share of the full learning rate at a step: linear warm-up, constant, linear decay to 0 over the last part.
+
+    total is None while a time budget has not yet decided how many steps there will be: then there is no decay.
+    """
+    up = min(1.0, (step + 1) / max(config.warmup, 1))
+    if total is None or not config.decay:
+        return up
+    return up * min(1.0, max(0.0, (total - step) / (total * config.decay)))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """average <- decay * average + (1 - decay) * model; the decay itself warms up, so early averages are not stale."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

@@ -1,0 +1,29 @@
+"""Previews during training: the free-running gain over persistence on held-out windows, by which `best` is chosen."""
+
+from __future__ import annotations
+
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.evaluation.evaluate import quick_gain
+from ahriuwu_cli.evaluation.protocol import WindowManifest, make_manifest
+from ahriuwu_cli.world import World
+
+CONTEXT = 8
+
+
+def preview_manifest(store: EpisodeStore, windows: int, seed: int) -> WindowManifest:
+    """Windows of the val split: 8 frames of context and 16 generated, or as many as the longest episode allows."""
+    lengths = [e.frames for e in store.episodes("val") if e.labelled or not store.action_space.width]
+    if not lengths or max(lengths) < CONTEXT + 1:
+        raise DataError(
+            f"{store.path} has no val episode of at least {CONTEXT + 1} frames with actions: previews need one; "
+            f"record more episodes"
+        )
+    horizon = min(16, max(lengths) - CONTEXT)
+    available = sum(max(0, n - CONTEXT - horizon + 1) for n in lengths)
+    return make_manifest(store, "val", CONTEXT, horizon, min(windows, available), seed)
+
+
+def preview(world: World, store: EpisodeStore, manifest: WindowManifest, batch: int = 32) -> dict:
+    """{"gain_db": {horizon: dB}, ...} of the world's own generation settings."""
+    return quick_gain(world, store, manifest, world.generation, seed=0, batch=batch)

@@ -1,0 +1,171 @@
+"""A training run on disk: what was asked for, what happened, and states to go on from. Never overwritten unasked.
+
+run.json        resolved configuration, command line, versions, git revision
+metrics.jsonl   one JSON object a line
+state/step-N/   all that a resumed run needs (the last few)
+best/ last/     worlds: by free-running gain on held-out windows, and at the end
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ahriuwu_cli import __version__
+from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.errors import CheckpointError, UserError
+from ahriuwu_cli.training.checkpoint import save_world
+from ahriuwu_cli.training.state import load_optimizer_tensors, load_state, optimizer_tensors, save_state
+
+if TYPE_CHECKING:
+    from ahriuwu_cli.training.loop import DynamicsTrainer
+    from ahriuwu_cli.world import World
+
+
+class Run:
+    """The folder of one run. `facts` (dataset, tokenizer, architecture) must be the same when it is resumed."""
+
+    def __init__(self, folder: Path, config: TrainConfig, facts: dict, command: str) -> None:
+        self.folder, self.config, self.facts, self.command = Path(folder), config, facts, command
+
+    @classmethod
+    def start(cls, folder: Path, config: TrainConfig, facts: dict, command: str, overwrite: bool = False) -> Run:
+        """A new run in an empty or absent folder. UserError when it holds something and overwrite is off."""
+        refuse_used(folder, overwrite)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        run = cls(folder, config, facts, command)
+        document = {"config": config.to_json(), "facts": facts, "command": command, "versions": versions()}
+        _write_json(folder / "run.json", document)
+        return run
+
+    @classmethod
+    def resume(cls, folder: Path, config: TrainConfig, facts: dict, command: str) -> Run:
+        """Go on in a run's folder. UserError when it was started with other settings, naming them."""
+        try:
+            document = json.loads((folder / "run.json").read_text())
+            before, old_facts = TrainConfig.from_json(document["config"]).to_json(), document["facts"]
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no run to resume: start it without --resume") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / 'run.json'} cannot be read ({error})") from None
+        now = config.to_json()
+        changed = [f"{k} {before[k]!r} -> {now[k]!r}" for k in now if now[k] != before[k]]
+        changed += [f"{k} differs" for k in facts if facts[k] != old_facts.get(k)]
+        if changed:
+            raise UserError(
+                f"{folder} was started with other settings ({'; '.join(changed[:4])}): resume with the same"
+            )
+        return cls(folder, config, facts, document["command"])
+
+    def log(self, line: dict) -> dict:
+        """Append one line to metrics.jsonl; NaN never gets in."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        return line
+
+    def newest_state(self) -> Path | None:
+        """The newest resumable state, or None."""
+        found = sorted(d.parent for d in (self.folder / "state").glob("step-*/state.json"))
+        return found[-1] if found else None
+
+    def save(self, trainer: DynamicsTrainer) -> None:
+        """Save everything that the next step depends on; keep the last few states."""
+        tensors = {f"model.{n}": t for n, t in trainer.model.state_dict().items()}
+        tensors |= {f"average.{n}": t for n, t in trainer.average.state_dict().items()}
+        document = {
+            "step": trainer.step,
+            "total": trainer.total,
+            "elapsed": trainer.elapsed,
+            "best": trainer.best,
+            "optimizers": [],
+        }
+        for i, optimizer in enumerate(trainer.optimizers):
+            state, description = optimizer_tensors(optimizer)
+            tensors |= {f"optimizer{i}.{n}": t for n, t in state.items()}
+            document["optimizers"].append(description)
+        save_state(self.folder / "state" / f"step-{trainer.step:08d}", tensors, document)
+        for old in sorted((self.folder / "state").glob("step-*"))[: -self.config.keep]:
+            shutil.rmtree(old)
+
+    def load(self, trainer: DynamicsTrainer) -> None:
+        """Bring a fresh trainer to the newest saved state, exactly, and drop later lines of the log."""
+        newest = self.newest_state()
+        if newest is None:
+            raise UserError(f"{self.folder} has no saved state yet: start again with --overwrite")
+        tensors, document = load_state(newest)
+
+        def part(prefix: str) -> dict:
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+        try:
+            trainer.model.load_state_dict(part("model."), strict=True)
+            trainer.average.load_state_dict(part("average."), strict=True)
+            for i, optimizer in enumerate(trainer.optimizers):
+                load_optimizer_tensors(optimizer, part(f"optimizer{i}."), document["optimizers"][i])
+            trainer.step, trainer.total = document["step"], document["total"]
+            trainer.elapsed, trainer.best = document["elapsed"], document["best"]
+        except (RuntimeError, KeyError, IndexError) as error:
+            raise CheckpointError(f"{newest} does not fit this run: {error}") from None
+        self._cut_log(trainer.step)
+
+    def save_world(self, world: World, name: str, trainer: DynamicsTrainer) -> None:
+        """Write the averaged weights as the world `best` or `last`."""
+        world.facts = {
+            **versions(),
+            "command": self.command,
+            "step": trainer.step,
+            "train_seconds": round(trainer.elapsed, 1),
+            "preview_gain_db": trainer.best,
+            "train": self.config.to_json(),
+            **self.facts,
+        }
+        save_world(world, self.folder / name)
+
+    def _cut_log(self, step: int) -> None:
+        file = self.folder / "metrics.jsonl"
+        if file.exists():
+            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+            file.write_text("".join(line + "\n" for line in kept))
+
+
+def refuse_used(folder: Path, overwrite: bool) -> None:
+    """UserError when a run folder already holds something and --overwrite was not given, or when it is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder for the run")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"{folder} is not empty: choose another --out, go on with --resume, or give --overwrite")
+
+
+def versions() -> dict:
+    """What this ran with: ahriuwu, torch, Python, and the git revision of the code where it is a checkout."""
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "ahriuwu": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "git": git.stdout.strip() or None,
+    }
+
+
+def _write_json(path: Path, document: dict) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(document, indent=1))
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

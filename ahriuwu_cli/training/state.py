@@ -1,0 +1,175 @@
+"""Training state on disk: tensors in safetensors, everything else in JSON, replaced as one and refused when damaged.
+
+A state is `state.json` and the one tensors file it names by hash. The tensors are written first and the rename of
+`state.json` is the moment the new state counts: whatever stops the writing, the state before it can still be loaded.
+Nothing is pickled. Optimizers are flattened to plain tensors and plain JSON, and restored strictly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ahriuwu_cli.errors import CheckpointError
+
+FORMAT = "ahriuwu-state-1"
+DOCUMENT = "state.json"
+
+
+def save_state(folder: Path, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
+    """Write tensors and a JSON document into `folder`, which is made if needed, in place of the state that is there.
+
+    Tensors may lie on any device and share memory; each is stored by itself. ValueError when the document is not JSON
+    (NaN and infinity are not: say None). Other files of the folder are left alone.
+    """
+    from safetensors.torch import save_file
+
+    text = json.dumps(document, allow_nan=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "state.safetensors.partial"
+    save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, partial)
+    digest = _sha256(partial)
+    _sync(partial)
+    partial.rename(folder / _tensors_name(digest))
+    facts = {
+        "format": FORMAT,
+        "tensors_sha256": digest,
+        "document_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "document": document,
+    }
+    partial = folder / (DOCUMENT + ".partial")
+    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    _sync(partial)
+    partial.rename(folder / DOCUMENT)
+    for old in folder.glob("state-*.safetensors"):
+        if old.name != _tensors_name(digest):
+            old.unlink()
+
+
+def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU, as they were saved, dtype and bits) and the document of the state in `folder`.
+
+    Tuples of the document come back as lists and its keys as strings. CheckpointError, one sentence, when the state is
+    missing, cut short, altered or of another format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / DOCUMENT
+    try:
+        facts = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"cannot read a training state at {path}: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is not JSON: the training state is damaged, use another one") from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a training state of the format {FORMAT}: use one that this version wrote")
+    document, digest = facts.get("document"), facts.get("tensors_sha256")
+    sum_of_document = hashlib.sha256(json.dumps(document).encode()).hexdigest()
+    if not isinstance(document, dict) or sum_of_document != facts.get("document_sha256"):
+        raise CheckpointError(f"{path} was altered after it was written (its sha256 differs): use another state")
+    if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise CheckpointError(f"{path} names no tensors file: the training state is damaged, use another one")
+    tensors = folder / _tensors_name(digest)
+    try:
+        if _sha256(tensors) != digest:
+            raise CheckpointError(f"{tensors} was altered after it was written (its sha256 differs): use another state")
+        return load_file(tensors), document
+    except OSError as error:
+        raise CheckpointError(f"cannot read {tensors}, which {path} names: {error.strerror}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{tensors} is not a safetensors file ({error}): use another state") from None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's whole state as (tensors, document): the document holds its kind, group scalars and names.
+
+    Tensors are "<parameter index>.<name>" (exp_avg, step, momentum_buffer, ...) and "group<i>.<name>" for a tensor
+    learning rate. They are the optimizer's own, not copies: save them before the next step.
+    """
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{index}.{name}"] = value
+    groups = []
+    for i, group in enumerate(state["param_groups"]):
+        tensors |= {f"group{i}.{name}": value for name, value in group.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in group.items() if not isinstance(value, Tensor)}
+        groups.append({name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()})
+    document = {
+        "kind": type(optimizer).__name__,
+        "shapes": [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups],
+        "groups": groups,
+        "scalars": scalars,
+        "tensors": sorted(tensors),
+    }
+    return tensors, document
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], document: dict[str, Any]
+) -> None:
+    """Put back what `optimizer_tensors` gave into an optimizer over parameters of the same order and shapes.
+
+    CheckpointError when kind, groups, shapes or names differ in anything; the optimizer is then left as it was.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    kind, shapes = type(optimizer).__name__, optimizer_tensors(optimizer)[1]["shapes"]
+    try:
+        saved_kind, saved_shapes, saved_groups = document["kind"], document["shapes"], document["groups"]
+        scalars, names = document["scalars"], document["tensors"]
+    except KeyError as error:
+        raise CheckpointError(f"the saved optimizer state has no field {error}: use another state") from None
+    if saved_kind != kind:
+        raise CheckpointError(f"the state is of the optimizer {saved_kind}, this run uses {kind}: resume with the same")
+    if saved_shapes != shapes:
+        raise CheckpointError(f"the saved {kind} state is of other parameters than this model's: resume the same model")
+    if sorted(tensors) != names:
+        odd = sorted(set(tensors) ^ set(names))
+        raise CheckpointError(f"the saved {kind} state lacks or adds the tensors {', '.join(odd)}: use another state")
+    groups, state = [], {}
+    for i, (mine, saved) in enumerate(zip(own, saved_groups, strict=True)):
+        group = dict(saved) | {n.partition(".")[2]: t.clone() for n, t in tensors.items() if n.startswith(f"group{i}.")}
+        if set(group) != set(mine) or group["params"] != mine["params"]:
+            odd = sorted(set(group) ^ set(mine)) or ["params"]
+            raise CheckpointError(f"group {i} of the saved {kind} state differs in {', '.join(odd)}: use another state")
+        groups.append({n: tuple(v) if isinstance(mine[n], tuple) else v for n, v in group.items()})
+    for name, value in [*tensors.items(), *scalars.items()]:
+        index, _, field = name.partition(".")
+        if not index.startswith("group"):
+            state.setdefault(int(index), {})[field] = value.clone() if isinstance(value, Tensor) else value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors named "<prefix>.<name>", so that several parts share one state."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those tensors that `with_prefix(prefix, ...)` made, under their own names again."""
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+def _tensors_name(digest: str) -> str:
+    return f"state-{digest[:16]}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the file on the disk before its name counts."""
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())

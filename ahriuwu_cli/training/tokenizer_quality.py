@@ -1,0 +1,24 @@
+"""How well a tokenizer gives frames back: the ceiling of everything that is generated through it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.evaluation.metrics import psnr_per_frame
+from ahriuwu_cli.models.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def reconstruction(tokenizer: Tokenizer, store: EpisodeStore, split: str, most: int = 16) -> dict:
+    """{"psnr_db": mean PSNR per frame, "frames": count} of decode(encode(frames)) on up to `most` episodes of a split."""
+    values = []
+    for episode in store.episodes(split)[:most]:
+        frames = torch.from_numpy(store.frames(episode.id, 0, min(episode.frames, 256)))[None]
+        again = tokenizer.decode(tokenizer.encode(frames)).cpu()
+        values.append(np.asarray(psnr_per_frame(again, frames)).ravel())
+    if not values:
+        raise DataError(f"{store.path} has no {split} episodes to judge a tokenizer by: record more episodes")
+    return {"psnr_db": float(np.concatenate(values).mean()), "frames": int(sum(len(v) for v in values))}

@@ -1,0 +1,74 @@
+"""A world: dynamics, tokenizer and the facts that go with them, as one checkpoint holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.diffusion.samplers import told_step_size
+from ahriuwu_cli.errors import CheckpointError, UserError, did_you_mean
+from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.tokenizer import Tokenizer
+from ahriuwu_cli.rollout import CTX_MODES, SAMPLERS, RolloutConfig
+
+
+@dataclass
+class World:
+    """What `training.checkpoint.load_world` returns. Weights are the EMA weights, in evaluation mode."""
+
+    dynamics: Dynamics
+    tokenizer: Tokenizer
+    action_space: ActionSpace
+    fps: float
+    frame_skip: int
+    trained_d: tuple[float, ...]  # step sizes seen in training; a sampler that asks for another is refused
+    forcing: str
+    trained_unlabelled: bool  # whether video without actions was in the training data
+    generation: RolloutConfig  # defaults for rollouts
+    path: Path | None = None
+    facts: dict = field(default_factory=dict)  # git revision, versions, training summary: for people
+
+    @property
+    def k_max(self) -> int:
+        return self.dynamics.config.k_max
+
+    @property
+    def device(self) -> torch.device:
+        return self.dynamics.embed.weight.device
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 frames (B, T, H, W, 3) -> clean latents (B, T, N, D) on this world's device."""
+        with torch.no_grad():
+            return self.tokenizer.encode(frames.to(self.device))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, T, N, D) -> uint8 frames (B, T, H, W, 3) on the CPU: exactly what is shown, stored and scored."""
+        with torch.no_grad():
+            return (self.tokenizer.decode(latents) * 255).round().to(torch.uint8).cpu()
+
+    def check_generation(self, config: RolloutConfig) -> None:
+        """Refuse what this model was not trained for, in a sentence: unknown names (2), untrained d (4)."""
+        if config.sampler not in SAMPLERS:
+            raise UserError(f"unknown sampler {config.sampler!r}: {did_you_mean(config.sampler, tuple(SAMPLERS))}")
+        if config.ctx_mode not in CTX_MODES:
+            raise UserError(f"unknown --ctx-mode {config.ctx_mode!r}: {did_you_mean(config.ctx_mode, CTX_MODES)}")
+        if not 0 <= config.tau_ctx < 1:
+            raise UserError(f"--tau-ctx {config.tau_ctx} is not in [0, 1) where 0 is clean and 1 is noise")
+        if config.steps < 1:
+            raise UserError(f"--steps must be at least 1, got {config.steps}")
+        if config.sampler == "shortcut" and (config.steps & (config.steps - 1) or config.steps > self.k_max):
+            raise UserError(
+                f"--steps {config.steps} does not fit the shortcut sampler: use a power of two up to {self.k_max}, "
+                f"or --sampler euler"
+            )
+        told = told_step_size(config.sampler, config.steps, self.k_max)
+        if told not in self.trained_d:
+            known = ", ".join(f"1/{round(1 / d)}" for d in self.trained_d)
+            raise CheckpointError(
+                f"this model was not trained for step size d = 1/{round(1 / told)} (trained: {known}); "
+                f"use --sampler euler, or train with --bootstrap-share above 0"
+            )

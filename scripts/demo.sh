@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The whole toolkit on real game video, on two CPU cores in under ten minutes:
+# record ViZDoom, fit a tokenizer, train the dynamics, imagine, evaluate, sweep tau_ctx, verify.
+# BUDGET sets the training time (default 4m); results go to runs/demo (OUT), any earlier ones there are replaced.
+set -euo pipefail
+began=$(date +%s)
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+out=${OUT:-runs/demo}
+budget=${BUDGET:-4m}
+rm -rf "$out"
+mkdir -p "$out"
+timings=$out/stages.tsv
+printf 'environment\t%s\n' "$(($(date +%s) - began))" > "$timings"
+
+stage() { # stage NAME COMMAND...: run, and note the seconds
+  local name=$1 from
+  shift
+  from=$(date +%s)
+  echo "== $name: $*" >&2
+  "$@"
+  printf '%s\t%s\n' "$name" "$(($(date +%s) - from))" >> "$timings"
+}
+
+stage record    ahriuwu record doom:defend_the_center --out "$out/data" --episodes 200 --size 64 --splits 0.75,0.1,0.15 --seed 0
+stage tokenizer ahriuwu train tokenizer "$out/data" --out "$out/tokenizer"
+stage train     ahriuwu train dynamics "$out/data" --tokenizer "$out/tokenizer" --out "$out/world" --budget "$budget"
+stage rollout   ahriuwu rollout "$out/world" "$out/data" --out "$out/rollout" --length 32
+stage turn-left  ahriuwu rollout "$out/world" "$out/data" --out "$out/turn-left" --length 16 --actions repeat:TURN_LEFT
+stage turn-right ahriuwu rollout "$out/world" "$out/data" --out "$out/turn-right" --length 16 --actions repeat:TURN_RIGHT
+stage eval      ahriuwu eval "$out/world" "$out/data" --out "$out/eval"
+stage sweep     ahriuwu sweep-tau "$out/world" "$out/data" --out "$out/sweep"
+stage verify    ahriuwu verify "$out/world" --dataset "$out/data"
+python scripts/demo_summary.py "$out" "$(($(date +%s) - began))"

@@ -1,0 +1,16 @@
+# Sourced by the other scripts: makes .venv with the tested releases, once, and puts it first on PATH.
+# AHRIUWU_EXTRAS chooses the optional parts; a change of pyproject.toml or constraints.txt installs anew.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras=${AHRIUWU_EXTRAS:-doom}
+stamp=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+marker=.venv/.installed-$extras-$stamp
+if [ ! -f "$marker" ]; then
+  python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $python is older than 3.11: set PYTHON to a newer one" >&2; exit 2; }
+  echo "making .venv with extras [$extras] (a minute or two, once)" >&2
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$extras]"
+  touch "$marker"
+fi
+export PATH="$PWD/.venv/bin:$PATH"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Makes the environment, then lint and tests. Arguments go to pytest: bash scripts/test.sh -m "not slow"
+AHRIUWU_EXTRAS=doom,atari,dev
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+ruff check .
+ruff format --check .
+python -m pytest "$@"

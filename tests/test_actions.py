@@ -1,0 +1,99 @@
+"""Action spaces: what they refuse, what they draw, and that text and rows agree."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.errors import DataError, UserError
+
+BUTTONS = ActionComponent("buttons", "binary", 3, ("TURN_LEFT", "TURN_RIGHT", "ATTACK"))
+MOVE = ActionComponent("move", "discrete", 4, ("NOOP", "FIRE", "RIGHT", "LEFT"))
+GEAR = ActionComponent("gear", "discrete", 3)
+STEER = ActionComponent("steer", "continuous", 2, ("wheel", "gas"), (-1.0, 0.0), (1.0, 2.0))
+SPACES = {"buttons": ActionSpace((BUTTONS,)), "move": ActionSpace((MOVE,)), "all": ActionSpace((BUTTONS, GEAR, STEER))}
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_a_space_survives_json(space):
+    assert ActionSpace.from_json(json.loads(json.dumps(space.to_json()))) == space
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_random_actions_are_valid_held_and_repeat_with_the_seed(space):
+    rows = space.random(500, (3, 5), np.random.default_rng(1))
+    space.validate(rows, "drawn")
+    np.testing.assert_array_equal(rows, space.random(500, (3, 5), np.random.default_rng(1)))
+    changes = np.flatnonzero((rows[1:] != rows[:-1]).any(1)) + 1
+    assert np.diff([0, *changes]).min() >= 3
+
+
+def test_random_buttons_never_pull_both_ways_and_every_choice_appears_equally():
+    space = SPACES["buttons"]
+    rows = space.random(6000, (1, 1), np.random.default_rng(0))
+    kinds, counts = np.unique(rows, axis=0, return_counts=True)
+    assert {space.describe(k) for k in kinds} == {
+        "-", "TURN_LEFT", "TURN_RIGHT", "ATTACK", "TURN_LEFT+ATTACK", "TURN_RIGHT+ATTACK",
+    }  # fmt: skip
+    assert counts.min() > 850
+    assert counts.max() < 1150
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_parse_reads_back_what_describe_says(space):
+    for row in space.random(50, (1, 1), np.random.default_rng(2)).round(2):
+        np.testing.assert_allclose(space.parse(space.describe(row)), row, atol=1e-6)
+
+
+def test_parse_knows_labels_indices_and_none():
+    np.testing.assert_array_equal(SPACES["buttons"].parse("turn_left+ATTACK"), [1, 0, 1])
+    np.testing.assert_array_equal(SPACES["buttons"].parse("2"), [0, 0, 1])
+    np.testing.assert_array_equal(SPACES["buttons"].parse("none"), [0, 0, 0])
+    np.testing.assert_array_equal(SPACES["move"].parse("2"), [2])
+    np.testing.assert_array_equal(SPACES["move"].parse("none"), [0])
+    np.testing.assert_allclose(SPACES["all"].parse("gear=2+gas=1.5"), [0, 0, 0, 2, 0, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("space", "text", "sentence"),
+    [("buttons", "JUMP", "unknown action 'JUMP'"), ("move", "7", "unknown action '7'"), ("all", "none", "'gear' open"),
+     ("all", "gear=1+wheel=9", "within"), ("all", "gear=1+wheel=nan", "nan"), ("all", "gear=1+wheel=x", "number")],
+)  # fmt: skip
+def test_parse_refuses_with_a_sentence(space, text, sentence):
+    with pytest.raises(UserError, match=sentence):
+        SPACES[space].parse(text)
+
+
+@pytest.mark.parametrize(
+    ("space", "row", "sentence"),
+    [("buttons", [0, 0.5, 0], "TURN_RIGHT"), ("buttons", [0, 0, 2], "ATTACK"), ("move", [4], "0 to 3"),
+     ("move", [-1], "0 to 3"), ("move", [np.nan], "nan"), ("buttons", [0, 0], "float32"),
+     ("all", [0, 0, 0, 0, 1.1, 0], "wheel")],
+)  # fmt: skip
+def test_validate_names_the_column_that_is_wrong(space, row, sentence):
+    with pytest.raises(DataError, match=sentence):
+        SPACES[space].validate(np.array([row], np.float32), "here")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        None,
+        {},
+        {"components": {}},
+        {"components": [3]},
+        {"components": [{"name": "a", "kind": "discrete"}]},
+        {"components": [{"name": "a", "kind": "analog", "size": 1}]},
+        {"components": [{"name": "a", "kind": "discrete", "size": 0}]},
+        {"components": [{"name": "a", "kind": "discrete", "size": True}]},
+        {"components": [{"name": "a", "kind": "discrete", "size": 2, "labels": ["x"]}]},
+        {"components": [{"name": "a", "kind": "continuous", "size": 1, "low": [1], "high": [1]}]},
+        {"components": [{"name": "a", "kind": "continuous", "size": 1}]},
+        {"components": [{"name": "a", "kind": "discrete", "size": 2, "extra": 1}]},
+        {"components": [{"name": "a", "kind": "discrete", "size": 2}] * 2},
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused(document):
+    with pytest.raises(DataError):
+        ActionSpace.from_json(document)

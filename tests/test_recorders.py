@@ -1,0 +1,237 @@
+"""Recorders: actions[t] takes frames[t] to frames[t+1] in every source, seeds repeat, nothing is littered."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ahriuwu_cli.data.recording import RecordConfig
+from ahriuwu_cli.errors import DataError, UserError
+
+
+@pytest.fixture
+def echo_world():
+    """An environment whose next frame shows the action that led to it as grey levels; its first frame is black."""
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Echo(gymnasium.Env):
+        metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012
+
+        def __init__(self, space="discrete", pixels=True, length=20, render_mode=None):
+            spaces = gymnasium.spaces
+            image = spaces.Box(0, 255, (16, 16, 3), np.uint8)
+            self.observation_space = image if pixels else spaces.Box(-1, 1, (2,), np.float32)
+            self.render_mode, self._pixels, self._length = render_mode, pixels, length
+            self.action_space = {
+                "discrete": spaces.Discrete(5, start=3),
+                "binary": spaces.MultiBinary(4),
+                "box": spaces.Box(np.float32([-2, 0]), np.float32([2, 1])),
+                "multi": spaces.MultiDiscrete([3, 4]),
+                "dict": spaces.Dict({"a": spaces.Discrete(2)}),
+                "endless": spaces.Box(-np.inf, np.inf, (2,)),
+            }[space]
+            self._start = 3 if space == "discrete" else 0
+
+        def _look(self, action):
+            self._frame = np.zeros((16, 16, 3), np.uint8)
+            for i, value in enumerate(np.atleast_1d(action)):
+                self._frame[:, 4 * i : 4 * i + 4] = round(100 + 25 * (float(value) - self._start))
+            return self._frame if self._pixels else np.zeros(2, np.float32)
+
+        def reset(self, seed=None, options=None):
+            super().reset(seed=seed)
+            self._t = 0
+            return self._look([]), {}
+
+        def step(self, action):
+            assert self.action_space.contains(action), action
+            self._t += 1
+            return self._look(action), 0.0, self._t >= self._length, False, {}
+
+        def render(self):
+            return self._frame
+
+    gymnasium.register("Echo-v0", Echo)
+    yield gymnasium
+    del gymnasium.registry["Echo-v0"]
+
+
+def _echo(echo_world, **options):
+    """Record two episodes with Echo's options as its registered defaults."""
+    from ahriuwu_cli.data.gym import GymWorld, record_episodes
+
+    config = RecordConfig(
+        "Echo-v0", 16, 16, options.pop("frame_skip", None), 64, options.pop("min_frames", 2), (1, 3), 5
+    )
+    echo_world.registry["Echo-v0"].kwargs = options
+    world = GymWorld(config)
+    try:
+        return world, list(itertools.islice(record_episodes(world, config), 2))
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+@pytest.mark.parametrize("space", ["discrete", "binary", "box", "multi"])
+def test_the_next_frame_of_a_gym_world_shows_the_action(echo_world, space, pixels):
+    world, episodes = _echo(echo_world, space=space, pixels=pixels)
+    assert world.fps == 20
+    for frames, actions, _ in episodes:
+        assert len(frames) == 21
+        assert len(actions) == 20
+        assert frames[0].max() == 0
+        world.action_space.validate(actions, "echo")
+        shown = frames[1:, 8, 2 : 4 * actions.shape[1] : 4, 0]
+        np.testing.assert_array_equal(shown, np.round(100 + 25 * actions.astype(np.float64)))
+        assert len(np.unique(actions, axis=0)) > 2
+
+
+def test_frame_skip_repeats_the_action_and_divides_the_rate(echo_world):
+    world, episodes = _echo(echo_world, frame_skip=4)
+    assert world.fps == 5
+    assert [len(e.frames) for e in episodes] == [6, 6]
+
+
+def test_worlds_that_cannot_be_recorded_are_refused_with_a_sentence(echo_world):
+    with pytest.raises(DataError, match="Dict"):
+        _echo(echo_world, space="dict")
+    with pytest.raises(DataError, match="Box"):
+        _echo(echo_world, space="endless")
+    with pytest.raises(DataError, match=r"20 episodes .* before 32 frames .*had 21"):
+        _echo(echo_world, min_frames=32)
+    from ahriuwu_cli.data.gym import GymWorld
+
+    with pytest.raises(UserError, match="did you mean 'Echo-v0'"):
+        GymWorld(RecordConfig("Ecko-v0"))
+
+
+def test_the_atari_paddle_goes_where_it_is_told():
+    pytest.importorskip("ale_py")
+    from ahriuwu_cli.data.gym import GymWorld
+
+    world = GymWorld(RecordConfig("ALE/Breakout-v5"))
+    assert world.fps == 15
+    assert world.action_space.components[0].labels == ("NOOP", "FIRE", "RIGHT", "LEFT")
+
+    def paddle(picture):
+        return np.flatnonzero(picture[190, 8:152].max(-1) > 60).mean()
+
+    start = paddle(world.reset(0))
+    for _ in range(3):
+        right, _ = world.step(world.action_space.parse("RIGHT"))
+    middle = paddle(right)
+    for _ in range(6):
+        left, _ = world.step(world.action_space.parse("LEFT"))
+    world.close()
+    assert middle > start + 10
+    assert paddle(left) < middle - 10
+
+
+def test_an_atari_frame_is_the_brighter_of_the_last_two_raw_ones():
+    pytest.importorskip("ale_py")
+    from ahriuwu_cli.data.gym import GymWorld
+
+    skipping, raw = (GymWorld(RecordConfig("ALE/SpaceInvaders-v5", frame_skip=n)) for n in (4, 1))
+    np.testing.assert_array_equal(skipping.reset(0), raw.reset(0))
+    assert raw._env.unwrapped.ale.getFloat("repeat_action_probability") == 0
+    differ = 0
+    for _ in range(40):
+        right = raw.action_space.parse("RIGHT")
+        pictures = [np.array(raw.step(right)[0]) for _ in range(4)]
+        differ += (pictures[2] != pictures[3]).any()
+        np.testing.assert_array_equal(skipping.step(right)[0], np.maximum(pictures[2], pictures[3]))
+    assert differ > 0
+
+
+def _doom(**options):
+    pytest.importorskip("vizdoom")
+    from ahriuwu_cli.data.doom import record_doom
+
+    return record_doom(RecordConfig("defend_the_center", **({"max_frames": 40} | options)))
+
+
+def test_doom_recordings_repeat_with_the_seed_and_leave_no_litter(tmp_path, monkeypatch):
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    first, again, other = (list(itertools.islice(_doom(seed=s), 2)) for s in (1, 1, 2))
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a.frames, b.frames)
+        np.testing.assert_array_equal(a.actions, b.actions)
+    assert (first[0].frames[0] != first[1].frames[0]).any() or (first[0].actions != first[1].actions).any()
+    assert (first[0].actions != other[0].actions).any()
+    assert first[0].frames.shape == (40, 64, 64, 3)
+    assert first[0].actions.shape == (39, 3)
+    assert list(tmp_path.iterdir()) == []
+    assert Path.cwd() == tmp_path
+
+
+def _pan(a, b):
+    """How far the upper half of the picture moved to the right from a to b, in pixels, by the best match."""
+    a, b = (x[10:60].astype(float).mean(-1) for x in (a, b))
+    errors = {}
+    for shift in range(-40, 41):
+        left, right = max(0, shift), 160 + min(0, shift)
+        errors[shift] = np.abs(b[:, left:right] - a[:, left - shift : right - shift]).mean()
+    return min(errors, key=errors.get)
+
+
+def test_a_doom_action_shows_in_the_very_next_frame_and_turns_its_own_way():
+    pytest.importorskip("vizdoom")
+    from ahriuwu_cli.data.doom import DoomWorld
+
+    world = DoomWorld(RecordConfig("my_way_home"))
+    plan = ["none", "none", "TURN_LEFT", "TURN_LEFT", "none", "TURN_RIGHT", "none"]
+    frames = [np.array(world.reset(3))]
+    for word in plan:
+        frames.append(np.array(world.step(world.action_space.parse(word))[0]))
+    world.close()
+    pans = [_pan(a, b) for a, b in itertools.pairwise(frames)]
+    # turning left moves the picture to the right
+    for word, pan in zip(plan, pans, strict=True):
+        assert np.sign(pan) == {"TURN_LEFT": 1, "TURN_RIGHT": -1}.get(word, 0), (plan, pans)
+
+
+def test_recorded_doom_actions_play_back_to_the_recorded_frames():
+    episode = next(_doom(seed=4))
+    from ahriuwu_cli.data.doom import DoomWorld
+    from ahriuwu_cli.data.resize import area_resize
+
+    world = DoomWorld(RecordConfig("defend_the_center"))
+    played = [area_resize(world.reset(episode.info["seed"]), 64, 64)]
+    played += [area_resize(world.step(a)[0], 64, 64) for a in episode.actions]
+    world.close()
+    np.testing.assert_array_equal(np.stack(played), episode.frames)
+
+
+def test_the_doom_scenarios_are_those_that_one_player_can_start():
+    pytest.importorskip("vizdoom")
+    from ahriuwu_cli.data.doom import scenario_names
+
+    names = scenario_names()
+    assert {"defend_the_center", "basic", "deathmatch", "take_cover"} <= set(names)
+    assert not {"cig", "multi", "oblige", "doom2"} & set(names)
+
+
+def test_deltas_become_an_axis_behind_the_buttons():
+    pytest.importorskip("vizdoom")
+    from ahriuwu_cli.data.doom import _action_space
+
+    space, order = _action_space(["TURN_LEFT_RIGHT_DELTA", "ATTACK", "LOOK_UP_DOWN_DELTA", "USE"])
+    assert space.column_names == ("ATTACK", "USE", "TURN_LEFT_RIGHT_DELTA", "LOOK_UP_DOWN_DELTA")
+    assert [space.column_names[i] for i in order] == ["TURN_LEFT_RIGHT_DELTA", "ATTACK", "LOOK_UP_DOWN_DELTA", "USE"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("dom:basic", "did you mean 'doom'"), ("doom:", "names no world"), ("defend_the_centre", "defend_the_center"),
+     ("zzzz", "give doom:SCENARIO")],
+)  # fmt: skip
+def test_an_unknown_source_is_answered_with_the_nearest(text, sentence):
+    pytest.importorskip("vizdoom")
+    from ahriuwu_cli.data.sources import parse_source
+
+    with pytest.raises(UserError, match=sentence):
+        parse_source(text)

@@ -1,0 +1,95 @@
+"""The validator sees tampering, actions out of range, leakage between splits, and pictures without content."""
+
+import hashlib
+import json
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.validate import validate
+
+SPACE = ActionSpace((ActionComponent("action", "discrete", 4),))
+
+
+def _clip(seed, t=40):
+    return np.random.default_rng(seed).integers(0, 256, (t, 8, 8, 3), np.uint8)
+
+
+def _store(path, clips):
+    with EpisodeWriter(path, height=8, width=8, fps=10, action_space=SPACE, fractions=(0.4, 0.3, 0.3)) as writer:
+        for i, clip in enumerate(clips):
+            rng = np.random.default_rng(i)
+            writer.add(clip, rng.integers(0, 4, (len(clip) - 1, 1)).astype(np.float32))
+    return EpisodeStore.open(path)
+
+
+def _failed(store):
+    return {c.name for c in validate(store) if not c.ok and not c.warning}
+
+
+def _warned(store):
+    return {c.name for c in validate(store) if not c.ok and c.warning}
+
+
+def test_a_sound_dataset_passes_every_check(tmp_path):
+    assert all(c.ok for c in validate(_store(tmp_path / "d", map(_clip, range(6)))))
+
+
+def test_a_changed_pixel_is_seen_by_its_hash(tmp_path):
+    store = _store(tmp_path / "d", map(_clip, range(6)))
+    data = bytearray(store.file("000002").read_bytes())
+    data[-5] ^= 1
+    store.file("000002").write_bytes(data)
+    assert _failed(EpisodeStore.open(tmp_path / "d")) == {"contents match their hashes"}
+
+
+def _rewrite(store, episode_id, **tensors):
+    """Change tensors and the recorded hash with them, as a tool that writes wrong data would."""
+    file = store.file(episode_id)
+    save_file(load_file(file) | tensors, file)
+    document = json.loads((store.path / "dataset.json").read_text())
+    for entry in document["episodes"]:
+        if entry["id"] == episode_id:
+            entry["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (store.path / "dataset.json").write_text(json.dumps(document))
+    return EpisodeStore.open(store.path)
+
+
+def test_actions_that_are_nan_or_out_of_range_are_seen(tmp_path):
+    for i, value in enumerate((np.nan, 4.0, 1.5)):
+        store = _store(tmp_path / str(i), map(_clip, range(3)))
+        actions = store.actions("000001")
+        actions[7] = value
+        assert _failed(_rewrite(store, "000001", actions=actions)) == {"actions"}
+
+
+def test_an_episode_that_stands_in_two_splits_is_seen(tmp_path):
+    store = _store(tmp_path / "d", map(_clip, range(6)))
+    here, there = (store.episodes(s)[0].id for s in ("train", "test"))
+    twin = _rewrite(store, there, **load_file(store.file(here)))
+    assert _failed(twin) == {"no episode in two splits", "no 16 equal frames in two splits"}
+
+
+def test_a_run_of_frames_shared_by_two_splits_is_seen_but_a_standing_picture_is_not(tmp_path):
+    store = _store(tmp_path / "d", map(_clip, range(6)))
+    here, there = (store.episodes(s)[0].id for s in ("train", "test"))
+    clip = store.frames(there)
+    clip[5:25] = store.frames(here)[11:31]
+    assert _failed(_rewrite(store, there, frames=clip)) == {"no 16 equal frames in two splits"}
+
+    still = [_clip(i) for i in range(6)]
+    for clip in still:
+        clip[10:35] = _clip(99, 1)  # all share a long standing title screen
+    assert not _failed(_store(tmp_path / "e", still))
+
+
+def test_black_and_frozen_episodes_are_warnings(tmp_path):
+    clips = [_clip(i) for i in range(6)]
+    clips[1] = np.zeros_like(clips[1])
+    assert _warned(_store(tmp_path / "a", clips)) == {"pictures", "motion"}
+    clips[1] = np.repeat(_clip(7, 1), 40, 0)
+    assert _warned(_store(tmp_path / "b", clips)) == {"motion"}
+    assert not _failed(EpisodeStore.open(tmp_path / "b"))
+    assert _warned(_store(tmp_path / "c", clips[2:4])) == {"splits"}

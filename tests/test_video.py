@@ -1,0 +1,86 @@
+"""Video: what is written decodes to the same count, size and rate, and the panels show what they say."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ahriuwu_cli.data.video import (
+    CONTEXT,
+    GENERATED,
+    compose,
+    compose_grid,
+    read_video,
+    write_gif,
+    write_mp4,
+    write_strip,
+)
+from ahriuwu_cli.errors import DataError, UserError
+
+
+def _clip(t=9, h=32, w=48):
+    ramp = np.linspace(0, 200, w)[None, None, :, None] + np.arange(t)[:, None, None, None] * 5
+    return np.broadcast_to(ramp, (t, h, w, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("h", "w", "fps"), [(32, 48, 8.75), (33, 47, 30000 / 1001), (16, 16, 60)])
+def test_an_mp4_decodes_to_what_was_written(tmp_path, h, w, fps):
+    import av
+
+    clip = _clip(9, h, w)
+    write_mp4(tmp_path / "a.mp4", clip, fps)
+    frames, rate = read_video(tmp_path / "a.mp4")
+    assert frames.shape == (9, h + h % 2, w + w % 2, 3)
+    assert rate == pytest.approx(fps, rel=1e-3)
+    assert np.abs(frames[:, :h, :w].astype(int) - clip).mean() < 4
+    with av.open(tmp_path / "a.mp4") as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+    head = (tmp_path / "a.mp4").read_bytes()
+    assert head.index(b"moov") < head.index(b"mdat")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_gif_and_a_strip_show_every_frame(tmp_path):
+    clip = _clip()
+    write_gif(tmp_path / "a.gif", clip, 10)
+    frames, rate = read_video(tmp_path / "a.gif")
+    assert frames.shape == clip.shape
+    assert rate == pytest.approx(10, rel=0.05)
+    write_strip(tmp_path / "a.png", clip, every=2, scale=2)
+    strip = np.asarray(Image.open(tmp_path / "a.png"))
+    assert strip.shape == (64, 5 * 96 + 4 * 2, 3)
+    np.testing.assert_array_equal(strip[::2, 98 : 98 + 96 : 2], clip[2])
+
+
+def test_panels_are_upscaled_exactly_bordered_by_context_and_captioned():
+    clip = _clip(4, 16, 16)
+    film = compose([("truth", clip), ("rollout", 255 - clip)], scale=3, context=2, captions=["LEFT", "LEFT", "-"])
+    assert film.shape[0] == 4
+    assert not film.shape[1] % 2
+    np.testing.assert_array_equal(film[3, 19:67, 3:51], clip[3].repeat(3, 0).repeat(3, 1))
+    np.testing.assert_array_equal(film[3, 19:67, 57:105], 255 - clip[3].repeat(3, 0).repeat(3, 1))
+    assert [tuple(film[t, 17, 1]) for t in range(4)] == [CONTEXT, CONTEXT, GENERATED, GENERATED]
+    assert (film[1, -18:] != film[2, -18:]).any()
+
+
+def test_a_grid_lays_its_cells_row_by_row():
+    cells = [(str(i), np.full((1, 8, 8, 3), 10 * i, np.uint8)) for i in range(5)]
+    grid = compose_grid(cells, columns=3, scale=2)[0]
+    cell_h, cell_w = 16 + 16 + 6, 16 + 6
+    for i in range(5):
+        assert tuple(grid[(i // 3) * cell_h + 25, (i % 3) * cell_w + 8]) == (10 * i,) * 3
+
+
+def test_what_is_no_video_is_refused_with_a_sentence(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"not a video at all" * 50)
+    with pytest.raises(DataError, match=r"a\.mp4"):
+        read_video(tmp_path / "a.mp4")
+    with pytest.raises(DataError, match="not a file"):
+        read_video(tmp_path / "b.mp4")
+    write_mp4(tmp_path / "c.mp4", _clip(), 10)
+    with pytest.raises(DataError, match="more than 5 frames"):
+        read_video(tmp_path / "c.mp4", max_frames=5)
+    with pytest.raises(DataError, match="limit of 100 pixels"):
+        read_video(tmp_path / "c.mp4", max_pixels=100)
+    with pytest.raises(UserError, match="does not exist"):
+        write_mp4(tmp_path / "no" / "d.mp4", _clip(), 10)
