@@ -1,4 +1,4 @@
-"""The configuration of a training run: one frozen dataclass, stored resolved in the run folder and read back strictly."""
+"""The configuration of a training run: one frozen dataclass, stored in the run folder and read back strictly."""
 
 from __future__ import annotations
 

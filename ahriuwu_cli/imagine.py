@@ -27,7 +27,7 @@ CHUNK = 64  # frames decoded at a time
 
 
 def imagine(world: World, request: Request, given: dict, out: Path, scale: int, progress: Progress) -> dict:
-    """Generate and write everything into `out`; returns what `rollout.json` holds. given: overrides that are not None."""
+    """Generate and write everything into `out`; returns what `rollout.json` holds. given: overrides, None is unset."""
     config = replace(world.generation, **{k: v for k, v in given.items() if v is not None})
     world.check_generation(config)
     prompt = read_prompt(world, request)
@@ -71,7 +71,7 @@ def _generate(world: World, request: Request, prompt: Prompt, config, progress: 
         world.dynamics, latents, actions.expand(n, -1, -1).to(device), known.expand(n, -1).to(device), config, noise,
         world.k_max,
     )  # fmt: skip
-    lead = getattr(world.tokenizer, "window", 1) - 1  # latents that a tokenizer looks back at
+    lead = world.tokenizer.decoder_window - 1  # latents that a tokenizer looks back at
     shown, waiting, past = [], [], latents[:, max(0, latents.shape[1] - lead) :] if lead else latents[:, :0]
     for t, z_hat in enumerate(imagined):
         if not torch.isfinite(z_hat).all():
@@ -88,7 +88,7 @@ def _generate(world: World, request: Request, prompt: Prompt, config, progress: 
 
 
 def _write(world: World, prompt: Prompt, frames: np.ndarray, out: Path, scale: int) -> dict[str, str]:
-    samples, length = frames.shape[:2]
+    samples = len(frames)
     known = len(prompt.truth)
     scale = scale or max(1, min(8, 256 // world.tokenizer.height))
     both = [np.concatenate([prompt.context, s]) for s in frames]

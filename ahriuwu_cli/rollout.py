@@ -42,7 +42,7 @@ class CachedDenoiser(Protocol):
 
 
 class KeyedNoise:
-    """Noise as a function of (seed, window, frame, purpose, step): the same for any batch size, order or process count."""
+    """Noise as a function of (seed, window, frame, purpose, step), whatever the batch, its order or the processes."""
 
     def __init__(self, seed: int, windows: Sequence[str], shape: tuple[int, int], device: torch.device | str = "cpu"):
         self.seed, self.windows, self.shape, self.device = seed, list(windows), shape, device
@@ -95,13 +95,15 @@ def rollout(
     for t in range(prompt_frames, actions.shape[1]):
         uncommitted = True
 
-        def denoise(z: Tensor, tau: Tensor, d: Tensor, t: int = t) -> Tensor:
+        def denoise(
+            z: Tensor, tau: Tensor, d: Tensor, t: int = t, last: Tensor = pending, last_tau: float = pending_tau
+        ) -> Tensor:
             nonlocal uncommitted
             if not uncommitted:
                 return dynamics.extend(z, tau, d, *inputs(t, t + 1), cache, keep=0)
             uncommitted = False
-            both = torch.cat([pending, z], dim=1)
-            taus = torch.cat([level(pending_tau, 1), tau], dim=1)
+            both = torch.cat([last, z], dim=1)
+            taus = torch.cat([level(last_tau, 1), tau], dim=1)
             sizes = torch.cat([level(d_min, 1), d], dim=1)
             return dynamics.extend(both, taus, sizes, *inputs(t - 1, t + 1), cache, keep=1)[:, 1:]
 

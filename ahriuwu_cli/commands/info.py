@@ -1,4 +1,4 @@
-"""`ahriuwu info`: what a folder of ours holds, as a table or as JSON."""
+"""`ahriuwu info`: what a folder of ours holds (dataset, world, tokenizer, run), or the table of model sizes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ def register(app: typer.Typer) -> None:
 
 
 def info(
-    path: Annotated[Path | None, typer.Argument(help="A dataset folder.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Read every byte and report defects; exit 1 if any.")] = False,
+    path: Annotated[Path | None, typer.Argument(help="A dataset, world, tokenizer or run; none: model sizes.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Read every byte of a dataset; exit 1 on defects.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Describe a dataset: episodes, frames, rate, size, actions; with --check also whether it is sound."""
-    if path is None:
-        raise UserError("nothing to describe: give a dataset folder, as in `ahriuwu info data/doom`")
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give a dataset folder")
-    if (path / "dataset.json").is_file():
+    """Describe a dataset, a world, a tokenizer or a run; without a path, list the model sizes and their parameters."""
+    if path is not None and not path.exists():
+        raise DataError(f"{path} does not exist: give a dataset, world, tokenizer or run folder")
+    if path is not None and (path / "dataset.json").is_file():
         _describe_dataset(path, check, as_json)
-    else:
-        raise DataError(f"{path} is not a dataset or checkpoint: give a folder made by `ahriuwu record` or `import`")
+        return
+    if check:
+        raise UserError("--check is for datasets: `ahriuwu verify CHECKPOINT` tests a world")
+    from ahriuwu_cli.training.describe import as_text, describe_checkpoint, describe_sizes
+
+    facts = describe_sizes() if path is None else describe_checkpoint(path)
+    typer.echo(json.dumps(facts) if as_json else as_text(facts))
 
 
 def _describe_dataset(path: Path, check: bool, as_json: bool) -> None:

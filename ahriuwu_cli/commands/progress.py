@@ -30,7 +30,7 @@ def bar(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[int, i
 
 @contextmanager
 def training_bar(config: TrainConfig, quiet: bool = False) -> Iterator[Callable[[dict], None]]:
-    """Yields report(line of metrics): a bar over the run, with loss, gain and ETA; plain lines where there is no terminal."""
+    """Yields report(line of metrics): a bar with loss, gain and ETA; plain lines without a terminal."""
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty() and not quiet

@@ -31,7 +31,7 @@ def rollout(
     sampler: str = typer.Option(None, help="shortcut, euler or renoise (default: the checkpoint's)."),
     tau_ctx: float = typer.Option(None, help="Noise of context frames, tau (0 clean, 1 noise)."),
     ctx_mode: str = typer.Option(
-        None, help="stop: the state at tau_ctx becomes context; renoise: z_hat with fresh noise."
+        None, help="stop: the state at tau_ctx is the context; renoise: z_hat with fresh noise."
     ),
     seed: int = typer.Option(0, help="Seed of the noise, of the drawn window and of random actions."),
     scale: int = typer.Option(0, help="Enlargement of the video (default: to about 256 pixels high)."),
@@ -39,7 +39,7 @@ def rollout(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in --out."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
 ) -> None:
-    """Imagine video. Writes rollout.mp4 (truth | rollout | difference where truth exists), GIF, PNG strip and arrays."""
+    """Imagine video: writes rollout.mp4 (truth | rollout | difference), a GIF, a PNG strip and the raw arrays."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.imagine import Request, imagine
     from ahriuwu_cli.training.checkpoint import load_world

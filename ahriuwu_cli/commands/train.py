@@ -27,14 +27,14 @@ def train_tokenizer(
     dataset: Path = typer.Argument(..., help="Dataset folder."),
     out: Path = Out,
     kind: str = typer.Option("linear", help="linear (principal components, seconds) or transformer."),
-    patch: str = typer.Option("16x16", help="Patch height x width in pixels (linear), or one number (transformer)."),
-    latent_dim: int = typer.Option(64, help="Channels D of a latent token."),
+    patch: str = typer.Option(None, help="Patch in pixels, 16 or 16x32 (default: linear 16, transformer 8)."),
+    latent_dim: int = typer.Option(None, help="Channels D of a latent token (default: linear 64, transformer 32)."),
     whitening: float = typer.Option(0.5, help="linear: 0 keeps pixel distances, 1 equalises the components."),
     tokens: int = typer.Option(16, help="transformer: latent tokens N of a frame."),
     steps: int = typer.Option(2000, help="transformer: optimiser steps."),
     batch: int = typer.Option(8, help="transformer: clips a step."),
     frames: int = typer.Option(8, help="transformer: frames of a clip."),
-    lr: float = typer.Option(1e-3, help="transformer: learning rate."),
+    lr: float = typer.Option(3e-3, help="transformer: learning rate."),
     lpips_weights: Path = typer.Option(None, help="transformer: LPIPS backbone weights (extra: lpips)."),
     seed: int = typer.Option(0, help="Seed of everything drawn."),
     resume: bool = typer.Option(False, "--resume", help="transformer: go on with the run in --out."),
@@ -58,20 +58,23 @@ def train_tokenizer(
     if not resume:
         refuse_used(out, overwrite)
     where = pick_device(device)
+    patch = patch or ("16" if kind == "linear" else "8")
+    latent_dim = latent_dim or (64 if kind == "linear" else 32)
     if kind == "linear":
         with bar("fit tokenizer", "episode", quiet=as_json) as progress:
             tokenizer = fit_linear_tokenizer(store, parse_pair(patch, "--patch"), latent_dim, whitening, progress)
     else:
-        from ahriuwu_cli.training.assemble import train_transformer
+        from ahriuwu_cli.training.signals import StopRequest
+        from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
 
-        rows, columns = parse_pair(patch, "--patch")
-        if rows != columns:
-            raise UserError(f"--patch {patch} is not square, as the transformer tokenizer needs it")
-        with bar("train tokenizer", "step", quiet=as_json) as progress:
-            tokenizer = train_transformer(
-                store, out, where, progress, patch=rows, tokens=tokens, latent_dim=latent_dim, steps=steps,
-                batch=batch, frames=frames, lr=lr, lpips_weights=lpips_weights, seed=seed, resume=resume,
-                overwrite=overwrite,
+        config = _transformer_config(
+            store, parse_pair(patch, "--patch"), tokens=tokens, latent_dim=latent_dim, steps=steps, batch=batch,
+            frames=frames, lr=lr, lpips_weights=str(lpips_weights) if lpips_weights else None, seed=seed,
+        )  # fmt: skip
+        with bar("train tokenizer", "step", quiet=as_json) as progress, StopRequest() as stop:
+            tokenizer = train_transformer_tokenizer(
+                store, config, out, where, progress, resume, overwrite=overwrite, stop=stop,
+                announce=lambda sentence: typer.echo(sentence, err=True),
             )  # fmt: skip
     quality = reconstruction(tokenizer, store, "val")
     facts = {**versions(), "dataset": store.name, "dataset_fingerprint": store.fingerprint, "val": quality}
@@ -192,6 +195,22 @@ def train_dynamics(
         f"{trainer.step} steps in {trainer.elapsed:.0f} s; best free-running gain over persistence on val: "
         f"{trainer.best:+.2f} dB -> {out / 'best'}"
     )
+
+
+def _transformer_config(store, patch: tuple[int, int], *, tokens: int, latent_dim: int, frames: int, **settings):
+    """The training configuration of a transformer tokenizer for this dataset's frames."""
+    from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizerConfig
+    from ahriuwu_cli.training.tokenizer_loop import TokenizerTrainConfig
+
+    if patch[0] != patch[1]:
+        raise UserError(f"--patch {patch[0]}x{patch[1]} is not square, as the transformer tokenizer needs it")
+    try:
+        architecture = TransformerTokenizerConfig(
+            height=store.height, width=store.width, patch=patch[0], tokens=tokens, latent_dim=latent_dim, window=frames
+        )
+        return TokenizerTrainConfig(architecture=architecture, frames=frames, **settings)
+    except ValueError as error:
+        raise UserError(f"bad tokenizer option: {error}") from None
 
 
 def _check_names(config) -> None:

@@ -42,7 +42,7 @@ class LatentPack:
             raise DataError(f"{path} holds {len(self.latents)} frames but lists {int(self.lengths.sum())}: delete it")
 
     def draw(self, count: int, frames: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-        """`count` windows (episode index, first frame), uniform over all windows of `frames` frames. DataError if none."""
+        """`count` windows (episode index, first frame), uniform over all windows. DataError if there is none."""
         room = np.maximum(self.lengths - frames + 1, 0)
         if not room.sum():
             raise DataError(
@@ -142,11 +142,11 @@ def _write_pack(
 @torch.no_grad()
 def _encode(store: EpisodeStore, tokenizer: Tokenizer, episode: str, start: int, stop: int) -> np.ndarray:
     """float16 latents (stop - start, N, D). A tokenizer that looks back in time gets its window of earlier frames."""
-    lead = min(start, getattr(tokenizer, "window", 1) - 1)
+    lead = min(start, tokenizer.window - 1)
     frames = torch.from_numpy(store.frames(episode, start - lead, stop))[None]
     latents = tokenizer.encode(frames.to(next(tokenizer.buffers()).device))[0, lead:].cpu()
     if not torch.isfinite(latents).all():
-        raise DataError(f"the tokenizer gives latents that are not finite for episode {episode}, frames {start}..{stop}")
+        raise DataError(f"the tokenizer gives latents that are not finite: episode {episode}, frames {start}..{stop}")
     return latents.to(torch.float16).numpy()
 
 

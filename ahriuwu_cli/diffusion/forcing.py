@@ -73,9 +73,8 @@ def finest(d: Tensor, k_max: int) -> Tensor:
 
 
 def coverage(tau: Tensor, bins: int = 10) -> Tensor:
-    """Share of draws (T, bins) by position and tau bin, rows summing to 1, from drawn tau (B, T). Bin i is (i, i+1]/bins."""
-    index = (tau * bins).ceil().long().clamp(1, bins) - 1
-    return torch.nn.functional.one_hot(index, bins).float().mean(0)
+    """Share of draws (T, bins) by position and tau bin, from drawn tau (B, T); rows sum to 1, bin i is (i, i+1]/bins"""
+    return torch.nn.functional.one_hot(tau_.bin_index(tau, bins), bins).float().mean(0)
 
 
 FORCINGS: dict[str, Forcing] = {"independent": independent, "horizon": horizon, "prefix": prefix}

@@ -46,14 +46,14 @@ def shortcut_walk(
 def renoise_walk(
     denoise: Denoise, noise: Tensor, steps: int, *, tau_ctx: float, k_max: int, generator: Source = None
 ) -> Iterator[State]:
-    """The review's rule: fresh noise at every step. Not an Euler step: on Gaussian data the spread stays at .7 of the truth.
+    """The review's rule: fresh noise at every step. Not an Euler step: Gaussian samples keep .7 of the spread.
 
     generator: a torch.Generator, or a callable from the step index to noise shaped like `noise` (keyed noise).
     """
     z = noise
     for i, (tau, s) in enumerate(tau_.equal_walk(steps, tau_ctx)):
         z_hat = _ask(denoise, z, tau, 1 / k_max)
-        tau = tau - s
+        tau = tau_.lower(tau, s)
         z = tau_.add_noise(z_hat, _fresh(generator, i, noise), tau)
         yield z_hat, z, tau
 

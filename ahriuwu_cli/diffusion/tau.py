@@ -10,6 +10,8 @@ Shapes: latents (B, T, N, D); tau and d are (B, T), (B,) or a float, and are bro
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,7 @@ def step(z_tau: Tensor, z_hat: Tensor, tau: Level, s: Level) -> tuple[Tensor, Le
 
     z - s (z_tau - z_hat) / tau is the same as mixing z_hat and the implied noise anew at tau - s. 0 < s <= tau.
     """
-    return z_tau - expand(s, z_tau) * velocity(z_tau, z_hat, tau), tau - s
+    return z_tau - expand(s, z_tau) * velocity(z_tau, z_hat, tau), lower(tau, s)
 
 
 def gaussian_gain(tau: Level, spread: Tensor) -> Tensor:
@@ -89,6 +91,16 @@ def between(tau_from: Level, tau_to: Level, fraction: Level) -> Level:
 def on_grid(u: Tensor, d: Tensor) -> Tensor:
     """u uniform on [0, 1) turned into tau uniform on {d, 2d, ..., 1} (eq. 4): the grid never touches clean."""
     return d * (torch.floor(u / d) + 1)
+
+
+def lower(tau: Level, s: Level) -> Level:
+    """The level one step of length s closer to clean: tau - s."""
+    return tau - s
+
+
+def bin_index(tau: Tensor, bins: int) -> Tensor:
+    """Which of `bins` equal bins a level falls into: bin i is (i, i + 1] / bins, and 0 belongs to the first."""
+    return (tau * bins).ceil().long().clamp(1, bins) - 1
 
 
 def noisiest(z_like: Tensor) -> Tensor:
@@ -118,7 +130,7 @@ def equal_walk(steps: int, tau_ctx: float) -> list[tuple[float, float]]:
     """[(tau, step length s)] of K equal steps from 1 to tau_ctx, each (1 - tau_ctx) / K long."""
     _check_walk(steps, tau_ctx)
     stops = [between(1.0, tau_ctx, i / steps) for i in range(steps)] + [tau_ctx]
-    return [(a, a - b) for a, b in zip(stops[:-1], stops[1:], strict=True)]
+    return [(a, a - b) for a, b in itertools.pairwise(stops)]
 
 
 def grid_walk(steps: int, tau_ctx: float, k_max: int) -> list[tuple[float, float]]:

@@ -30,7 +30,7 @@ class ContextCache:
         return [(self.frames + i) % self.window for i in range(keep)] + [self.window] * (count - keep)
 
     def mask(self, count: int, keep: int, device: torch.device) -> Tensor:
-        """(count, window + 1) bool: new frame i, at position frames + i, sees the window of frames that ends with itself."""
+        """(count, window + 1) bool: new frame i, at position frames + i, sees the window that ends with itself."""
         rows = []
         for i in range(count):
             now = self.frames + i

@@ -39,7 +39,7 @@ class DynamicsConfig:
     time_every: int = 2  # every time_every-th layer attends over time, the others over space
     registers: int = 0
     conditioning: str = "add"  # of (tau, d) and the action: added to tokens, tokens of their own, or modulation
-    look_back: bool = True  # every token also reads the previous frame's input at its own place
+    look_back: bool = False  # every token also reads the previous frame's input at its own place
     linear_skip: bool = True  # start from the best linear denoiser of Gaussian latents instead of from zero
     window: int = 12  # frames that a frame may look at, itself included
     k_max: int = 64

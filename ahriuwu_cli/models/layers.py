@@ -26,7 +26,7 @@ class SwiGLU(nn.Module):
 
 
 def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, head_dim / 2) of rotary positions. Angles are formed in float64, so frame 100,000 is as exact as 1."""
+    """cos and sin (T, head_dim / 2) of rotary positions. Angles in float64: frame 100,000 is as exact as 1."""
     rates = 100.0 ** -torch.linspace(0, 1, head_dim // 2, dtype=torch.float64, device=positions.device)
     angles = positions.double()[:, None] * rates
     return angles.cos().float(), angles.sin().float()

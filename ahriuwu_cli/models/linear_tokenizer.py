@@ -52,7 +52,7 @@ class LinearTokenizer(Tokenizer):
         return self._frames(patches).clamp(0, 1)
 
     def fit(self, batches: Iterable[Tensor], whitening: float = 0.5) -> None:
-        """Fit mean, components and scale to uint8 frames, given as batches (F, H, W, 3). Two sums are all that is kept."""
+        """Fit mean, components and scale to uint8 frames, given as batches (F, H, W, 3). Only two sums are kept."""
         values = self.mean.shape[1]
         count, total = 0, torch.zeros(self.tokens, values, dtype=torch.float64)
         second = torch.zeros(values, values, dtype=torch.float64)

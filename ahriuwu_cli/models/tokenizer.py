@@ -22,6 +22,8 @@ class Tokenizer(nn.Module):
     width: int
     tokens: int  # N
     latent_dim: int  # D
+    window: int = 1  # frames that a latent depends on, its own included
+    decoder_window: int = 1  # frames of latents that a decoded frame depends on, its own included
 
     @abstractmethod
     def encode(self, frames: Tensor) -> Tensor:

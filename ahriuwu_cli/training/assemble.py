@@ -63,7 +63,7 @@ def assemble(
     init_from: Path | None = None,
     progress: Progress | None = None,
 ) -> DynamicsTrainer:
-    """A trainer for a new run in `out`, or for the run that is there. Everything is checked before anything is written."""
+    """A trainer for a new run in `out`, or for the run that is there. All is checked before anything is written."""
     if config.size not in SIZES:
         raise UserError(f"unknown size {config.size!r}: {did_you_mean(config.size, tuple(SIZES))}")
     if (tokenizer.height, tokenizer.width) != (store.height, store.width):
@@ -114,10 +114,7 @@ def assemble(
     pack = open_pack(store, tokenizer, "train", progress)
     if init_from is None:
         dynamics.channel_scale.copy_(pack.spread())
-    if resume:
-        run = Run.resume(out, config, facts, command)
-    else:
-        run = Run.start(out, config, facts, command, overwrite)
+    run = Run.resume(out, config, facts, command) if resume else Run.start(out, config, facts, command, overwrite)
     trainer = DynamicsTrainer(world, pack, store, run)
     if resume:
         run.load(trainer)

@@ -81,13 +81,13 @@ def load_world(path: Path | str, device: str = "auto") -> World:
     if document["tau_convention"] != tau_.CONVENTION:
         raise CheckpointError(
             f"{folder} was trained with the convention {document['tau_convention']!r}, this is {tau_.CONVENTION!r}: "
-            f"its noise levels would run backwards; convert it or train anew"
+            f"its noise levels would run backwards; train anew"
         )
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint() != document["tokenizer_hash"]:
         raise CheckpointError(
             f"{folder / 'tokenizer'} is not the tokenizer that this model was trained with "
-            f"(hash {tokenizer.fingerprint()[:12]}, expected {str(document['tokenizer_hash'])[:12]}): restore the folder"
+            f"(hash {tokenizer.fingerprint()[:12]}, expected {str(document['tokenizer_hash'])[:12]}): restore it"
         )
     try:
         dynamics = Dynamics(_dynamics_config(document["architecture"]))
@@ -169,7 +169,7 @@ def action_slots(space: ActionSpace) -> tuple:
 
 
 class replacing:
-    """`with replacing(folder) as temporary`: fill a sibling folder, then rename it over `folder`; on error nothing stays."""
+    """`with replacing(folder) as temporary`: fill a sibling, then rename it over `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import LatentPack
+from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.diffusion.objective import Denoise, ShortcutLoss, shortcut_forcing_loss
 from ahriuwu_cli.errors import Interrupted, TrainingError
 from ahriuwu_cli.models.dynamics import Dynamics
@@ -188,7 +189,7 @@ class _Log:
             for name, value in (("loss", r.loss), ("flow", r.flow), ("bootstrap", r.bootstrap)):
                 if not torch.isnan(value):  # NaN means: no frame of this kind in the batch; the loss itself was checked
                     self.sums[name].append(value.item())
-            index = (batch.tau.flatten().cpu() * self.BINS).ceil().long().clamp(1, self.BINS) - 1
+            index = tau_.bin_index(batch.tau.flatten().cpu(), self.BINS)
             self.bins[0].index_add_(0, index, r.per_frame.flatten().float().cpu())
             self.bins[1].index_add_(0, index, torch.ones(len(index)))
         self.sums["grad_norm"].append(norm.item())

@@ -1,4 +1,4 @@
-"""Signals during training: SIGINT, SIGTERM and SLURM's SIGUSR1 ask for a stop after the current step; nothing is cut."""
+"""Signals during training: SIGINT, SIGTERM and SLURM's SIGUSR1 ask for a stop after the current step."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ahriuwu_cli.models.tokenizer import Tokenizer
 
 @torch.no_grad()
 def reconstruction(tokenizer: Tokenizer, store: EpisodeStore, split: str, most: int = 16) -> dict:
-    """{"psnr_db": mean PSNR per frame, "frames": count} of decode(encode(frames)) on up to `most` episodes of a split."""
+    """{"psnr_db": mean PSNR per frame, "frames": count} of decode(encode(frames)) on up to `most` episodes."""
     values = []
     for episode in store.episodes(split)[:most]:
         frames = torch.from_numpy(store.frames(episode.id, 0, min(episode.frames, 256)))[None]

@@ -1,0 +1,80 @@
+"""`ahriuwu eval`: held-out scores of a world, beside floor, ceiling and wrong actions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from ahriuwu_cli.commands.options import Device
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("eval")(evaluate)
+
+
+def evaluate(
+    checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
+    dataset: Path = typer.Argument(..., help="Dataset folder with the same actions and frame size."),
+    out: Path = typer.Option(
+        ..., "--out", help="Folder for eval.json, eval.csv, windows.csv, curve.png, windows.json."
+    ),
+    split: str = typer.Option(None, help="Episodes to take windows from (default: test)."),
+    windows: int = typer.Option(None, help="Windows to score (default: 64)."),
+    context: int = typer.Option(None, help="Frames that are given, never scored (default: 8)."),
+    horizon: int = typer.Option(None, help="Frames that are generated (default: 16)."),
+    manifest: Path = typer.Option(None, help="Score the windows of this windows.json instead of drawing new ones."),
+    steps: int = typer.Option(None, help="K, model passes a frame (default: the checkpoint's)."),
+    sampler: str = typer.Option(None, help="shortcut, euler or renoise (default: the checkpoint's)."),
+    tau_ctx: float = typer.Option(None, help="Noise of context frames, tau (0 clean, 1 noise)."),
+    ctx_mode: str = typer.Option(
+        None, help="stop: the state at tau_ctx becomes context; renoise: z_hat with fresh noise."
+    ),
+    seed: int = typer.Option(0, help="Seed of the windows, the noise and the random actions."),
+    noise_seeds: int = typer.Option(1, help="Rollouts of every window with different noise, averaged."),
+    batch: int = typer.Option(32, help="Windows at a time; changes the speed, not the numbers."),
+    allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
+    device: str = Device,
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+) -> None:
+    """Score a world on held-out windows: gain over persistence with intervals, tokenizer ceiling, action following.
+
+    Exit 1 when a rollout is not finite.
+    """
+    from dataclasses import replace
+
+    from ahriuwu_cli.commands.progress import bar
+    from ahriuwu_cli.commands.windows import choose_windows
+    from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.evaluation import plots, report
+    from ahriuwu_cli.evaluation.evaluate import EvaluationConfig
+    from ahriuwu_cli.evaluation.evaluate import evaluate as run
+    from ahriuwu_cli.evaluation.prepare import prepare
+    from ahriuwu_cli.training.checkpoint import load_world
+
+    report.check_folder(out, overwrite)
+    store = EpisodeStore.open(dataset)
+    world = load_world(checkpoint, device)
+    given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode}
+    generation = replace(world.generation, **{name: value for name, value in given.items() if value is not None})
+    asked = {"split": split, "windows": windows, "context": context, "horizon": horizon}
+    config = EvaluationConfig(seed=seed, batch=batch, noise_seeds=noise_seeds)
+    config, stored = choose_windows(config, asked, manifest, store)
+    config, stored = prepare(world, store, config, generation, stored)
+    with bar("eval", "frame", quiet=as_json) as progress:
+        result = run(world, store, config, generation, stored, progress)
+
+    out.mkdir(parents=True, exist_ok=True)
+    files = {name: out / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png", "windows.json")}
+    result["files"] = {name: str(path) for name, path in files.items()}
+    stored.save(files["windows.json"])
+    report.write_text(files["eval.csv"], report.as_csv(report.evaluation_rows(result)))
+    report.write_text(files["windows.csv"], report.as_csv(result["windows"]))
+    plots.plot_curve(result, files["curve.png"])
+    report.write_json(files["eval.json"], result)
+    typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{report.evaluation_text(result)}\n-> {out}")
+    if result["status"] != "ok" and not allow_nan:
+        raise typer.Exit(1)

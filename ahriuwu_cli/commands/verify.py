@@ -1,0 +1,59 @@
+"""`ahriuwu verify`: the mathematics against closed-form oracles, and with a checkpoint that model as well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ahriuwu_cli.errors import DataError, UserError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("verify")(verify)
+
+
+def verify(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="A checkpoint or run folder to question as well; without it, mathematics only."),
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option("--dataset", help="Question the model on this dataset's val split.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Check the mathematics, and a checkpoint's sensitivity to d, tau (0 clean, 1 noise), action and context.
+
+    Exit code 1 when a check fails.
+    """
+    if dataset is not None and checkpoint is None:
+        raise UserError("--dataset is for questioning a model: give a checkpoint too, or leave --dataset out")
+    if dataset is not None and not dataset.exists():
+        raise DataError(f"{dataset} does not exist: give a dataset folder")
+
+    from ahriuwu_cli.evaluation.verify import as_table, verify_mathematics, verify_world
+
+    world = store = None
+    if checkpoint is not None:
+        from ahriuwu_cli.data.episodes import EpisodeStore
+        from ahriuwu_cli.training.checkpoint import load_world
+
+        world = load_world(checkpoint, device)
+        store = None if dataset is None else EpisodeStore.open(dataset)
+    checks = verify_mathematics()
+    if world is not None:
+        checks += verify_world(world, store)
+    failed = sum(not c.ok for c in checks)
+    if as_json:
+        lines = [{**vars(c), "measured": c.measured if c.measured == c.measured else None} for c in checks]
+        typer.echo(json.dumps({"ok": not failed, "failed": failed, "checks": lines}))
+    else:
+        typer.echo(as_table(checks))
+        typer.echo(f"\n{len(checks) - failed} of {len(checks)} checks hold")
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,125 @@
+"""What is asked of an evaluation, and whether world, dataset and windows fit together: refused in a sentence if not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ahriuwu_cli import __version__
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.diffusion.tau import LABEL
+from ahriuwu_cli.errors import DataError, UserError
+from ahriuwu_cli.evaluation.controls import HOLD
+from ahriuwu_cli.evaluation.metrics import CAP_DB, SSIM_WINDOW
+from ahriuwu_cli.evaluation.protocol import RESAMPLES, WindowManifest, make_manifest
+from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.world import World
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured. windows, context, horizon, seed and split describe windows that are still to be drawn."""
+
+    windows: int = 64
+    context: int = 8  # frames that are given
+    horizon: int = 16  # frames that are generated
+    horizons: tuple[int, ...] = (1, 4, 16)  # reported, beside the last
+    seed: int = 0  # of the windows, of the noise and of random actions
+    batch: int = 32
+    split: str = "test"
+    delta_at: int = 4  # generated frame at which action following is reported, beside the last
+    noise_seeds: int = 1  # rollouts of every window with different noise, averaged
+
+
+def prepare(
+    world: World,
+    store: EpisodeStore,
+    config: EvaluationConfig,
+    rollout_config: RolloutConfig,
+    manifest: WindowManifest | None,
+) -> tuple[EvaluationConfig, WindowManifest]:
+    """Check everything and draw the windows unless they are given. UserError, DataError or CheckpointError.
+
+    The configuration comes back with the windows' own split, context, horizon and count.
+    """
+    world.check_generation(rollout_config)
+    for name in ("batch", "delta_at", "noise_seeds"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    if config.seed < 0:
+        raise UserError(f"--seed must be 0 or more, got {config.seed}")
+    check_fit(world, store)
+    if manifest is None:
+        manifest = make_manifest(store, config.split, config.context, config.horizon, config.windows, config.seed)
+    elif manifest.fingerprint != store.fingerprint:
+        raise DataError(f"the windows were made for another dataset than {store.path}: make new ones")
+    own = {"windows": len(manifest.windows), "context": manifest.context, "horizon": manifest.horizon}
+    return replace(config, split=manifest.split, **own), manifest
+
+
+def check_fit(world: World, store: EpisodeStore) -> None:
+    """DataError when the dataset's actions or frame size are not those that the world was trained with."""
+    if store.action_space != world.action_space:
+        theirs, ours = (", ".join(s.column_names) or "none" for s in (store.action_space, world.action_space))
+        if theirs == ours:
+            theirs, ours = (str(s.to_json()["components"]) for s in (store.action_space, world.action_space))
+        raise DataError(
+            f"{store.path} has the actions [{theirs}], but the world was trained with [{ours}]: choose its own dataset"
+        )
+    size, trained = (store.height, store.width), (world.tokenizer.height, world.tokenizer.width)
+    if size != trained:
+        raise DataError(
+            f"{store.path} has frames of {size[0]}x{size[1]}, but the world has {trained[0]}x{trained[1]}: "
+            f"record or import it at that size"
+        )
+    if min(size) < SSIM_WINDOW:
+        raise DataError(
+            f"{store.path} has frames of {size[0]}x{size[1]}: SSIM needs at least {SSIM_WINDOW} pixels a side"
+        )
+
+
+def warnings(world: World, store: EpisodeStore, episodes: list[str]) -> list[str]:
+    """What a reader of the numbers must know and cannot see in them."""
+    found = []
+    if len(set(episodes)) < 2:
+        found.append("all windows are of one episode: there are no intervals, since others may differ by any amount")
+    elif len(set(episodes)) < 5:
+        found.append(f"only {len(set(episodes))} episodes: the intervals are rough")
+    if (store.fps, store.frame_skip) != (world.fps, world.frame_skip):
+        found.append(
+            f"the dataset runs at {store.fps:g} frames/s (frame skip {store.frame_skip}), the world was trained at "
+            f"{world.fps:g} (frame skip {world.frame_skip})"
+        )
+    return found
+
+
+def settings(
+    world: World,
+    store: EpisodeStore,
+    config: EvaluationConfig,
+    rollout_config: RolloutConfig,
+    manifest: WindowManifest,
+) -> dict[str, Any]:
+    """All that the numbers depend on, and what they came from. Intervals leave out the noise and the training seed."""
+    return {
+        "tau": LABEL,
+        "checkpoint": str(world.path) if world.path else None,
+        "checkpoint_git": world.facts.get("git"),
+        "tokenizer_fingerprint": world.tokenizer.fingerprint(),
+        "dataset": str(store.path),
+        "dataset_fingerprint": store.fingerprint,
+        "split": manifest.split,
+        "manifest_hash": manifest.hash,
+        "window_seed": manifest.seed,
+        "evaluation": asdict(config),
+        "generation": asdict(rollout_config),
+        "k_max": world.k_max,
+        "random_action_hold": list(HOLD),
+        "psnr_cap_db": CAP_DB,
+        "interval": f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out noise seeds and training seeds",
+        "device": str(world.device),
+        "ahriuwu": __version__,
+        "torch": torch.__version__,
+    }

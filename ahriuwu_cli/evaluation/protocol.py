@@ -1,0 +1,200 @@
+"""The protocol that every score shares: which windows are looked at, and how sure a mean over them is.
+
+Windows come from a stored manifest, drawn once from a seed on held-out episodes and refused when the data changed.
+Intervals are bootstrapped over episodes, since windows of one episode are not independent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.windows import draw_windows
+from ahriuwu_cli.errors import DataError, UserError
+
+FORMAT = "ahriuwu-windows/1"
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class WindowManifest:
+    """Which windows are scored: `context` given frames, then `horizon` generated ones, from (episode, first frame)."""
+
+    fingerprint: str  # of the dataset
+    split: str
+    seed: int
+    context: int
+    horizon: int
+    windows: tuple[tuple[str, int], ...]
+
+    @property
+    def hash(self) -> str:
+        """sha256 over everything else: equal hashes mean the same windows of the same data."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def length(self) -> int:
+        """Frames of a window."""
+        return self.context + self.horizon
+
+    @property
+    def keys(self) -> list[str]:
+        """'episode:start' of every window, by which its noise is keyed."""
+        return [f"{episode}:{start}" for episode, start in self.windows]
+
+    @property
+    def episodes(self) -> list[str]:
+        """The episode of every window."""
+        return [episode for episode, _ in self.windows]
+
+    def save(self, path: Path) -> None:
+        """Write as JSON: a temporary name first, then renamed."""
+        document = {"format": FORMAT, **asdict(self), "hash": self.hash}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(document, indent=1) + "\n")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: Path, store: EpisodeStore) -> WindowManifest:
+        """Read a manifest for this dataset. DataError when it is damaged, edited, or made from other data."""
+        manifest = _parse(path)
+        if manifest.fingerprint != store.fingerprint:
+            raise DataError(
+                f"{path} was made for another dataset, or {store.path} changed since "
+                f"(fingerprint {manifest.fingerprint[:12]}, now {store.fingerprint[:12]}): make new windows"
+            )
+        lengths = {e.id: e.frames for e in _usable(store, manifest.split)}
+        for episode, start in manifest.windows:
+            if not 0 <= start <= lengths.get(episode, -1) - manifest.length:
+                raise DataError(
+                    f"{path} asks for {manifest.length} frames from {start} of episode {episode}, which the split "
+                    f"{manifest.split!r} of {store.path} does not have: make new windows"
+                )
+        return manifest
+
+
+def make_manifest(store: EpisodeStore, split: str, context: int, horizon: int, count: int, seed: int) -> WindowManifest:
+    """Draw `count` windows of a split, spread over its episodes; the same for a seed.
+
+    Where the dataset has actions, only labelled episodes count. UserError for numbers below 1 and an unknown split,
+    DataError when the split has no such windows or not so many.
+    """
+    for name, value in (("--context", context), ("--horizon", horizon), ("--windows", count)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    lengths = {e.id: e.frames for e in _usable(store, split)}
+    if not lengths:
+        labelled = " with actions" if store.action_space.width else ""
+        raise DataError(f"{store.path} has no episode{labelled} in its split {split!r}: choose another --split")
+    windows = draw_windows(lengths, context + horizon, count, seed)
+    return WindowManifest(store.fingerprint, split, seed, context, horizon, tuple(windows))
+
+
+def read_windows(
+    store: EpisodeStore, manifest: WindowManifest, first: int = 0, stop: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows first..stop-1: frames uint8 (W, T, H, W, 3) and actions float32 (W, T-1, A); A = 0 without actions."""
+    frames = [store.frames(e, s, s + manifest.length) for e, s in manifest.windows[first:stop]]
+    return np.stack(frames), read_actions(store, manifest, first, stop)
+
+
+def read_actions(store: EpisodeStore, manifest: WindowManifest, first: int = 0, stop: int | None = None) -> np.ndarray:
+    """Actions float32 (W, T-1, A) of windows first..stop-1, without touching their frames."""
+    windows = manifest.windows[first:stop]
+    if not store.action_space.width:
+        return np.zeros((len(windows), manifest.length - 1, 0), np.float32)
+    return np.stack([store.actions(e, s, s + manifest.length - 1) for e, s in windows])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval. All three are NaN when any value was; the ends alone with a single episode."""
+
+    value: float
+    lo: float
+    hi: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def paired_bootstrap(
+    values: np.ndarray, episodes: list[str] | np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Mean of values (W,) with a 95 % interval from resampling episodes (clusters), with all their windows.
+
+    For a paired comparison give the differences. Percentiles are widened for few episodes (Hesterberg 2015, "expanded
+    percentile"): plain ones cover about 85 % with five. One episode says nothing about others: lo and hi are NaN then.
+    """
+    values = np.asarray(values, np.float64)
+    names, cluster = np.unique(np.asarray(episodes), return_inverse=True)
+    if values.shape != cluster.shape or values.ndim != 1 or not len(values):
+        raise ValueError(f"values {values.shape} and episodes {cluster.shape} must be equal rows, not empty")
+    if np.isnan(values).any():
+        return Interval(np.nan, np.nan, np.nan)
+    mean, n = float(values.mean()), len(names)
+    if n < 2:
+        return Interval(mean, np.nan, np.nan)
+    sums, counts = np.bincount(cluster, values), np.bincount(cluster)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    means = (drawn @ sums) / (drawn @ counts)
+    tail = NormalDist().cdf(-np.sqrt(n / (n - 1)) * _student_975(n - 1))
+    lo, hi = np.quantile(means, [tail, 1 - tail])
+    return Interval(mean, float(lo), float(hi))
+
+
+def _student_975(freedom: int) -> float:
+    """The 97.5 % point of Student's t by its expansion in 1 / freedom (Abramowitz & Stegun 26.7.5); 1 % off at 2."""
+    z, n = NormalDist().inv_cdf(0.975), freedom
+    return float(
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
+    )
+
+
+def _usable(store: EpisodeStore, split: str) -> list:
+    return [e for e in store.episodes(split) if e.labelled or not store.action_space.width]
+
+
+def _parse(path: Path) -> WindowManifest:
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+            raise ValueError(f"it is not of the format {FORMAT!r}")
+        stated = document.pop("hash")
+        windows = tuple((str(e), _whole(s)) for e, s in document.pop("windows"))
+        numbers = {name: _whole(document.pop(name)) for name in ("seed", "context", "horizon")}
+        names = {name: str(document.pop(name)) for name in ("fingerprint", "split")}
+        if document or not windows or min(numbers["context"], numbers["horizon"]) < 1:
+            raise ValueError(f"unknown or empty fields: {', '.join(document) or 'windows, context or horizon'}")
+        if len(set(windows)) != len(windows):
+            raise ValueError("it lists a window twice")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: leave out --manifest to make new windows") from None
+    except KeyError as error:
+        raise DataError(f"{path} is no window manifest: it lacks {error}; make new windows") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is no window manifest ({error}): make new windows") from None
+    manifest = WindowManifest(windows=windows, **numbers, **names)
+    if stated != manifest.hash:
+        raise DataError(f"{path} was edited: its hash does not fit its content; make new windows")
+    return manifest
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value

@@ -1,0 +1,188 @@
+"""Reports: results as aligned text for a terminal, as CSV, and as JSON, each written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ahriuwu_cli.diffusion.tau import LABEL
+from ahriuwu_cli.errors import UserError
+
+Row = dict[str, Any]
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite."""
+    near = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not near.is_dir():
+        raise UserError(f"{near} is a file: choose a folder for --out")
+    if not os.access(near, os.W_OK | os.X_OK):
+        raise UserError(f"{near} cannot be written to: choose another --out")
+    if near == out and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace the results in it")
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Strict JSON, a temporary name first."""
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, a temporary name first."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Rows of equal keys as CSV with a header; a mapping {value, lo, hi} becomes three columns; null is empty."""
+    flat = [flatten(row) for row in rows]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def flatten(row: Row) -> Row:
+    """Intervals as the columns name, name_lo, name_hi."""
+    flat: Row = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= {name: value["value"], f"{name}_lo": value["lo"], f"{name}_hi": value["hi"]}
+        else:
+            flat[name] = value
+    return flat
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to the right, the first one to the left."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """A number for a table; 'nan' for null, so that nobody overlooks it."""
+    return "nan" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def interval(value: Row, sign: bool = True) -> str:
+    """'+1.23 [+0.80, +1.60]'; the brackets are left out where there is no interval."""
+    text = number(value["value"], sign=sign)
+    if value["lo"] is None:
+        return text
+    return f"{text} [{number(value['lo'], sign=sign)}, {number(value['hi'], sign=sign)}]"
+
+
+def evaluation_text(result: Row) -> str:
+    """The table of `evaluate` by generated frame, the action deltas, and what to be careful about."""
+    header = ["frame", "PSNR dB", "floor", "ceiling", "gain dB [95 %]", "SSIM", "floor", "motion", "sharp", "1-step dB"]
+    rows = [
+        [
+            h,
+            number(r["psnr"]["value"]),
+            number(r["floor"]["value"]),
+            number(r["ceiling"]["value"]),
+            interval(r["gain_db"]),
+            number(r["ssim"], 3),
+            number(r["floor_ssim"], 3),
+            number(r["motion_ratio"]),
+            number(r["sharpness_ratio"]),
+            number(r["teacher_forced_psnr"]),
+        ]
+        for h, r in result["horizons"].items()
+    ]
+    n, how = result["n"], result["settings"]["generation"]
+    lines = [
+        table(header, rows),
+        "",
+        f"{n['windows']} windows of {n['episodes']} episodes ({result['settings']['split']}), "
+        f"{n['noise_seeds']} noise seed(s); sampler {how['sampler']}, K = {how['steps']}, "
+        f"context at {LABEL} {how['tau_ctx']:g}, {how['ctx_mode']}",
+    ]
+    for control, by_frame in (result["action_delta_db"] or {}).items():
+        shown = ", ".join(f"{interval(value)} at {h}" for h, value in by_frame.items())
+        lines.append(f"action delta dB against {control} actions: {shown}")
+    lines.append(result["action_delta_note"])
+    return "\n".join(lines + _cautions(result))
+
+
+def evaluation_rows(result: Row) -> list[Row]:
+    """One row a horizon, for eval.csv."""
+    rows = []
+    for h, values in result["horizons"].items():
+        row = {"frame": int(h), **values}
+        for control in result["action_delta_db"] or {}:
+            empty = {"value": None, "lo": None, "hi": None}
+            row[f"delta_{control}_db"] = result["action_delta_db"][control].get(h, empty)
+        rows.append(row | {"tau_ctx " + LABEL: result["settings"]["generation"]["tau_ctx"]})
+    return rows
+
+
+def sweep_text(result: Row) -> str:
+    """The table of `sweep` by cell, the best with the set that cannot be told from it, and warnings."""
+    h, ref = str(result["compared_at"]), result["reference"]
+    shown = [str(x) for x in result["reported"]]
+    header = ["tau", "K", *(f"gain@{x}" for x in shown), f"@{h} minus tau {ref['tau_ctx']:g} [95 %]"]
+    header += ["motion", "sharp", "delta", "not finite", "frames/s"]
+    rows = []
+    for cell in result["cells"]:
+        delta = cell["action_delta_db"]
+        rows.append(
+            [
+                f"{cell['tau_ctx']:g}" + (f" ({cell['tau_end']:g})" if cell["tau_end"] != cell["tau_ctx"] else ""),
+                f"{cell['steps']}" + (f" ({cell['passes']})" if cell["passes"] != cell["steps"] else ""),
+                *(number(cell["gain_db"][x]["value"], sign=True) for x in shown),
+                interval(cell["difference_db"]),
+                number(cell["motion_ratio"]),
+                number(cell["sharpness_ratio"]),
+                "-" if delta is None else number(delta["value"], sign=True),
+                str(cell["not_finite_frames"]),
+                number(cell["frames_per_s"], 0),
+            ]
+        )
+    n, how = result["n"], result["settings"]["generation"]
+    lines = [
+        table(header, rows),
+        "",
+        f"gain over persistence in dB by generated frame; {LABEL}; in brackets what the sampler really did. "
+        f"{n['windows']} windows of {n['episodes']} episodes ({result['settings']['split']}), same noise in all cells; "
+        f"sampler {how['sampler']}, {how['ctx_mode']}",
+    ]
+    if result["best"]:
+        best = result["best"]
+        same = ", ".join(f"{c['tau_ctx']:g} (K = {c['steps']})" for c in best["not_told_apart"]) or "none"
+        lines.append(
+            f"best at frame {h}: tau {best['tau_ctx']:g} (K = {best['steps']}); cannot be told from it: {same}"
+        )
+    return "\n".join(lines + _cautions(result))
+
+
+def sweep_row(cell: Row) -> Row:
+    """One line of sweep.csv."""
+    row = {f"tau_ctx {LABEL}": cell["tau_ctx"], f"tau_end {LABEL}": cell["tau_end"]}
+    row |= {name: cell[name] for name in ("steps", "passes", "difference_db")}
+    row |= {f"gain_db_{h}": value for h, value in cell["gain_db"].items()}
+    row |= {f"psnr_{h}": value for h, value in cell["psnr"].items()}
+    row |= {name: cell[name] for name in ("motion_ratio", "sharpness_ratio", "not_finite_frames", "frames_per_s")}
+    return row | {"action_delta_db": cell["action_delta_db"] or {"value": None, "lo": None, "hi": None}}
+
+
+def _cautions(result: Row) -> list[str]:
+    lines = [f"note: {warning}" for warning in result["warnings"]]
+    if result["status"] == "nan":
+        lines.append(f"FAILED: frames that are not finite: {result['not_finite_frames']}; means they touch are nan")
+    return lines

@@ -1,0 +1,74 @@
+"""What `ahriuwu info` says of model sizes, worlds, tokenizers and runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ahriuwu_cli.diffusion.tau import CONVENTION
+from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig, count_parameters
+from ahriuwu_cli.models.sizes import SIZES
+from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world
+
+
+def describe_sizes() -> dict[str, Any]:
+    """The size table with parameter counts, from models that are built but never filled."""
+    rows = []
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            parameters = count_parameters(Dynamics(DynamicsConfig(**size)))
+        rows.append({"size": name, "parameters": parameters, **size})
+    return {"sizes": rows}
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """Facts of a world, tokenizer or run folder; DataError when it is none of them."""
+    if (path / "run.json").is_file() and not (path / "best" / "config.json").is_file():
+        raise DataError(f"{path} is a run that has not saved a world yet: wait for its first preview")
+    world_like = (path / "tokenizer" / "config.json").is_file() and (path / "model.safetensors").is_file()
+    if world_like or (path / "best" / "config.json").is_file():
+        world = load_world(path, "cpu")
+        return {
+            "world": str(world.path),
+            "parameters": count_parameters(world.dynamics.requires_grad_(True)),
+            "convention": CONVENTION,
+            "frames": f"{world.tokenizer.height}x{world.tokenizer.width} at {world.fps:g} per second",
+            "actions": ", ".join(world.action_space.column_names) or "none",
+            "tokenizer": f"{world.tokenizer.kind} {world.tokenizer.fingerprint()[:12]}",
+            "trained_d": list(world.trained_d),
+            "forcing": world.forcing,
+            "generation": asdict(world.generation),
+            "architecture": {k: v for k, v in world.dynamics.config.to_json().items() if k != "action_space"},
+            "facts": {k: v for k, v in world.facts.items() if k not in ("train", "architecture")},
+            "train": world.facts.get("train"),
+        }
+    if (path / "config.json").is_file() or (path / "tokenizer" / "config.json").is_file():
+        tokenizer = load_tokenizer(path)
+        shape = f"{tokenizer.height}x{tokenizer.width} -> {tokenizer.tokens} tokens x {tokenizer.latent_dim}"
+        return {"tokenizer": tokenizer.kind, "frames": shape, "hash": tokenizer.fingerprint(), **tokenizer.to_json()}
+    raise DataError(f"{path} is not a dataset, world, tokenizer or run: give a folder that a command of ours wrote")
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """Aligned lines for a terminal."""
+    if "sizes" in facts:
+        names = ("size", "parameters", "width", "depth", "heads", "kv_heads", "time_every", "window", "conditioning")
+        rows = [names] + [tuple(_cell(row[n]) for n in names) for row in facts["sizes"]]
+        widths = [max(len(r[i]) for r in rows) for i in range(len(names))]
+        return "\n".join("  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {_cell(v)}" for k, v in value.items() if v is not None)
+        lines.append(f"{name:<13} {_cell(value)}")
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        return f"{value / 1e6:,.2f}M"
+    return ", ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)

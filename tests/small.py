@@ -1,0 +1,49 @@
+"""The smallest world and dataset that still do everything: for tests of training, checkpoints and commands."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
+from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.training.checkpoint import action_slots
+from ahriuwu_cli.world import World
+
+SPACE = ActionSpace((ActionComponent("keys", "binary", 2, ("LEFT", "RIGHT")),))
+
+
+def small_world(seed: int = 0) -> World:
+    """16 x 16 frames, 4 tokens of 6 channels, two layers, k_max 8."""
+    torch.manual_seed(seed)
+    tokenizer = LinearTokenizer(16, 16, 8, 8, 6)
+    tokenizer.components.copy_(torch.linalg.qr(torch.randn(192, 6))[0])
+    config = DynamicsConfig(
+        tokens=4, latent_dim=6, width=16, depth=2, heads=2, kv_heads=2, mlp_hidden=32, time_every=2, window=6, k_max=8,
+        action_space=action_slots(SPACE),
+    )  # fmt: skip
+    levels = (1.0, 0.5, 0.25, 0.125)
+    return World(
+        Dynamics(config).eval().requires_grad_(False), tokenizer.eval(), SPACE, 10.0, 4, levels, "independent", False,
+        RolloutConfig(steps=2), None, {},
+    )  # fmt: skip
+
+
+def small_dataset(path: Path, episodes: int = 8, frames: int = 40, labelled: bool = True, space=SPACE) -> EpisodeStore:
+    """A bright bar that moves left or right as the action says, on a noisy background: 16 x 16."""
+    rng = np.random.default_rng(0)
+    with EpisodeWriter(path, height=16, width=16, fps=10.0, action_space=space, name="bar", seed=0) as writer:
+        for _ in range(episodes):
+            actions = space.random(frames - 1, (2, 5), rng)
+            place, clip = int(rng.integers(16)), []
+            for t in range(frames):
+                frame = rng.integers(0, 8, (16, 16, 3)).astype(np.uint8)
+                frame[:, place % 16] = 220
+                clip.append(frame)
+                if t < frames - 1 and space.width:
+                    place += int(actions[t, -1]) - int(actions[t, 0])
+            writer.add(np.stack(clip), actions if labelled else None)
+    return EpisodeStore.open(path)

@@ -1,0 +1,232 @@
+"""Training the transformer tokenizer: it learns, it resumes bit for bit, and it refuses what cannot go on."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small import small_dataset
+
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
+from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizerConfig
+from ahriuwu_cli.training import losses
+from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
+from ahriuwu_cli.training.signals import StopRequest
+from ahriuwu_cli.training.state import load_state
+from ahriuwu_cli.training.tokenizer_loop import TokenizerTrainConfig, train_transformer_tokenizer
+
+TINY = TransformerTokenizerConfig(
+    height=16, width=16, patch=8, model_width=32, depth_encoder=2, depth_decoder=2, heads=2, kv_heads=2, mlp_hidden=64,
+    time_every=2, tokens=4, latent_dim=8, window=3,
+)  # fmt: skip
+CONFIG = TokenizerTrainConfig(architecture=TINY, steps=4, batch=2, frames=4, warmup=2, log_every=1, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
+    return small_dataset(tmp_path_factory.mktemp("data") / "bar", episodes=4, frames=12)
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of the log without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("frames_per_s", "eta_s")} for line in lines]
+
+
+def stop_after(steps: int) -> tuple[StopRequest, object]:
+    stop = StopRequest()
+
+    def progress(done: int, total: int) -> None:
+        stop.number = 15 if done == steps - 1 else stop.number
+
+    return stop, progress
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_two_steps_and_a_resume_to_four_equal_four_unbroken_bit_for_bit(store, tmp_path, optimizer):
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    whole = train_transformer_tokenizer(store, config, tmp_path / "whole")
+
+    stop, progress = stop_after(2)
+    with pytest.raises(Interrupted, match="at step 2"):
+        train_transformer_tokenizer(store, config, tmp_path / "parts", progress=progress, stop=stop)
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 0}\n{"step": 3, "lo')  # what a killed run leaves behind
+    torch.manual_seed(99)
+    sentences = []
+    parts = train_transformer_tokenizer(store, config, tmp_path / "parts", resume=True, announce=sentences.append)
+
+    assert "after step 2 of 4" in sentences[0]
+    assert whole.fingerprint() == parts.fingerprint()
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    a, b = load_state(tmp_path / "whole" / "state"), load_state(tmp_path / "parts" / "state")
+    assert a[1] == b[1]
+    assert a[0].keys() == b[0].keys()
+    assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+    again = train_transformer_tokenizer(store, config, tmp_path / "parts", resume=True)  # nothing left to do
+    assert again.fingerprint() == whole.fingerprint()
+
+
+def test_the_global_generator_neither_matters_nor_moves(store, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=1)
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = train_transformer_tokenizer(store, config, tmp_path / "a")
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(2)
+    assert train_transformer_tokenizer(store, config, tmp_path / "b").fingerprint() == first.fingerprint()
+    other = dataclasses.replace(config, seed=1)
+    assert train_transformer_tokenizer(store, other, tmp_path / "c").fingerprint() != first.fingerprint()
+
+
+def test_it_overfits_a_tiny_clip_and_its_latents_have_unit_spread(tmp_path):
+    tiny = small_dataset(tmp_path / "data", episodes=1, frames=4)
+    architecture = dataclasses.replace(TINY, latent_dim=16, mask_max=0.0)
+    config = TokenizerTrainConfig(
+        architecture=architecture, steps=150, batch=2, frames=4, lr=1e-2, warmup=10, clip=10.0, log_every=1
+    )
+    tokenizer = train_transformer_tokenizer(tiny, config, tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["mse"] < lines[0]["mse"] / 30
+    frames = torch.from_numpy(tiny.frames("000000"))[None]
+    latents = tokenizer.encode(frames)
+    assert not tokenizer.training
+    assert latents.square().mean().sqrt() == pytest.approx(1, abs=1e-3)
+    assert latents.mean(dim=(0, 1)).abs().max() < 1e-4
+    error = (tokenizer.decode(latents) - frames.float() / 255).square().mean().item()
+    assert error == pytest.approx(lines[-1]["mse"], rel=0.2)
+
+
+def test_the_run_folder_says_what_was_trained_and_announces_mse_only(store, tmp_path):
+    said = []
+    train_transformer_tokenizer(store, CONFIG, tmp_path / "run", announce=said.append)
+    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert document["config"] == json.loads(json.dumps(CONFIG.to_json()))
+    assert document["dataset"] == store.fingerprint
+    assert document["loss"].startswith("MSE only")
+    assert any("MSE only" in sentence for sentence in said)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "run.json", "state"]
+    assert {"step", "loss", "mse", "grad_norm", "lr"} <= metrics(tmp_path / "run")[0].keys()
+
+
+def test_a_used_folder_is_refused_and_left_alone_unless_it_may_be_overwritten(store, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        train_transformer_tokenizer(store, CONFIG, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    train_transformer_tokenizer(store, CONFIG, tmp_path, overwrite=True)
+    assert not (tmp_path / "mine.txt").exists()
+
+
+def test_a_resume_with_other_settings_or_nothing_to_resume_is_refused(store, tmp_path):
+    with pytest.raises(UserError, match="no saved tokenizer run"):
+        train_transformer_tokenizer(store, CONFIG, tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+    train_transformer_tokenizer(store, CONFIG, tmp_path / "run")
+    for change in ({"lr": 0.1}, {"steps": 9}, {"architecture": dataclasses.replace(TINY, tokens=5)}):
+        with pytest.raises(UserError, match=f"other settings.*{next(iter(change))}"):
+            train_transformer_tokenizer(store, dataclasses.replace(CONFIG, **change), tmp_path / "run", resume=True)
+    other = small_dataset(tmp_path / "other", episodes=3, frames=12)
+    with pytest.raises(UserError, match="dataset differs"):
+        train_transformer_tokenizer(other, CONFIG, tmp_path / "run", resume=True)
+
+
+def test_a_damaged_state_is_refused(store, tmp_path):
+    train_transformer_tokenizer(store, CONFIG, tmp_path / "run")
+    (file,) = (tmp_path / "run" / "state").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 64
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="was altered"):
+        train_transformer_tokenizer(store, CONFIG, tmp_path / "run", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_saves_nothing(store, tmp_path, monkeypatch):
+    real, calls = losses.RunningRMS.forward, []
+
+    def breaks(self: RunningRMS, value: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return real(self, value) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(losses.RunningRMS, "forward", breaks)
+    with pytest.raises(TrainingError, match="not finite at step 3"):
+        train_transformer_tokenizer(store, CONFIG, tmp_path / "run")
+    assert load_state(tmp_path / "run" / "state")[1]["step"] == 2
+
+
+def test_data_that_do_not_fit_are_refused_before_anything_is_written(store, tmp_path):
+    tall = dataclasses.replace(CONFIG, architecture=dataclasses.replace(TINY, height=32))
+    with pytest.raises(DataError, match="32x16"):
+        train_transformer_tokenizer(store, tall, tmp_path / "run")
+    with pytest.raises(DataError, match="long enough"):
+        train_transformer_tokenizer(store, dataclasses.replace(CONFIG, frames=13), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"steps": 0}, {"frames": 2}, {"optimizer": "sgd"}, {"lr": float("nan")}, {"clip": 0}, {"precision": "x"}]
+)
+def test_settings_that_cannot_train_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        dataclasses.replace(CONFIG, **fields)
+
+
+def test_a_running_rms_makes_terms_of_any_size_weigh_alike():
+    small, large = RunningRMS(0.9), RunningRMS(0.9)
+    values = torch.rand(200, generator=torch.Generator().manual_seed(0)) + 0.5
+    a = torch.stack([small(v * 1e-4) for v in values])
+    b = torch.stack([large(v * 1e4) for v in values])
+    assert a[0] == pytest.approx(1)
+    assert torch.allclose(a, b, rtol=1e-4)
+    assert a[50:].square().mean() == pytest.approx(1, abs=0.1)
+
+
+def test_a_running_rms_is_the_bias_corrected_average_rests_in_evaluation_and_passes_its_gradient_through():
+    rms, values = RunningRMS(0.8), [3.0, 1.0, 2.0]
+    results = [rms(torch.tensor(v)) for v in values]
+    weights = torch.tensor([0.2 * 0.8**2, 0.2 * 0.8, 0.2])
+    expected = (weights * torch.tensor(values).square()).sum() / weights.sum()
+    assert results[-1] == pytest.approx(2.0 / expected.sqrt().item())
+    rms.eval()
+    assert rms(torch.tensor(5.0)) == rms(torch.tensor(5.0)) == pytest.approx(5.0 / expected.sqrt().item())
+    value = torch.tensor(4.0, requires_grad=True)
+    rms(value).backward()
+    assert value.grad == pytest.approx(1 / expected.sqrt().item())
+    assert RunningRMS()(torch.tensor(0.0)) == 0
+
+
+class MeanDistance(torch.nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor, normalize: bool) -> torch.Tensor:
+        assert normalize  # frames are in [0, 1]
+        assert a.shape[1:] == (3, 16, 16)
+        return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def test_the_loss_is_mse_plus_a_fifth_of_lpips_each_over_its_rms():
+    lpips = LPIPS(MeanDistance(), "alex", "0" * 64)
+    a, b = torch.rand(2, 2, 3, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    terms_rms = RunningRMS(), RunningRMS()
+    loss, terms = reconstruction_loss(a, b, terms_rms[0], lpips, terms_rms[1])
+    assert loss.item() == pytest.approx(1.2)  # both terms are 1 in the first step
+    assert terms["mse"] == pytest.approx((a - b).square().mean().item())
+    assert terms["lpips"] == pytest.approx((a - b).abs().mean().item())
+    assert reconstruction_loss(a, b, RunningRMS())[0].item() == pytest.approx(1.0)
+    assert not lpips.train().network.training
+
+
+def test_lpips_without_its_weights_its_package_or_with_other_weights_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cannot read LPIPS backbone weights"):
+        load_lpips(tmp_path / "none.pth")
+    with pytest.raises(UserError, match="cannot read LPIPS backbone weights"):
+        load_lpips(tmp_path)
+    other = tmp_path / "alexnet-owt-7be5be79.pth"
+    other.write_bytes(b"not AlexNet")
+    with pytest.raises(UserError, match="is not LPIPS"):
+        load_lpips(other)
+    monkeypatch.setattr(losses, "BACKBONES", {losses.hashlib.sha256(b"not AlexNet").hexdigest()[:8]: ("alex", "it")})
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(UserError, match="needs the package lpips"):
+        load_lpips(other)

@@ -1,0 +1,220 @@
+"""Training does what it says: exact resume, true step counts, features that stay on, worlds that learn."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small import small_dataset
+
+from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.errors import DataError, TrainingError, UserError
+from ahriuwu_cli.training import loop as loop_module
+from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
+from ahriuwu_cli.training.batches import draw_batch, share_of
+from ahriuwu_cli.training.checkpoint import load_world
+from ahriuwu_cli.training.optimiser import rate
+from ahriuwu_cli.training.signals import StopRequest
+
+TINY = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_hidden": 32, "window": 6, "time_every": 2, "k_max": 8}
+CONFIG = TrainConfig(size="test", steps=6, budget=None, batch=4, frames=6, log_every=1, preview_windows=2, warmup=2)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    from ahriuwu_cli.models.sizes import SIZES
+
+    monkeypatch.setitem(SIZES, "test", TINY)
+    store = small_dataset(tmp_path / "data")
+    return store, fit_linear_tokenizer(store, (8, 8), 6, 0.5)
+
+
+def run(data, out, config=CONFIG, stop_at=None, **options):
+    store, tokenizer = data
+    trainer = assemble(store, tokenizer, config, out, "train", device=torch.device("cpu"), **options)
+    trainer.train(lambda line: None, StopRequest(), stop_at)
+    return trainer
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+VARIANTS = {
+    "plain": CONFIG,
+    "accumulated": replace(CONFIG, accumulate=2),
+    "long and short": replace(CONFIG, long_frames=12, long_every=2),
+    "images": replace(CONFIG, single_image_share=0.5),
+    "adamw": replace(CONFIG, optimizer="adamw"),
+    "horizon": replace(CONFIG, forcing="horizon"),
+}
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(data, tmp_path, config):
+    whole = run(data, tmp_path / "whole", config)
+    run(data, tmp_path / "broken", config, stop_at=3)
+    resumed = run(data, tmp_path / "broken", config, resume=True)
+    assert resumed.step == whole.step == 6
+    for part in ("model", "average"):
+        a, b = getattr(whole, part).state_dict(), getattr(resumed, part).state_dict()
+        assert all(torch.equal(a[n], b[n]) for n in a), part
+    losses = [[(x["step"], x["loss"]) for x in lines(tmp_path / r) if "loss" in x] for r in ("whole", "broken")]
+    assert losses[0] == losses[1]
+    assert [s for s, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resume_with_other_settings_is_refused_and_names_them(data, tmp_path):
+    run(data, tmp_path / "r", stop_at=2)
+    with pytest.raises(UserError, match=r"lr 0\.003 -> 0\.001"):
+        run(data, tmp_path / "r", replace(CONFIG, lr=1e-3), resume=True)
+
+
+def test_a_used_folder_is_never_overwritten_unasked(data, tmp_path):
+    run(data, tmp_path / "r", stop_at=1)
+    with pytest.raises(UserError, match="not empty"):
+        run(data, tmp_path / "r")
+    assert run(data, tmp_path / "r", overwrite=True).step == 6
+
+
+def test_the_run_saves_a_world_that_can_be_loaded_and_logs_its_gain(data, tmp_path):
+    trainer = run(data, tmp_path / "r")
+    world = load_world(tmp_path / "r", "cpu")
+    assert world.facts["preview_gain_db"] == trainer.best
+    previews = [line["preview"] for line in lines(tmp_path / "r") if "preview" in line]
+    assert len(previews) == 3
+    assert trainer.best == max(list(p["gain_db"].values())[-1] for p in previews)
+    assert (tmp_path / "r" / "last" / "config.json").is_file()
+    assert len(list((tmp_path / "r" / "state").iterdir())) == CONFIG.keep
+
+
+@pytest.mark.parametrize("ramp", ["paper", "inverted", "flat"])
+@pytest.mark.parametrize("forcing", ["independent", "prefix", "horizon"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_bootstrap_stays_on_with_every_other_flag(data, tmp_path, ramp, forcing, batch):
+    config = replace(CONFIG, ramp=ramp, forcing=forcing, batch=batch, steps=12, bootstrap_share=0.5)
+    run(data, tmp_path / "r", config)
+    seen = [line["bootstrap"] is not None for line in lines(tmp_path / "r") if "loss" in line]
+    assert any(seen) == (forcing != "horizon")  # the review's horizon schedule has no d > d_min
+
+
+def test_the_same_step_draws_the_same_batch_and_other_steps_others(data, tmp_path):
+    trainer = run(data, tmp_path / "r", stop_at=1)
+
+    def draw(step, **kw):
+        return draw_batch(trainer.pack, CONFIG, 8, step, **kw)
+
+    a, b = draw(3), draw(3)
+    assert a.windows == b.windows
+    assert torch.equal(a.noise, b.noise)
+    assert torch.equal(a.tau, b.tau)
+    for other in (draw(4), draw(3, micro=1), draw(3, rank=1)):
+        assert not torch.equal(a.noise, other.noise)
+
+
+def test_a_batch_lines_up_latents_and_actions(data, tmp_path):
+    store, tokenizer = data
+    trainer = run(data, tmp_path / "r", stop_at=1)
+    batch = draw_batch(trainer.pack, CONFIG, 8, 0)
+    for i, window in enumerate(batch.windows):
+        episode, start = window.split(":")
+        start = int(start)
+        frames = torch.from_numpy(store.frames(episode, start, start + 6))[None]
+        assert torch.allclose(batch.z_clean[i], tokenizer.encode(frames)[0], atol=2e-2)
+        # incoming: the action beside frame t is the one that led to it
+        assert np.array_equal(batch.actions[i, 1:].numpy(), store.actions(episode, start, start + 5))
+        assert batch.known[i].tolist() == [False] + [True] * 5
+
+
+def test_flow_rows_are_labelled_with_the_finest_step(data, tmp_path):
+    trainer = run(data, tmp_path / "r", stop_at=1)
+    batch = draw_batch(trainer.pack, replace(CONFIG, batch=64, bootstrap_share=0.25), 8, 0)
+    assert batch.bootstrap_rows == 16
+    assert bool((batch.d[16:] == 1 / 8).all())
+    assert bool((batch.d[:16] > 1 / 8).any())
+    assert float((batch.tau[16:] == 1).float().mean()) > 0.3  # eq. 4 at k_max 8: (1 + 1/2 + 1/4 + 1/8) / 4 = 0.47
+
+
+def test_shares_hold_on_average_however_small_the_batch():
+    for share, count in ((0.25, 1), (0.25, 4), (0.3, 5)):
+        mean = np.mean([share_of(share, count, step, 0) for step in range(4000)])
+        assert mean == pytest.approx(share * count, abs=0.05)
+
+
+def test_single_images_see_no_past_and_no_action(data, tmp_path):
+    trainer = run(data, tmp_path / "r", stop_at=1)
+    config = replace(CONFIG, single_image_share=0.5, bootstrap_share=0.0)
+    batch = draw_batch(trainer.pack, config, 8, 0)
+    assert batch.image_rows == 2
+    denoise = loop_module.denoiser(trainer.model, batch)
+    with torch.no_grad():
+        z_hat = denoise(batch.z_clean, batch.tau, batch.d)
+        changed = batch.z_clean.clone()
+        changed[:, 0] += 1
+        moved = (denoise(changed, batch.tau, batch.d) - z_hat).abs().amax(dim=(2, 3))
+    assert bool((moved[-2:, 1:] == 0).all())
+    assert bool((moved[:2, 1:] > 0).all())
+
+
+def test_accumulated_gradients_equal_one_batch_of_the_same_rows(data, tmp_path):
+    """Two micro-batches of 2 clips weigh as one batch of 4: the gradient is the mean of theirs."""
+    trainer = run(data, tmp_path / "r", replace(CONFIG, accumulate=2, clip=1e9), stop_at=1)
+    grads = []
+    for micro in range(2):
+        batch = draw_batch(trainer.pack, trainer.config, 8, 1, micro)
+        trainer.model.zero_grad()
+        dn = loop_module.denoiser(trainer.model, batch)
+        loop_module.shortcut_forcing_loss(
+            dn, batch.z_clean, batch.noise, batch.tau, batch.d, k_max=8, bootstrap_rows=batch.bootstrap_rows,
+            teacher=lambda rows, b=batch: loop_module.denoiser(trainer.model, b, rows),
+        ).loss.backward()  # fmt: skip
+        grads.append(trainer.model.head.weight.grad.clone())
+    trainer.model.zero_grad()
+    for optimizer in trainer.optimizers:  # look at the gradient, do not move
+        optimizer.step = lambda: None
+        optimizer.zero_grad = lambda set_to_none: None
+    trainer._update()
+    assert torch.allclose(trainer.model.head.weight.grad, (grads[0] + grads[1]) / 2, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_sentence(data, tmp_path, monkeypatch):
+    store, tokenizer = data
+    trainer = assemble(store, tokenizer, CONFIG, tmp_path / "r", "train", device=torch.device("cpu"))
+    with torch.no_grad():
+        trainer.model.head.bias[0] = math.nan
+    with pytest.raises(TrainingError, match="not finite at step 0"):
+        trainer.train(lambda line: None, StopRequest())
+
+
+def test_the_rate_warms_up_in_optimiser_steps_and_falls_to_zero():
+    config = replace(CONFIG, warmup=4, decay=0.5)
+    assert [rate(s, 100, config) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert rate(49, 100, config) == 1.0
+    assert rate(75, 100, config) == pytest.approx(0.5)
+    assert rate(99, 100, config) == pytest.approx(0.02)
+    assert rate(10_000, None, config) == 1.0
+
+
+def test_a_time_budget_ends_the_run_near_its_time(data, tmp_path):
+    trainer = run(data, tmp_path / "r", replace(CONFIG, steps=None, budget=3.0))
+    assert trainer.step == trainer.total
+    assert 1.0 < trainer.elapsed < 12.0
+
+
+@pytest.mark.slow
+def test_training_learns_the_bar_world_better_than_at_its_start(data, tmp_path, monkeypatch):
+    """At its start the model is the best linear denoiser of each frame alone, so to win it must use past and action."""
+    from ahriuwu_cli.models.sizes import SIZES
+
+    monkeypatch.setitem(SIZES, "test", {**TINY, "width": 64, "depth": 4, "mlp_hidden": 128})
+    run(data, tmp_path / "r", replace(CONFIG, steps=150, batch=16, ramp="flat", log_every=10, bootstrap_share=0.0))
+    losses = [line["loss"] for line in lines(tmp_path / "r") if "loss" in line]
+    assert np.mean(losses[-3:]) < 0.75 * losses[0]
+
+
+def test_a_dataset_too_short_for_the_clips_is_refused_before_anything_is_written(data, tmp_path):
+    with pytest.raises(DataError, match="fewer --frames"):
+        run(data, tmp_path / "r", replace(CONFIG, frames=64))
+    assert not (tmp_path / "r").exists()
