@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import SLOTS, make_clip, random_actions
@@ -9,7 +11,6 @@ from conftest import SLOTS, make_clip, random_actions
 from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
 from ahriuwu_cli.models.dynamics import CONDITIONINGS, Dynamics, DynamicsConfig, count_parameters, incoming_actions
 from ahriuwu_cli.models.layers import Attention, rotary, rotate, window_mask
-import itertools
 
 VARIANTS = [
     {},

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from worlds import NO_ACTIONS, SPACE, moving_pictures
 
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.evaluation.controls import partners, random_actions, with_future
 from ahriuwu_cli.evaluation.protocol import WindowManifest, make_manifest, paired_bootstrap, read_windows
-from worlds import NO_ACTIONS, SPACE, moving_pictures
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_the_cached_rollout_equals_full_recomputation_five_windows_long(make_dyn
 
 
 def plainly(model, prompt, actions, known, tau_ctx, steps, noise):
-    """The whole rollout again without a cache or a sampler of ours: the shortcut walk, forward passes over everything."""
+    """The whole rollout again without a cache or a sampler of ours: the shortcut walk, passes over everything."""
     total, prompt_frames = actions.shape[1], prompt.shape[1]
     states = [(1 - tau_ctx) * prompt[:, t] + tau_ctx * noise(t, "prompt", 0) for t in range(prompt_frames)]
     shown = []

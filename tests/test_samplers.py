@@ -1,6 +1,8 @@
-"""Samplers against a Gaussian world, whose spread they must reach, and a spy who notes what the model is really given."""
+"""Samplers against a Gaussian world, whose spread they must reach, and a spy who notes what the model is given."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -8,7 +10,6 @@ import torch
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.diffusion.objective import bootstrap_target
 from ahriuwu_cli.diffusion.samplers import SAMPLERS, WALKS, told_step_size
-import itertools
 
 K_MAX = 64
 STEPS = [2, 4, 8, 16, 64]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small import small_dataset
 
 from ahriuwu_cli.data.episodes import EpisodeStore
@@ -218,15 +219,17 @@ def test_the_loss_is_mse_plus_a_fifth_of_lpips_each_over_its_rms():
 
 
 def test_lpips_without_its_weights_its_package_or_with_other_weights_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="cannot read LPIPS backbone weights"):
-        load_lpips(tmp_path / "none.pth")
-    with pytest.raises(UserError, match="cannot read LPIPS backbone weights"):
-        load_lpips(tmp_path)
-    other = tmp_path / "alexnet-owt-7be5be79.pth"
-    other.write_bytes(b"not AlexNet")
+    for missing in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(UserError, match="cannot read LPIPS backbone weights"):
+            load_lpips(missing)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"a pickle, perhaps")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_lpips(other)
+    save_file({"features.0.weight": torch.zeros(8, 3, 5, 5)}, other)
     with pytest.raises(UserError, match="is not LPIPS"):
         load_lpips(other)
-    monkeypatch.setattr(losses, "BACKBONES", {losses.hashlib.sha256(b"not AlexNet").hexdigest()[:8]: ("alex", "it")})
+    save_file({"features.0.weight": torch.zeros(64, 3, 11, 11)}, other)
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match="needs the package lpips"):
         load_lpips(other)

@@ -85,9 +85,7 @@ class Puppet:
     def __init__(self, store: EpisodeStore, tokenizer: LinearTokenizer, answer: Answer) -> None:
         self.answer, self.config = answer, SimpleNamespace(k_max=8)
         self.embed = SimpleNamespace(weight=torch.zeros(1))
-        self.latents = {
-            e.id: tokenizer.encode(torch.from_numpy(store.frames(e.id))[None])[0] for e in store.episodes()
-        }
+        self.latents = {e.id: tokenizer.encode(torch.from_numpy(store.frames(e.id))[None])[0] for e in store.episodes()}
         width = store.action_space.width
         self.incoming = {
             e.id: torch.cat([torch.zeros(1, width), torch.from_numpy(store.actions(e.id))])
@@ -103,7 +101,7 @@ class Puppet:
 
     def extend(self, z_tau, tau, d, actions, known, cache, keep: int) -> Tensor:
         if cache.rows is None:
-            distance = torch.cdist(z_tau[:, 0].flatten(1), self._all)
+            distance = torch.cdist(z_tau[:, 0].flatten(1), self._all, compute_mode="donot_use_mm_for_euclid_dist")
             assert float(distance.min(dim=1).values.max()) < 1e-3
             cache.rows = [self._places[i] for i in distance.argmin(dim=1).tolist()]
         z_hat = self.answer(Scene(self, cache, cache.frames, z_tau, actions))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from ahriuwu_cli.commands import import_, info, record, rollout, train
+from ahriuwu_cli.commands import eval, import_, info, record, rollout, sweep_tau, train, verify
 
 # One line a verb, in the order that `ahriuwu --help` shows.
 ALL: tuple[Callable[[typer.Typer], None], ...] = (
@@ -12,5 +12,8 @@ ALL: tuple[Callable[[typer.Typer], None], ...] = (
     import_.register,
     train.register,
     rollout.register,
+    eval.register,
+    sweep_tau.register,
+    verify.register,
     info.register,
 )

@@ -85,4 +85,4 @@ def reconstruct(world: World, frames: np.ndarray, batch: int = 32) -> np.ndarray
 
 def persist(frames: np.ndarray, context: int) -> np.ndarray:
     """The floor: the last context frame, the real one, repeated to the end of the window: uint8 (W, L, H, W, 3)."""
-    return np.broadcast_to(frames[:, context - 1 : context], frames[:, context:].shape)
+    return np.repeat(frames[:, context - 1 : context], frames.shape[1] - context, axis=1)

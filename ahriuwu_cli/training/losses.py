@@ -11,13 +11,15 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ahriuwu_cli.errors import UserError
 
 LPIPS_WEIGHT = 0.2
-# The files as torchvision publishes them: their names carry the first 8 digits of their sha256.
-BACKBONES = {"7be5be79": ("alex", "alexnet-owt-7be5be79.pth"), "397923af": ("vgg", "vgg16-397923af.pth")}
+# First convolution of torchvision's published networks, by which a backbone is known: (output channels, kernel side).
+BACKBONES = {(64, 11): "alex", (64, 3): "vgg"}
 
 
 class RunningRMS(nn.Module):
@@ -80,25 +82,32 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(weights_path: Path) -> LPIPS:
-    """LPIPS v0.1 with the backbone weights at `weights_path`, a file as torchvision publishes it (AlexNet or VGG16).
+    """LPIPS v0.1 with the backbone weights at `weights_path`: torchvision's AlexNet or VGG16 as a safetensors file.
 
-    The file's sha256 must begin as its published name says, so what is called LPIPS is LPIPS; only then is it read,
-    by PyTorch's weights-only loader. The linear heads come with the package. UserError when the package or the file is
-    missing or the file is another; never downloads.
+    Nothing pickled is read: convert the published file once, `safetensors.torch.save_file(state_dict, path)`. Its
+    sha256 is recorded beside every number, since only the standard weights make it LPIPS. The linear heads come with
+    the package. UserError when the package or the file is missing, or the file is another network; never downloads.
     """
-    known = " or ".join(name for _, name in BACKBONES.values())
     try:
         with open(weights_path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        published = load_file(weights_path)
     except OSError as error:
         raise UserError(
-            f"cannot read LPIPS backbone weights at {weights_path} ({error.strerror}): give the path of torchvision's "
-            f"{known}, or train without --lpips-weights"
+            f"cannot read LPIPS backbone weights at {weights_path} ({error.strerror}): give torchvision's AlexNet or "
+            "VGG16 as safetensors, or train without --lpips-weights"
         ) from None
-    if digest[:8] not in BACKBONES:
+    except SafetensorError as error:
         raise UserError(
-            f"{weights_path} (sha256 {digest[:8]}...) is not torchvision's {known}: a distance on other weights is not "
-            "LPIPS; give one of these files, or train without --lpips-weights"
+            f"{weights_path} is not a safetensors file ({error}): convert torchvision's AlexNet or VGG16 weights with "
+            "safetensors.torch.save_file, or train without --lpips-weights"
+        ) from None
+    first = published.get("features.0.weight", torch.empty(0, 3, 0, 0))
+    backbone = BACKBONES.get((first.shape[0], first.shape[-1]))
+    if backbone is None:
+        raise UserError(
+            f"{weights_path} holds neither torchvision's AlexNet nor its VGG16: a distance on another network is not "
+            "LPIPS; give one of them, or train without --lpips-weights"
         )
     try:
         import lpips
@@ -107,11 +116,10 @@ def load_lpips(weights_path: Path) -> LPIPS:
             f"LPIPS needs the package lpips and a torchvision made for this PyTorch ({error}): "
             "`pip install 'ahriuwu[lpips]'`, or train without --lpips-weights"
         ) from None
-    backbone = BACKBONES[digest[:8]][0]
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # torchvision's word on an argument that lpips passes
         network = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False)  # pnet_rand: no download
-    _load_backbone(network.net, torch.load(weights_path, map_location="cpu", weights_only=True), weights_path)
+    _load_backbone(network.net, published, weights_path)
     return LPIPS(network, backbone, digest)
 
 

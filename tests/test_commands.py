@@ -1,0 +1,219 @@
+"""The commands as a person types them: train, rollout, info; and what they answer to nonsense."""
+
+import json
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+from small import SPACE, small_dataset, small_world
+
+from ahriuwu_cli import cli
+from ahriuwu_cli.training.checkpoint import save_world
+
+
+@pytest.fixture
+def run(capfd):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def place(tmp_path):
+    small_dataset(tmp_path / "data")
+    save_world(small_world(), tmp_path / "world")
+    return tmp_path
+
+
+def snapshot(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and "latents" not in p.parts}
+
+
+def test_a_rollout_writes_a_video_that_plays_and_arrays_that_match_it(run, place):
+    code, out, _ = run(
+        "rollout", place / "world", place / "data", "--out", place / "out", "--length", 12, "--context", 4, "--json"
+    )
+    assert code == 0
+    result = json.loads(out)
+    frames = iio.imread(place / "out" / "rollout.mp4", plugin="pyav")
+    assert len(frames) == 16
+    arrays = load_file(place / "out" / "arrays.safetensors")
+    assert arrays["frames"].shape == (1, 12, 16, 16, 3)
+    assert arrays["context"].shape == (4, 16, 16, 3)
+    assert arrays["truth"].shape == (12, 16, 16, 3)
+    error = (arrays["frames"][0].astype(float) - arrays["truth"]) / 255
+    psnr = -10 * np.log10((error**2).mean((1, 2, 3)))
+    assert result["psnr_db"] == pytest.approx(psnr.mean(), abs=1e-3)
+
+
+def test_a_rollout_is_the_same_twice_and_changes_with_seed_actions_and_tau_ctx(run, place):
+    def frames(name, *options):
+        base = ("rollout", place / "world", place / "data", "--length", 4, "--context", 4, "--episode", "000000")
+        assert run(*base, "--out", place / name, *options)[0] == 0
+        return load_file(place / name / "arrays.safetensors")["frames"]
+
+    first = frames("a")
+    assert np.array_equal(first, frames("b"))
+    for name, options in {
+        "c": ("--seed", 1), "d": ("--actions", "repeat:LEFT"), "e": ("--tau-ctx", 0.5), "f": ("--ctx-mode", "renoise"),
+        "g": ("--steps", 4), "h": ("--sampler", "euler"),
+    }.items():  # fmt: skip
+        assert not np.array_equal(first, frames(name, *options)), options
+
+
+def test_a_rollout_goes_far_beyond_window_and_data_and_makes_several_samples(run, place):
+    code, out, _ = run(
+        "rollout", place / "world", place / "data", "--out", place / "out", "--length", 60, "--actions", "random",
+        "--samples", 3, "--json",
+    )  # fmt: skip
+    assert code == 0, out
+    frames = load_file(place / "out" / "arrays.safetensors")["frames"]
+    assert frames.shape == (3, 60, 16, 16, 3)
+    assert not np.array_equal(frames[0], frames[1])
+
+
+def test_a_rollout_starts_from_an_image_or_a_video(run, place):
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(place / "p.png")
+    assert run("rollout", place / "world", place / "p.png", "--out", place / "o1", "--length", 3)[0] == 0
+    iio.imwrite(place / "v.mp4", np.full((9, 32, 32, 3), 90, np.uint8), plugin="pyav", codec="libx264", fps=10)
+    code, _, err = run("rollout", place / "world", place / "v.mp4", "--out", place / "o2", "--length", 3)
+    assert code == 4  # the context's actions are unknown, and this model never trained that
+    assert "--context 1" in err
+    options = ("--length", 3, "--context", 1, "--actions", "repeat:RIGHT")
+    assert run("rollout", place / "world", place / "v.mp4", "--out", place / "o2", *options)[0] == 0
+    (place / "a.csv").write_text("LEFT,RIGHT\n" + "1,0\n" * 10)
+    options = ("--length", 3, "--context", 4, "--actions", place / "a.csv")
+    assert run("rollout", place / "world", place / "v.mp4", "--out", place / "o3", *options)[0] == 0
+
+
+def test_a_world_is_trained_from_the_command_line(run, place):
+    train = (
+        "train", "dynamics", place / "data", "--tokenizer", place / "tok", "--out", place / "run", "--steps", 3,
+        "--batch", 2, "--frames", 4, "--preview-windows", 2,
+    )  # fmt: skip
+    code, out, _ = run("train", "tokenizer", place / "data", "--out", place / "tok", "--patch", "8", "--json")
+    assert code == 0
+    assert json.loads(out)["tokens"] == 4
+    code, out, err = run(*train, "--json")
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 3
+    code, _, err = run(*train)
+    assert code == 2
+    assert "not empty" in err
+    code, out, _ = run("info", place / "run", "--json")
+    assert code == 0
+    assert json.loads(out)["trained_d"] == [2.0**-i for i in range(7)]
+    document = json.loads((place / "run" / "run.json").read_text())
+    assert document["config"]["batch"] == 2
+    assert "train dynamics" in document["command"] or document["command"]
+
+
+def test_info_lists_sizes_from_one_million_to_one_point_six_billion(run):
+    code, out, _ = run("info", "--json")
+    sizes = {row["size"]: row["parameters"] for row in json.loads(out)["sizes"]}
+    assert code == 0
+    assert list(sizes) == ["nano", "tiny", "small", "medium", "large", "xlarge"]
+    assert 0.5e6 < sizes["nano"] < 1.5e6
+    assert 1.5e9 < sizes["xlarge"] < 1.7e9
+
+
+W, D, TO = "{world}", "{data}", ("--out", "{out}")
+ROLLOUT, TRAIN = ("rollout", W, D, *TO), ("train", "dynamics", D, *TO)
+BAD = [
+    (("rollout", "nowhere", D, *TO), 4, "no checkpoint"),
+    (("rollout", D, D, *TO), 4, "not a checkpoint"),
+    (("rollout", W, "nowhere", *TO), 3, "nowhere"),
+    (("rollout", W, "{text}", *TO), 3, "video"),
+    (("rollout", W, "{other}", *TO), 3, "32x32"),
+    (("rollout", W, "{foreign}", *TO), 3, "actions"),
+    ((*ROLLOUT, "--steps", "3"), 2, "power of two"),
+    ((*ROLLOUT, "--steps", "0"), 2, "steps"),
+    ((*ROLLOUT, "--steps", "x"), 2, "steps"),
+    ((*ROLLOUT, "--sampler", "eulr"), 2, "did you mean 'euler'"),
+    ((*ROLLOUT, "--ctx-mode", "stp"), 2, "did you mean 'stop'"),
+    ((*ROLLOUT, "--tau-ctx", "1.0"), 2, "1 is noise"),
+    ((*ROLLOUT, "--tau-ctx", "nan"), 2, "tau-ctx"),
+    ((*ROLLOUT, "--length", "0"), 2, "--length"),
+    ((*ROLLOUT, "--length", "500"), 3, "frames"),
+    ((*ROLLOUT, "--context", "-1"), 2, "--context"),
+    ((*ROLLOUT, "--episode", "zzz"), 3, "zzz"),
+    ((*ROLLOUT, "--split", "tset"), 2, "test"),
+    ((*ROLLOUT, "--actions", "repeat:UP"), 2, "UP"),
+    ((*ROLLOUT, "--actions", "rndom"), 2, "did you mean 'random'"),
+    ((*ROLLOUT, "--actions", "none"), 4, "never trained"),
+    ((*ROLLOUT, "--actions", "nowhere.csv"), 3, "nowhere.csv"),
+    ((*ROLLOUT, "--device", "cuda:99"), 2, "--device cpu"),
+    (("rollout", W, D, "--out", "{full}"), 2, "not empty"),
+    (("rollout", W, D, "--out", "{text}"), 2, "is a file"),
+    (("train", "dynamics", "nowhere", *TO), 3, "nowhere"),
+    ((*TRAIN, "--tokenizer", "nowhere"), 4, "no checkpoint"),
+    ((*TRAIN, "--tokenizer", "{bigtok}"), 4, "32x32"),
+    ((*TRAIN, "--size", "nanoo"), 2, "did you mean 'nano'"),
+    ((*TRAIN, "--forcing", "independant"), 2, "did you mean 'independent'"),
+    ((*TRAIN, "--ramp", "papr"), 2, "did you mean 'paper'"),
+    ((*TRAIN, "--optimizer", "sgd"), 2, "muon"),
+    ((*TRAIN, "--steps", "5", "--budget", "5m"), 2, "not both"),
+    ((*TRAIN, "--budget", "soon"), 2, "4m"),
+    ((*TRAIN, "--batch", "0"), 2, "batch"),
+    ((*TRAIN, "--frames", "1"), 2, "frames"),
+    ((*TRAIN, "--tokenizer", "{tok}", "--frames", "500"), 3, "--frames"),
+    ((*TRAIN, "--lr", "-1"), 2, "lr"),
+    ((*TRAIN, "--bootstrap-share", "2"), 2, "bootstrap_share"),
+    ((*TRAIN, "--tokenizer", "{tok}", "--resume"), 2, "no run to resume"),
+    ((*TRAIN, "--tokenizer", "{tok}", "--init-from", "nowhere"), 4, "no checkpoint"),
+    (("train", "tokenizer", D, *TO, "--kind", "conv"), 2, "linear"),
+    (("train", "tokenizer", D, *TO, "--patch", "5"), 2, "--patch"),
+    (("train", "tokenizer", D, *TO, "--patch", "big"), 2, "16x32"),
+    (("train", "tokenizer", D, *TO, "--patch", "8", "--whitening", "3"), 2, "whitening"),
+    (("train", "tokenizer", D, *TO, "--patch", "8", "--latent-dim", "999"), 2, "latent_dim"),
+    (("info", "nowhere"), 3, "nowhere"),
+    (("info", "{full}"), 3, "not a dataset"),
+    (("infoo",), 2, "infoo"),
+    ((), 2, ""),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "word"), BAD, ids=[" ".join(map(str, b[0])) for b in BAD])
+def test_nonsense_gets_one_sentence_the_right_code_and_changes_nothing(run, tmp_path, arguments, code, word):
+    from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+    from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
+    from ahriuwu_cli.training.checkpoint import save_tokenizer
+
+    place = tmp_path
+    small_dataset(place / "data")
+    save_world(small_world(), place / "world")
+    save_tokenizer(LinearTokenizer(32, 32, 8, 8, 6), place / "bigtok", {})
+    save_tokenizer(small_world().tokenizer, place / "tok", {})
+    foreign = ActionSpace((ActionComponent("keys", "binary", 3, ("A", "B", "C")),))
+    small_dataset(place / "foreign", space=foreign)
+    if "{other}" in arguments:
+        _larger_dataset(place / "other")
+    (place / "text").write_text("not a video")
+    (place / "full").mkdir()
+    (place / "full" / "file").write_text("precious")
+    before = snapshot(place)
+    names = ("world", "data", "out", "text", "full", "other", "foreign", "bigtok", "tok")
+    paths = {name: place / name for name in names}
+    status, out, err = run(*(str(a).format(**paths) for a in arguments))
+    assert status == code, err
+    assert word in (err if arguments else out + err)
+    if arguments:
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in err
+    assert snapshot(place) == before
+
+
+def _larger_dataset(path):
+    from ahriuwu_cli.data.episodes import EpisodeWriter
+
+    with EpisodeWriter(path, height=32, width=32, fps=10.0, action_space=SPACE, name="big", seed=0) as writer:
+        for seed in range(4):
+            frames = np.random.default_rng(seed).integers(0, 255, (30, 32, 32, 3)).astype(np.uint8)
+            writer.add(frames, np.zeros((29, 2), np.float32))

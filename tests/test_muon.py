@@ -1,0 +1,48 @@
+"""Muon: orthogonal updates of AdamW's size, the same for stacked and single matrices."""
+
+import pytest
+import torch
+
+from ahriuwu_cli.training.muon import Muon, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16)])
+def test_newton_schulz_brings_all_singular_values_near_one(shape):
+    g = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(g))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_the_update_keeps_the_singular_vectors_of_the_gradient():
+    g = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    inner = (orthogonalise(g[None])[0] * (u @ v)).sum() / 12
+    assert inner > 0.7
+
+
+def test_updates_have_an_rms_of_a_fifth_of_the_rate_like_adamw():
+    for shape in ((32, 32), (32, 96), (96, 32)):
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+        Muon([p], lr=0.01).step()
+        assert p.detach().square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.25)
+
+
+def test_it_agrees_with_pytorchs_own_muon_up_to_its_bfloat16():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(24, 40)) for _ in range(2))
+    mine = Muon([ours], lr=0.01)
+    reference = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        ours.grad = torch.randn(24, 40)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        reference.step()
+    moved, expected = ours.detach() - 1, theirs.detach() - 1
+    assert (moved - expected).norm() < 0.05 * expected.norm()
+
+
+def test_it_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match="matrices"):
+        Muon([torch.nn.Parameter(torch.zeros(3))])
