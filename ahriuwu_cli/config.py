@@ -24,7 +24,7 @@ class TrainConfig:
     forcing: str = "independent"
     tau_ctx: float = TAU_CTX
     ramp: str = "paper"
-    bootstrap_share: float = 0.25  # of the clips that draw d > d_min and aim at the bootstrap target (eq. 7)
+    bootstrap_share: float = 0.125  # of the clips that draw d > d_min and aim at the bootstrap target (eq. 7)
     single_image_share: float = 0.0  # of the clips whose frames are seen as single images (paper: 0.3)
     optimizer: str = "muon"
     lr: float = 3e-3

@@ -256,6 +256,26 @@ def test_frames_are_yielded_one_by_one_as_they_are_made():
 # Keyed noise
 
 
+def test_every_noise_is_asked_for_once_by_frame_purpose_and_step():
+    def keys_of(**settings):
+        asked = []
+        keyed = KeyedNoise(0, NAMES, (4, 8))
+
+        def noise(frame, purpose, step=0):
+            asked.append((frame, purpose, step))
+            return keyed(frame, purpose, step)
+
+        imagine(perfect(4), 2, RolloutConfig(steps=2, **settings), noise)
+        return asked
+
+    prompt = [(0, "prompt", 0), (1, "prompt", 0)]
+    assert keys_of() == [*prompt, (2, "start", 0), (3, "start", 0)]
+    context = [(2, "start", 0), (2, "context", 0), (3, "start", 0), (3, "context", 0)]
+    assert keys_of(ctx_mode="renoise") == prompt + context
+    fresh = [(t, *key) for t in (2, 3) for key in (("start", 0), ("renoise", 0), ("renoise", 1))]
+    assert keys_of(sampler="renoise") == prompt + fresh
+
+
 def test_keyed_noise_depends_on_its_key_and_on_nothing_else():
     both, swapped = KeyedNoise(3, ["a", "b"], (4, 8)), KeyedNoise(3, ["b", "a"], (4, 8))
     alone = KeyedNoise(3, ["b"], (4, 8))

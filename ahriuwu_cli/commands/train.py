@@ -112,7 +112,7 @@ def train_dynamics(
     forcing: str = typer.Option("independent", help="How tau and d are drawn: independent, horizon or prefix."),
     tau_ctx: float = typer.Option(0.1, help="Noise of context frames, tau (0 clean, 1 noise)."),
     ramp: str = typer.Option("paper", help="Loss weight over tau: paper, inverted or flat."),
-    bootstrap_share: float = typer.Option(0.25, help="Share of clips that train larger step sizes d (eq. 7)."),
+    bootstrap_share: float = typer.Option(0.125, help="Share of clips that train larger step sizes d (eq. 7)."),
     single_image_share: float = typer.Option(0.0, help="Share of clips seen as single images."),
     optimizer: str = typer.Option("muon", help="muon or adamw."),
     lr: float = typer.Option(3e-3, help="Learning rate."),

@@ -99,7 +99,7 @@ def assemble(
         trained_d=trained_d,
         forcing=config.forcing,
         trained_unlabelled=any(not e.labelled for e in store.episodes("train")) or config.single_image_share > 0,
-        generation=RolloutConfig(sampler="shortcut" if every_d else "euler", tau_ctx=config.tau_ctx),
+        generation=RolloutConfig(sampler="euler", tau_ctx=config.tau_ctx),
     )
     facts = {
         "dataset": store.name,

@@ -22,7 +22,7 @@ from ahriuwu_cli.errors import Interrupted, TrainingError
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of
 from ahriuwu_cli.training.optimiser import build_optimizers, rate, update_average
-from ahriuwu_cli.training.preview import preview, preview_manifest
+from ahriuwu_cli.training.preview import choose_sampler, preview, preview_manifest
 from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.world import World
@@ -129,6 +129,9 @@ class DynamicsTrainer:
         return self.total is not None and self.step % max(1, -(-self.total // times_a_run)) == 0
 
     def _preview(self, manifest) -> dict:
+        if self.step == self.total:  # at the end: which sampler suits what was learnt
+            self.world.generation, by_sampler = choose_sampler(self.world, self.store, manifest)
+            self.run.log({"step": self.step, "gain_db_by_sampler": by_sampler})
         result = preview(self.world, self.store, manifest)
         gain = result["gain_db"][max(result["gain_db"], key=int)]
         if self.best is None or gain >= self.best:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.diffusion.samplers import told_step_size
 from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.evaluation.evaluate import quick_gain
 from ahriuwu_cli.evaluation.protocol import WindowManifest, make_manifest
+from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
 CONTEXT = 8
@@ -22,6 +26,21 @@ def preview_manifest(store: EpisodeStore, windows: int, seed: int) -> WindowMani
     horizon = min(16, max(lengths) - CONTEXT)
     available = sum(max(0, n - CONTEXT - horizon + 1) for n in lengths)
     return make_manifest(store, "val", CONTEXT, horizon, min(windows, available), seed)
+
+
+def choose_sampler(world: World, store: EpisodeStore, manifest: WindowManifest) -> tuple[RolloutConfig, dict]:
+    """The better of `euler` and `shortcut` by gain at the last horizon, as the world's default, and what decided it.
+
+    Both take the same K; `shortcut` is asked only when the model was trained for d = 1/K.
+    """
+    results = {}
+    for sampler in ("euler", "shortcut"):
+        config = replace(world.generation, sampler=sampler)
+        if told_step_size(sampler, config.steps, world.k_max) in world.trained_d:
+            results[sampler] = quick_gain(world, store, manifest, config, seed=0)["gain_db"]
+    last = max(results["euler"], key=int)
+    best = max(results, key=lambda sampler: results[sampler][last])
+    return replace(world.generation, sampler=best), results
 
 
 def preview(world: World, store: EpisodeStore, manifest: WindowManifest, batch: int = 32) -> dict:
