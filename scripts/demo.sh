@@ -23,7 +23,7 @@ stage() { # stage NAME COMMAND...: run, and note the seconds
 
 stage record    ahriuwu record doom:defend_the_center --out "$out/data" --episodes 200 --size 64 --splits 0.75,0.1,0.15 --seed 0
 stage tokenizer ahriuwu train tokenizer "$out/data" --out "$out/tokenizer"
-stage train     ahriuwu train dynamics "$out/data" --tokenizer "$out/tokenizer" --out "$out/world" --budget "$budget"
+stage train     ahriuwu train dynamics "$out/data" --tokenizer "$out/tokenizer" --out "$out/world" --budget "$budget" --lr 5e-3
 stage rollout   ahriuwu rollout "$out/world" "$out/data" --out "$out/rollout" --length 32
 stage turn-left  ahriuwu rollout "$out/world" "$out/data" --out "$out/turn-left" --length 16 --actions repeat:TURN_LEFT
 stage turn-right ahriuwu rollout "$out/world" "$out/data" --out "$out/turn-right" --length 16 --actions repeat:TURN_RIGHT

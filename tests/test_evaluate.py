@@ -26,6 +26,7 @@ from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, quick_ga
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct
 from ahriuwu_cli.evaluation.metrics import psnr_per_frame
 from ahriuwu_cli.evaluation.protocol import make_manifest, read_windows
+from ahriuwu_cli.evaluation.scores import mean_over_seeds
 from ahriuwu_cli.rollout import RolloutConfig
 
 CONFIG = EvaluationConfig(windows=10, context=4, horizon=6, horizons=(1, 4), batch=4)
@@ -82,9 +83,12 @@ def test_a_model_that_ignores_actions_has_a_delta_of_exactly_0(store):
 
 
 def test_a_model_that_follows_actions_has_a_delta_above_0(store):
-    deltas = run(puppet_world(store, obedient), store)["action_delta_db"]
-    assert deltas["shuffled"]["4"]["lo"] > 0
-    assert deltas["random"]["4"]["lo"] > 0
+    result = run(puppet_world(store, obedient), store)
+    for control in ("shuffled", "random"):
+        assert result["action_delta_db"][control]["4"]["lo"] > 0
+    for row in result["horizons"].values():  # free-running and from true context, it is given the true actions
+        assert row["psnr"]["value"] == pytest.approx(row["ceiling"]["value"], abs=0.01)
+        assert row["teacher_forced_psnr"] == pytest.approx(row["ceiling"]["value"], abs=0.01)
 
 
 def test_nan_is_counted_and_fails_instead_of_being_dropped(store):
@@ -196,6 +200,11 @@ def test_more_noise_seeds_average_over_the_rollouts_of_each(store, tiny):
     values = [r["horizons"]["6"]["psnr"]["value"] for r in single]
     assert values[0] != values[1]
     assert both["horizons"]["6"]["psnr"]["value"] == pytest.approx(np.mean(values), abs=1e-4)
+
+
+def test_nan_in_one_noise_seed_is_nan_in_the_mean():
+    tables = [{"psnr": np.array([[1.0, 2.0]])}, {"psnr": np.array([[3.0, np.nan]])}]
+    np.testing.assert_array_equal(mean_over_seeds(tables)["psnr"], [[2.0, np.nan]])
 
 
 def test_progress_counts_to_its_total(store, tiny):
