@@ -23,7 +23,6 @@ TINY = {
     "time_every": 2,
     "registers": 0,
     "conditioning": "add",
-    "look_back": True,
     "linear_skip": True,
     "window": 5,
     "k_max": 8,

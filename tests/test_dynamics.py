@@ -18,9 +18,8 @@ VARIANTS = [
     {"conditioning": "modulate"},
     {"registers": 3},
     {"kv_heads": 2},
-    {"look_back": False},
     {"time_every": 1, "depth": 3},
-    {"linear_skip": False, "conditioning": "token", "registers": 2, "kv_heads": 1, "look_back": False},
+    {"linear_skip": False, "conditioning": "token", "registers": 2, "kv_heads": 1},
     {"window": 2},
 ]
 
@@ -103,7 +102,7 @@ def test_a_change_in_a_later_frame_never_reaches_an_earlier_one(make_dynamics, f
 
 @pytest.mark.parametrize("window", [2, 3, 5])
 def test_a_frame_sees_exactly_the_window_that_ends_with_itself(make_dynamics, window):
-    model = make_dynamics(window=window, depth=2, look_back=False, registers=1)  # one time layer: no relay
+    model = make_dynamics(window=window, depth=2, registers=1)  # one time layer: no relay
     clip = make_clip(frames=12)
     t = 9
     before, held = model(*clip.inputs), by_cache(model, clip)[:, t]
@@ -119,21 +118,6 @@ def test_a_frame_sees_exactly_the_window_that_ends_with_itself(make_dynamics, wi
 def test_the_window_mask_is_the_band_of_the_last_window_frames():
     by_hand = torch.tensor([[s <= t and t - s < 3 for s in range(6)] for t in range(6)])
     assert torch.equal(window_mask(6, 3, torch.device("cpu")), by_hand)
-
-
-def test_looking_back_reads_the_previous_frame_and_no_other(make_dynamics):
-    clip = make_clip(frames=4)
-    model = make_dynamics(look_back=True)
-    for block in model.blocks:  # no attention over time: only the look back is left
-        if block.over_time:
-            block.attention.out.weight.zero_()
-    z = clip.z_tau.clone()
-    z[:, 1] += 1
-    moved = (model(z, *clip.inputs[1:]) - model(*clip.inputs)).abs().amax(dim=(0, 2, 3))
-    assert moved[0] == 0
-    assert moved[1] > 1e-4
-    assert moved[2] > 1e-4
-    assert moved[3] == 0
 
 
 def test_clips_do_not_see_each_other(tiny_dynamics):
@@ -328,13 +312,24 @@ def test_attention_is_softmax_over_normed_queries_and_keys_with_shared_groups():
 
 
 def test_blocks_add_to_the_residual_and_are_the_identity_when_their_outputs_are_silenced(make_dynamics, tiny_clip):
-    model = make_dynamics(linear_skip=False, look_back=False)
+    model = make_dynamics(linear_skip=False)
     for block in model.blocks:
         block.attention.out.weight.zero_()
         block.mlp.down.weight.zero_()
     x = model.embed(tiny_clip.z_tau) + model.places
     x = x + (model.level(tiny_clip.tau, tiny_clip.d) + model.action(tiny_clip.actions, tiny_clip.known))[:, :, None]
     torch.testing.assert_close(model(*tiny_clip.inputs), model.head(model.final_norm(x)))
+
+
+def test_modulation_scales_by_one_plus_and_shifts_the_normed_input_of_both_halves(make_dynamics, tiny_clip):
+    block = make_dynamics(conditioning="modulate").blocks[0]  # over space
+    g = torch.Generator().manual_seed(0)
+    x, condition = torch.randn(2, 7, 4, 32, generator=g), torch.randn(2, 7, 32, generator=g)
+    told = block.modulation(condition * torch.sigmoid(condition))[:, :, None]
+    scale1, shift1, scale2, shift2 = told[..., :32], told[..., 32:64], told[..., 64:96], told[..., 96:]
+    h = x + block.attention(block.attention_norm(x) * (1 + scale1) + shift1)
+    by_hand = h + block.mlp(block.mlp_norm(h) * (1 + scale2) + shift2)
+    torch.testing.assert_close(block(x, condition, None), by_hand)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,6 @@ def imagine(model, prompt_frames, config, noise):
         {},
         {"conditioning": "token", "registers": 2},
         {"conditioning": "modulate", "kv_heads": 2},
-        {"look_back": False},
         {"time_every": 1, "depth": 3, "window": 3},
     ],
     ids=lambda f: "-".join(f"{k}={v}" for k, v in f.items()) or "default",

@@ -22,7 +22,6 @@ class ContextCache:
         self.frames = 0  # committed so far
         self.keys = like.new_zeros(shape)
         self.values = like.new_zeros(shape)
-        self.previous: Tensor | None = None  # embedded input of the last committed frame, for models that look back
 
     def slots(self, count: int, keep: int) -> list[int]:
         """Slots for `count` new frames of which the first `keep` are committed: ring places, then the scratch slot."""

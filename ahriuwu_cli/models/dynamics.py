@@ -39,7 +39,6 @@ class DynamicsConfig:
     time_every: int = 2  # every time_every-th layer attends over time, the others over space
     registers: int = 0
     conditioning: str = "add"  # of (tau, d) and the action: added to tokens, tokens of their own, or modulation
-    look_back: bool = False  # every token also reads the previous frame's input at its own place
     linear_skip: bool = True  # start from the best linear denoiser of Gaussian latents instead of from zero
     window: int = 12  # frames that a frame may look at, itself included
     k_max: int = 64
@@ -116,7 +115,6 @@ class Dynamics(nn.Module):
         self.config = config
         c = config
         self.embed = nn.Linear(c.latent_dim, c.width)
-        self.embed_previous = nn.Linear(c.latent_dim, c.width, bias=False) if c.look_back else None
         self.places = nn.Parameter(torch.randn(c.tokens, c.width) * 0.5)  # a position in space for every latent token
         self.registers = nn.Parameter(torch.randn(c.registers, c.width) * 0.5)
         self.level = LevelEmbedding(c.k_max, c.width)
@@ -147,10 +145,7 @@ class Dynamics(nn.Module):
         frames, device = z_tau.shape[1], z_tau.device
         cos, sin = rotary(torch.arange(frames, device=device), self.config.width // self.config.heads)
         mask = window_mask(frames, self.config.window, device)
-        previous = None
-        if self.embed_previous is not None:
-            previous = F.pad(self.embed_previous(z_tau), (0, 0, 0, 0, 1, 0))[:, :-1]
-        return self._run(z_tau, tau, d, actions, known, previous, TimeContext(cos, sin, mask))
+        return self._run(z_tau, tau, d, actions, known, TimeContext(cos, sin, mask))
 
     def new_cache(self, batch: int) -> ContextCache:
         """An empty context window for `batch` rollouts on this model's device, in its number format."""
@@ -174,14 +169,7 @@ class Dynamics(nn.Module):
         cos, sin = rotary(positions, self.config.width // self.config.heads)
         time = TimeContext(cos, sin, cache.mask(count, keep, device))
         time.cache, time.slots = cache, torch.tensor(cache.slots(count, keep), device=device)
-        previous = None
-        if self.embed_previous is not None:
-            embedded = self.embed_previous(z_tau)
-            first = torch.zeros_like(embedded[:, :1]) if cache.previous is None else cache.previous
-            previous = torch.cat([first, embedded[:, :-1]], dim=1)
-            if keep:
-                cache.previous = embedded[:, keep - 1 : keep]
-        z_hat = self._run(z_tau, tau, d, actions, known, previous, time)
+        z_hat = self._run(z_tau, tau, d, actions, known, time)
         cache.frames += keep
         return z_hat
 
@@ -192,14 +180,11 @@ class Dynamics(nn.Module):
         d: Tensor,
         actions: Tensor,
         known: Tensor,
-        previous: Tensor | None,
         time: TimeContext,
     ) -> Tensor:
         c = self.config
         level, action = self.level(tau, d), self.action(actions, known)  # (B, T, C) each
         x = self.embed(z_tau) + self.places  # (B, T, N, C)
-        if previous is not None:
-            x = x + previous
         if c.conditioning == "add":
             x = x + (level + action)[:, :, None]
         batch, frames = tau.shape

@@ -8,7 +8,7 @@ the action, four registers, time attention in every fourth layer, grouped-query 
 from __future__ import annotations
 
 _SMALL = {"conditioning": "add", "registers": 0, "time_every": 2}
-_PAPER = {"conditioning": "token", "registers": 4, "time_every": 4, "look_back": False, "linear_skip": False}
+_PAPER = {"conditioning": "token", "registers": 4, "time_every": 4, "linear_skip": False}
 
 SIZES: dict[str, dict] = {
     "nano": {"width": 128, "depth": 4, "heads": 4, "kv_heads": 4, "mlp_hidden": 256, "window": 12, **_SMALL},

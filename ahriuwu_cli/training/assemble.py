@@ -24,6 +24,7 @@ from ahriuwu_cli.training.run import Run, refuse_used
 from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
+FIT_FRAMES = 4096  # frames that principal components are fitted to, spread over all episodes
 
 
 def fit_linear_tokenizer(
@@ -40,9 +41,13 @@ def fit_linear_tokenizer(
     if not episodes:
         raise DataError(f"{store.path} has no episodes in its train split: record or import more episodes")
 
+    every = max(1, sum(e.frames for e in episodes) // FIT_FRAMES)
+
     def batches():
         for i, episode in enumerate(episodes):
-            yield torch.from_numpy(store.frames(episode.id))
+            chosen = store.frames(episode.id)[i % every :: every]
+            if len(chosen):
+                yield torch.from_numpy(chosen)
             if progress is not None:
                 progress(i + 1, len(episodes))
 
