@@ -130,9 +130,10 @@ class DynamicsTrainer:
 
     def _preview(self, manifest) -> dict:
         if self.step == self.total:  # at the end: which sampler suits what was learnt
-            self.world.generation, by_sampler = choose_sampler(self.world, self.store, manifest)
-            self.run.log({"step": self.step, "gain_db_by_sampler": by_sampler})
-        result = preview(self.world, self.store, manifest)
+            self.world.generation, result, gains = choose_sampler(self.world, self.store, manifest)
+            self.run.log({"step": self.step, "gain_db_by_sampler": gains})
+        else:
+            result = preview(self.world, self.store, manifest)
         gain = result["gain_db"][max(result["gain_db"], key=int)]
         if self.best is None or gain >= self.best:
             self.best = gain

@@ -28,8 +28,8 @@ def preview_manifest(store: EpisodeStore, windows: int, seed: int) -> WindowMani
     return make_manifest(store, "val", CONTEXT, horizon, min(windows, available), seed)
 
 
-def choose_sampler(world: World, store: EpisodeStore, manifest: WindowManifest) -> tuple[RolloutConfig, dict]:
-    """The better of `euler` and `shortcut` by gain at the last horizon, as the world's default, and what decided it.
+def choose_sampler(world: World, store: EpisodeStore, manifest: WindowManifest) -> tuple[RolloutConfig, dict, dict]:
+    """The better of `euler` and `shortcut` by gain at the last horizon: (settings, its preview, gain_db of each).
 
     Both take the same K; `shortcut` is asked only when the model was trained for d = 1/K.
     """
@@ -37,10 +37,11 @@ def choose_sampler(world: World, store: EpisodeStore, manifest: WindowManifest) 
     for sampler in ("euler", "shortcut"):
         config = replace(world.generation, sampler=sampler)
         if told_step_size(sampler, config.steps, world.k_max) in world.trained_d:
-            results[sampler] = quick_gain(world, store, manifest, config, seed=0)["gain_db"]
-    last = max(results["euler"], key=int)
-    best = max(results, key=lambda sampler: results[sampler][last])
-    return replace(world.generation, sampler=best), results
+            results[sampler] = quick_gain(world, store, manifest, config, seed=0)
+    gains = {sampler: result["gain_db"] for sampler, result in results.items()}
+    last = max(gains["euler"], key=int)
+    best = max(gains, key=lambda sampler: gains[sampler][last])
+    return replace(world.generation, sampler=best), results[best], gains
 
 
 def preview(world: World, store: EpisodeStore, manifest: WindowManifest, batch: int = 32) -> dict:
