@@ -34,7 +34,7 @@ def imagine(world: World, request: Request, given: dict, out: Path, scale: int, 
     seconds = time.monotonic()
     frames = _generate(world, request, prompt, config, progress)  # (samples, L, H, W, 3)
     seconds = time.monotonic() - seconds
-    compared = prompt.truth[: request.length]
+    compared = prompt.truth[: request.length if prompt.same_actions else 0]
     psnr = None
     if len(compared):
         psnr = float(np.mean(np.asarray(psnr_per_frame(frames[0, : len(compared)], compared))))
@@ -96,9 +96,9 @@ def _write(world: World, prompt: Prompt, frames: np.ndarray, out: Path, scale: i
     if known:
         truth = np.concatenate([prompt.context, prompt.truth])
         truth = np.concatenate([truth, np.zeros((len(both[0]) - len(truth), *truth.shape[1:]), np.uint8)])
-        cells.append(("truth", truth))
+        cells.append(("truth" if prompt.same_actions else "recorded, with its own actions", truth))
     cells += [("rollout" if samples == 1 else f"rollout {i + 1}", clip) for i, clip in enumerate(both)]
-    if known:
+    if known and prompt.same_actions:
         difference = np.abs(both[0].astype(np.int16) - truth).astype(np.uint8)
         difference[len(prompt.context) + known :] = 0
         cells.append(("difference", difference))

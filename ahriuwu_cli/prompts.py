@@ -52,14 +52,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Context frames uint8 (P, H, W, 3), frames that really followed (T, H, W, 3; may be fewer than asked or none),
-    actions (P + L - 1, A) with known (P + L - 1,): actions[t] takes frame t to t + 1."""
+    """Context frames uint8 (P, H, W, 3) and what followed (T, H, W, 3; may be fewer frames than asked, or none).
+
+    actions (P + L - 1, A) with known (P + L - 1,): actions[t] takes frame t to t + 1. same_actions: whether they are
+    those that led to `truth`; otherwise what followed is something else, not the truth of this rollout.
+    """
 
     name: str
     context: np.ndarray
     truth: np.ndarray
     actions: np.ndarray
     known: np.ndarray
+    same_actions: bool
 
 
 def read_prompt(world: World, request: Request) -> Prompt:
@@ -79,7 +83,8 @@ def read_prompt(world: World, request: Request) -> Prompt:
                 "this model never saw video without actions: give --actions FILE with a row for every frame of "
                 f"{request.prompt}, or --context 1"
             )
-    return Prompt(name, context, truth, actions, known)
+    same = not world.action_space.width or (request.actions is not None and _is_file(request.actions))
+    return Prompt(name, context, truth, actions, known, same)
 
 
 def check_fits(world: World, store: EpisodeStore) -> None:
@@ -129,7 +134,8 @@ def _from_dataset(world: World, request: Request) -> Prompt:
     actions, known = _chosen_actions(world, request, default, steps, recorded)
     past = min(request.context - 1, len(recorded))
     actions[:past], known[: request.context - 1] = recorded[:past], past > 0  # the past is as it was recorded
-    return Prompt(f"{episode}:{start}", shown[: request.context], shown[request.context :], actions, known)
+    same = data_actions or not store.action_space.width
+    return Prompt(f"{episode}:{start}", shown[: request.context], shown[request.context :], actions, known, same)
 
 
 def _from_video(world: World, request: Request) -> tuple[str, np.ndarray, np.ndarray]:

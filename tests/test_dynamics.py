@@ -322,7 +322,7 @@ def test_blocks_add_to_the_residual_and_are_the_identity_when_their_outputs_are_
 
 
 def test_modulation_scales_by_one_plus_and_shifts_the_normed_input_of_both_halves(make_dynamics, tiny_clip):
-    block = make_dynamics(conditioning="modulate").blocks[0]  # over space
+    block = make_dynamics(conditioning="modulate").blocks[1]  # over space; time layers come first
     g = torch.Generator().manual_seed(0)
     x, condition = torch.randn(2, 7, 4, 32, generator=g), torch.randn(2, 7, 32, generator=g)
     told = block.modulation(condition * torch.sigmoid(condition))[:, :, None]

@@ -34,9 +34,7 @@ def training_bar(config: TrainConfig, quiet: bool = False) -> Iterator[Callable[
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty() and not quiet
-    shown = tqdm(
-        total=1000, desc="train", bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}", disable=not terminal
-    )
+    shown = tqdm(total=1000, bar_format="train {percentage:3.0f}%|{bar:20}| {desc}", disable=not terminal)
     notes = {"gain": ""}
 
     def report(line: dict) -> None:
@@ -52,7 +50,7 @@ def training_bar(config: TrainConfig, quiet: bool = False) -> Iterator[Callable[
             f"step {line['step']}/{line['total_steps'] or '?'} loss {line['loss']:.4f} "
             f"{line['frames_per_s']:.0f} frames/s ETA {line['eta_s'] or 0:.0f}s{notes['gain']}"
         )
-        shown.set_postfix_str(text)
+        shown.set_description_str(text)
         if not quiet and not terminal and line["step"] % (10 * config.log_every) == 0:
             print(text, file=sys.stderr, flush=True)
 

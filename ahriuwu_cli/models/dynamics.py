@@ -36,7 +36,7 @@ class DynamicsConfig:
     heads: int = 4
     kv_heads: int = 4
     mlp_hidden: int = 256
-    time_every: int = 2  # every time_every-th layer attends over time, the others over space
+    time_every: int = 2  # every time_every-th layer, the first one included, attends over time, the others over space
     registers: int = 0
     conditioning: str = "add"  # of (tau, d) and the action: added to tokens, tokens of their own, or modulation
     linear_skip: bool = True  # start from the best linear denoiser of Gaussian latents instead of from zero
@@ -119,7 +119,7 @@ class Dynamics(nn.Module):
         self.registers = nn.Parameter(torch.randn(c.registers, c.width) * 0.5)
         self.level = LevelEmbedding(c.k_max, c.width)
         self.action = ActionEmbedding(c.action_space, c.width)
-        self.blocks = nn.ModuleList(Block(c, (i + 1) % c.time_every == 0) for i in range(c.depth))
+        self.blocks = nn.ModuleList(Block(c, i % c.time_every == 0) for i in range(c.depth))
         self.final_norm = nn.RMSNorm(c.width, eps=1e-6)
         self.head = nn.Linear(c.width, c.latent_dim)
         self.channel_scale = nn.Parameter(torch.ones(c.latent_dim))  # spread of z_clean by channel, for linear_skip
