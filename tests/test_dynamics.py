@@ -349,8 +349,8 @@ def test_a_configuration_that_cannot_be_built_is_refused_in_a_sentence(make_dyna
         make_dynamics(**fields)
 
 
-def test_time_layers_stand_at_every_time_every_th_place():
+def test_time_layers_stand_at_every_time_every_th_place_from_the_first():
     model = Dynamics(DynamicsConfig(tokens=2, latent_dim=2, width=8, depth=6, heads=2, kv_heads=2, time_every=3))
-    assert [block.over_time for block in model.blocks] == [False, False, True, False, False, True]
+    assert [block.over_time for block in model.blocks] == [True, False, False, True, False, False]
     assert model.time_layers == 2
     assert count_parameters(model) == sum(p.numel() for p in model.parameters())
