@@ -126,8 +126,8 @@ BAD = [
     (["import", "films", "--out", "x", "--max-frames", "5"], 3, "more than 5 frames"),
     (["import", "broken", "--out", "x"], 3, "cannot be read"),
     (["info", "nowhere"], 3, "does not exist"),
-    (["info", "films"], 3, "not a dataset or checkpoint"),
-    (["info", "note.txt"], 3, "not a dataset or checkpoint"),
+    (["info", "films"], 3, "not a dataset, world, tokenizer or run"),
+    (["info", "note.txt"], 3, "not a dataset, world, tokenizer or run"),
 ]
 
 
