@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ CHUNK = 64  # frames decoded at a time
 
 def imagine(world: World, request: Request, given: dict, out: Path, scale: int, progress: Progress) -> dict:
     """Generate and write everything into `out`; returns what `rollout.json` holds. given: overrides, None is unset."""
-    config = replace(world.generation, **{k: v for k, v in given.items() if v is not None})
+    config = world.generation_with(given)
     world.check_generation(config)
     prompt = read_prompt(world, request)
     seconds = time.monotonic()

@@ -68,8 +68,17 @@ class Prompt:
 
 def read_prompt(world: World, request: Request) -> Prompt:
     """The prompt of a request. DataError or CheckpointError where it does not fit the world."""
-    if request.prompt.is_dir():
-        return _from_dataset(world, request)
+    prompt = _from_dataset(world, request) if request.prompt.is_dir() else _from_file(world, request)
+    past = prompt.known[: len(prompt.context) - 1]
+    if world.action_space.width and not past.all() and not world.trained_unlabelled:
+        raise CheckpointError(
+            "this model never saw video without actions: give --actions FILE with a row for every frame of "
+            f"{request.prompt}, or --context 1"
+        )
+    return prompt
+
+
+def _from_file(world: World, request: Request) -> Prompt:
     if request.prompt.suffix.lower() in IMAGES:
         name, context, truth = _from_image(world, request)
     else:
@@ -78,37 +87,13 @@ def read_prompt(world: World, request: Request) -> Prompt:
     actions, known = _chosen_actions(world, request, "random" if world.action_space.width else "none", steps)
     if request.actions is None or not _is_file(request.actions):
         known[: len(context) - 1] = False  # nobody knows what was pressed in this video
-        if len(context) > 1 and world.action_space.width and not world.trained_unlabelled:
-            raise CheckpointError(
-                "this model never saw video without actions: give --actions FILE with a row for every frame of "
-                f"{request.prompt}, or --context 1"
-            )
     same = not world.action_space.width or (request.actions is not None and _is_file(request.actions))
     return Prompt(name, context, truth, actions, known, same)
 
 
-def check_fits(world: World, store: EpisodeStore) -> None:
-    """DataError when a dataset's frames or actions are not those of the world."""
-    size = (world.tokenizer.height, world.tokenizer.width)
-    if (store.height, store.width) != size:
-        raise DataError(
-            f"{store.path} has frames of {store.height}x{store.width}, the world was trained on {size[0]}x{size[1]}: "
-            f"record or import it at that size"
-        )
-    if store.action_space != world.action_space:
-        raise DataError(
-            f"{store.path} has the actions {_columns(store.action_space)}, the world was trained on "
-            f"{_columns(world.action_space)}: use a dataset of the same environment"
-        )
-
-
-def _columns(space) -> str:
-    return ", ".join(space.column_names) or "none"
-
-
 def _from_dataset(world: World, request: Request) -> Prompt:
     store = EpisodeStore.open(request.prompt)
-    check_fits(world, store)
+    world.check_dataset(store)
     data_actions = request.actions in (None, "data") and store.action_space.width > 0
     wanted = request.context + request.length if data_actions else request.context + 1
     if request.episode is None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.diffusion.samplers import told_step_size
-from ahriuwu_cli.errors import CheckpointError, UserError, did_you_mean
+from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.tokenizer import Tokenizer
 from ahriuwu_cli.rollout import CTX_MODES, SAMPLERS, RolloutConfig
+
+if TYPE_CHECKING:
+    from ahriuwu_cli.data.episodes import EpisodeStore
 
 
 @dataclass
@@ -49,6 +53,27 @@ class World:
         """Latents (B, T, N, D) -> uint8 frames (B, T, H, W, 3) on the CPU: exactly what is shown, stored and scored."""
         with torch.no_grad():
             return (self.tokenizer.decode(latents) * 255).round().to(torch.uint8).cpu()
+
+    def generation_with(self, overrides: dict[str, Any]) -> RolloutConfig:
+        """This world's defaults for rollouts, with those overrides that are not None. Not yet checked."""
+        return replace(self.generation, **{name: value for name, value in overrides.items() if value is not None})
+
+    def check_dataset(self, store: EpisodeStore) -> None:
+        """DataError when a dataset's actions or frame size are not those that this world was trained with."""
+        if store.action_space != self.action_space:
+            theirs, ours = (", ".join(s.column_names) or "none" for s in (store.action_space, self.action_space))
+            if theirs == ours:
+                theirs, ours = (str(s.to_json()["components"]) for s in (store.action_space, self.action_space))
+            raise DataError(
+                f"{store.path} has the actions [{theirs}], but the world was trained with [{ours}]: "
+                f"choose its own dataset"
+            )
+        size, trained = (store.height, store.width), (self.tokenizer.height, self.tokenizer.width)
+        if size != trained:
+            raise DataError(
+                f"{store.path} has frames of {size[0]}x{size[1]}, but the world has {trained[0]}x{trained[1]}: "
+                f"record or import it at that size"
+            )
 
     def check_generation(self, config: RolloutConfig) -> None:
         """Refuse what this model was not trained for, in a sentence: unknown names (2), untrained d (4)."""

@@ -92,6 +92,26 @@ def test_a_rollout_starts_from_an_image_or_a_video(run, place):
     assert run("rollout", place / "world", place / "v.mp4", "--out", place / "o3", *options)[0] == 0
 
 
+def test_a_context_without_actions_is_refused_by_a_model_that_never_saw_one(run, place):
+    small_dataset(place / "silent", labelled=False)
+    base = (
+        "rollout",
+        place / "world",
+        place / "silent",
+        "--out",
+        place / "o",
+        "--length",
+        3,
+        "--actions",
+        "repeat:LEFT",
+    )
+    code, _, err = run(*base)
+    assert code == 4
+    assert "--context 1" in err
+    assert not (place / "o").exists()
+    assert run(*base, "--context", 1)[0] == 0
+
+
 def test_a_world_is_trained_from_the_command_line(run, place):
     train = (
         "train", "dynamics", place / "data", "--tokenizer", place / "tok", "--out", place / "run", "--steps", 3,

@@ -66,6 +66,14 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(data, tmp_path, confi
     assert [s for s, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_line_of_metrics_that_a_kill_cut_short_is_gone_after_a_resume(data, tmp_path):
+    run(data, tmp_path / "r", stop_at=3)
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 0.1')
+    run(data, tmp_path / "r", resume=True)
+    assert [line["step"] for line in lines(tmp_path / "r") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_resume_with_other_settings_is_refused_and_names_them(data, tmp_path):
     run(data, tmp_path / "r", stop_at=2)
     with pytest.raises(UserError, match=r"lr 0\.003 -> 0\.001"):

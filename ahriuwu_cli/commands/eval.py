@@ -44,8 +44,6 @@ def evaluate(
 
     Exit 1 when a rollout is not finite.
     """
-    from dataclasses import replace
-
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.commands.windows import choose_windows
     from ahriuwu_cli.data.episodes import EpisodeStore
@@ -59,7 +57,7 @@ def evaluate(
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode}
-    generation = replace(world.generation, **{name: value for name, value in given.items() if value is not None})
+    generation = world.generation_with(given)
     asked = {"split": split, "windows": windows, "context": context, "horizon": horizon}
     config = EvaluationConfig(seed=seed, batch=batch, noise_seeds=noise_seeds)
     config, stored = choose_windows(config, asked, manifest, store)

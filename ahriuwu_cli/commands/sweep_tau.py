@@ -53,8 +53,6 @@ def sweep_tau(
 
     sweep.csv grows as cells finish. Exit 1 when a rollout is not finite.
     """
-    from dataclasses import replace
-
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.commands.windows import choose_windows
     from ahriuwu_cli.data.episodes import EpisodeStore
@@ -71,7 +69,7 @@ def sweep_tau(
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
     given = {"sampler": sampler, "ctx_mode": ctx_mode}
-    generation = replace(world.generation, **{name: value for name, value in given.items() if value is not None})
+    generation = world.generation_with(given)
     asked = {"split": split, "windows": windows, "context": context, "horizon": horizon}
     config, stored = choose_windows(config, asked, manifest, store)
     stored = ready(world, store, config, generation, stored)

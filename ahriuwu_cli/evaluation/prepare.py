@@ -50,34 +50,17 @@ def prepare(
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     if config.seed < 0:
         raise UserError(f"--seed must be 0 or more, got {config.seed}")
-    check_fit(world, store)
+    world.check_dataset(store)
+    if min(store.height, store.width) < SSIM_WINDOW:
+        raise DataError(
+            f"{store.path} has frames of {store.height}x{store.width}: SSIM needs at least {SSIM_WINDOW} pixels a side"
+        )
     if manifest is None:
         manifest = make_manifest(store, config.split, config.context, config.horizon, config.windows, config.seed)
     elif manifest.fingerprint != store.fingerprint:
         raise DataError(f"the windows were made for another dataset than {store.path}: make new ones")
     own = {"windows": len(manifest.windows), "context": manifest.context, "horizon": manifest.horizon}
     return replace(config, split=manifest.split, **own), manifest
-
-
-def check_fit(world: World, store: EpisodeStore) -> None:
-    """DataError when the dataset's actions or frame size are not those that the world was trained with."""
-    if store.action_space != world.action_space:
-        theirs, ours = (", ".join(s.column_names) or "none" for s in (store.action_space, world.action_space))
-        if theirs == ours:
-            theirs, ours = (str(s.to_json()["components"]) for s in (store.action_space, world.action_space))
-        raise DataError(
-            f"{store.path} has the actions [{theirs}], but the world was trained with [{ours}]: choose its own dataset"
-        )
-    size, trained = (store.height, store.width), (world.tokenizer.height, world.tokenizer.width)
-    if size != trained:
-        raise DataError(
-            f"{store.path} has frames of {size[0]}x{size[1]}, but the world has {trained[0]}x{trained[1]}: "
-            f"record or import it at that size"
-        )
-    if min(size) < SSIM_WINDOW:
-        raise DataError(
-            f"{store.path} has frames of {size[0]}x{size[1]}: SSIM needs at least {SSIM_WINDOW} pixels a side"
-        )
 
 
 def warnings(world: World, store: EpisodeStore, episodes: list[str]) -> list[str]:

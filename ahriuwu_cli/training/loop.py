@@ -21,7 +21,7 @@ from ahriuwu_cli.diffusion.objective import Denoise, ShortcutLoss, shortcut_forc
 from ahriuwu_cli.errors import Interrupted, TrainingError
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of
-from ahriuwu_cli.training.optimiser import build_optimizers, rate, update_average
+from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate, update_average
 from ahriuwu_cli.training.preview import choose_sampler, preview, preview_manifest
 from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.signals import StopRequest
@@ -52,7 +52,7 @@ class DynamicsTrainer:
         """
         manifest = preview_manifest(self.store, self.config.preview_windows, self.config.seed)
         started = time.monotonic() - self.elapsed
-        log = _Log(self.config.log_every)
+        log = _Log()
         while self.total is None or self.step < self.total:
             self._decide_total()
             losses, norm, frames = self._update()
@@ -80,10 +80,7 @@ class DynamicsTrainer:
 
     def _update(self) -> tuple[list[tuple[Batch, ShortcutLoss]], Tensor, int]:
         """One optimiser step over all micro-batches: (what each gave, gradient norm, frames seen)."""
-        factor = rate(self.step, self.total, self.config)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.config.lr * factor
+        set_rate(self.optimizers, self.config.lr * rate(self.step, self.total, self.config))
         results = []
         for micro in range(self.config.accumulate):
             batch = draw_batch(self.pack, self.config, self.world.k_max, self.step, micro, device=self.world.device)
@@ -108,9 +105,7 @@ class DynamicsTrainer:
                 f"loss or gradient is not finite at step {self.step} (windows {windows}, ...); the last good state is "
                 f"{self.run.newest_state() or 'none'}: try a lower --lr or --precision float32"
             )
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        apply(self.optimizers)
         update_average(self.average, self.model, self.config.ema, self.step)
         clips, frames = shape_of(self.config, self.step)
         return results, norm, clips * frames * self.config.accumulate
@@ -179,8 +174,7 @@ class _Log:
 
     BINS = 10
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self) -> None:
         self._clear()
 
     def _clear(self) -> None:
@@ -203,6 +197,6 @@ class _Log:
         means = {name: round(sum(v) / len(v), 6) if v else None for name, v in self.sums.items()}
         by_tau = [round((s / n).item(), 6) if n else None for s, n in zip(*self.bins, strict=True)]
         seconds = max(time.monotonic() - self.since, 1e-9)
-        self_line = {**means, "loss_by_tau_bin": by_tau, "frames_per_s": round(self.frames / seconds, 1)}
+        frames_per_s = round(self.frames / seconds, 1)
         self._clear()
-        return self_line
+        return {**means, "loss_by_tau_bin": by_tau, "frames_per_s": frames_per_s}

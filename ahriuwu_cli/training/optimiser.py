@@ -20,6 +20,20 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     return [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay), adamw] if matrices else [adamw]
 
 
+def set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """The learning rate of the coming step, for every parameter."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def apply(optimizers: list[torch.optim.Optimizer]) -> None:
+    """One step of every optimiser, then the gradients are gone."""
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def rate(step: int, total: int | None, config: TrainConfig) -> float:
     """Share of the full learning rate at a step: linear warm-up, constant, linear decay to 0 over the last part.
 

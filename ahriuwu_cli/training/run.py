@@ -9,6 +9,7 @@ best/ last/     worlds: by free-running gain on held-out windows, and at the end
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -22,7 +23,14 @@ from ahriuwu_cli import __version__
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.errors import CheckpointError, UserError
 from ahriuwu_cli.training.checkpoint import save_world
-from ahriuwu_cli.training.state import load_optimizer_tensors, load_state, optimizer_tensors, save_state
+from ahriuwu_cli.training.state import (
+    load_optimizer_tensors,
+    load_state,
+    optimizer_tensors,
+    save_state,
+    under_prefix,
+    with_prefix,
+)
 
 if TYPE_CHECKING:
     from ahriuwu_cli.training.loop import DynamicsTrainer
@@ -79,8 +87,8 @@ class Run:
 
     def save(self, trainer: DynamicsTrainer) -> None:
         """Save everything that the next step depends on; keep the last few states."""
-        tensors = {f"model.{n}": t for n, t in trainer.model.state_dict().items()}
-        tensors |= {f"average.{n}": t for n, t in trainer.average.state_dict().items()}
+        tensors = with_prefix("model", trainer.model.state_dict())
+        tensors |= with_prefix("average", trainer.average.state_dict())
         document = {
             "step": trainer.step,
             "total": trainer.total,
@@ -90,7 +98,7 @@ class Run:
         }
         for i, optimizer in enumerate(trainer.optimizers):
             state, description = optimizer_tensors(optimizer)
-            tensors |= {f"optimizer{i}.{n}": t for n, t in state.items()}
+            tensors |= with_prefix(f"optimizer{i}", state)
             document["optimizers"].append(description)
         save_state(self.folder / "state" / f"step-{trainer.step:08d}", tensors, document)
         for old in sorted((self.folder / "state").glob("step-*"))[: -self.config.keep]:
@@ -102,20 +110,16 @@ class Run:
         if newest is None:
             raise UserError(f"{self.folder} has no saved state yet: start again with --overwrite")
         tensors, document = load_state(newest)
-
-        def part(prefix: str) -> dict:
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
         try:
-            trainer.model.load_state_dict(part("model."), strict=True)
-            trainer.average.load_state_dict(part("average."), strict=True)
+            trainer.model.load_state_dict(under_prefix("model", tensors), strict=True)
+            trainer.average.load_state_dict(under_prefix("average", tensors), strict=True)
             for i, optimizer in enumerate(trainer.optimizers):
-                load_optimizer_tensors(optimizer, part(f"optimizer{i}."), document["optimizers"][i])
+                load_optimizer_tensors(optimizer, under_prefix(f"optimizer{i}", tensors), document["optimizers"][i])
             trainer.step, trainer.total = document["step"], document["total"]
             trainer.elapsed, trainer.best = document["elapsed"], document["best"]
         except (RuntimeError, KeyError, IndexError) as error:
             raise CheckpointError(f"{newest} does not fit this run: {error}") from None
-        self._cut_log(trainer.step)
+        cut_log(self.folder / "metrics.jsonl", trainer.step)
 
     def save_world(self, world: World, name: str, trainer: DynamicsTrainer) -> None:
         """Write the averaged weights as the world `best` or `last`."""
@@ -130,12 +134,6 @@ class Run:
         }
         save_world(world, self.folder / name)
 
-    def _cut_log(self, step: int) -> None:
-        file = self.folder / "metrics.jsonl"
-        if file.exists():
-            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-            file.write_text("".join(line + "\n" for line in kept))
-
 
 def refuse_used(folder: Path, overwrite: bool) -> None:
     """UserError when a run folder already holds something and --overwrite was not given, or when it is a file."""
@@ -143,6 +141,13 @@ def refuse_used(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} is a file: give a folder for the run")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{folder} is not empty: choose another --out, go on with --resume, or give --overwrite")
+
+
+def cut_log(file: Path, step: int) -> None:
+    """Drop the lines of a metrics.jsonl that come after `step`, and one that a kill cut short."""
+    if file.exists():
+        kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+        file.write_text("".join(line + "\n" for line in kept))
 
 
 def versions() -> dict:
@@ -164,8 +169,9 @@ def _write_json(path: Path, document: dict) -> None:
     os.replace(temporary, path)
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; a line that was cut short counts as later than all."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 0
+        return math.inf

@@ -25,8 +25,8 @@ from ahriuwu_cli.data.windows import draw_windows, enumerate_windows
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig, draw_patch_mask
 from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
-from ahriuwu_cli.training.optimiser import build_optimizers, rate
-from ahriuwu_cli.training.run import refuse_used, versions
+from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate
+from ahriuwu_cli.training.run import cut_log, refuse_used, versions
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import (
     load_optimizer_tensors,
@@ -174,10 +174,8 @@ class _Trainer:
     def update(self) -> dict:
         """One optimiser step; returns its metrics. TrainingError when loss or gradient is not finite."""
         config = self.config
-        factor = rate(self.step, config.steps, config)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * factor
+        lr = config.lr * rate(self.step, config.steps, config)
+        set_rate(self.optimizers, lr)
         frames, mask = (x.to(self.device) for x in self._draw())
         frames = frames.float() / 255
         self.model.train()
@@ -191,13 +189,11 @@ class _Trainer:
                 f"loss {loss.item()} or gradient norm {norm.item()} is not finite at step {self.step}: try a lower lr "
                 f"than {config.lr} or --precision float32; the last saved state is in {self.run_dir / 'state'}"
             )
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        apply(self.optimizers)
         self.step += 1
         values = {name: term.item() for name, term in terms.items()}
         values["masked_psnr_db"] = round(-10 * float(np.log10(max(values["mse"], 1e-10))), 3)
-        return {"step": self.step, "loss": loss.item(), **values, "grad_norm": norm.item(), "lr": config.lr * factor}
+        return {"step": self.step, "loss": loss.item(), **values, "grad_norm": norm.item(), "lr": lr}
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """uint8 frames (B, T, H, W, 3) and hidden patches (B, T, P) of this step, a function of (seed, step)."""
@@ -239,9 +235,7 @@ class _Trainer:
             self.step = int(document["step"])
         except (RuntimeError, KeyError, IndexError) as error:
             raise CheckpointError(f"the state in {self.run_dir / 'state'} does not fit this run: {error}") from None
-        log = self.run_dir / "metrics.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        log.write_text("".join(line + "\n" for line in lines if _step_of(line) <= self.step))
+        cut_log(self.run_dir / "metrics.jsonl", self.step)
 
     def scale_latents(self) -> None:
         """Measure the latents of training windows and scale them to zero mean and unit spread over all channels."""
@@ -270,11 +264,3 @@ class _Trainer:
             raise UserError(
                 f"{self.run_dir} was started with other settings ({'; '.join(changed)}): resume with the same"
             )
-
-
-def _step_of(line: str) -> int:
-    """The step of a line of metrics.jsonl; a line that was cut short counts as later than all."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**62
