@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,8 @@ class EpisodeWriter:
         split_episodes(1, fractions, seed)  # refuse bad fractions now, not after an hour of recording
         near = next(p for p in self.path.parents if p.is_dir())  # parents are made only at the end
         self._staging = near / f".{self.path.name}.partial-{os.getpid()}"
+        # Cleaned up by __exit__, and at the process's end where an interrupt hits before __exit__ has begun.
+        self._clean = weakref.finalize(self, shutil.rmtree, self._staging, ignore_errors=True)
 
     @property
     def frames(self) -> int:
@@ -212,7 +215,7 @@ class EpisodeWriter:
             if kind is None:
                 self._finish()
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self._clean()
 
     def _finish(self) -> None:
         if not self._episodes:
