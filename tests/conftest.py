@@ -21,6 +21,7 @@ TINY = {
     "kv_heads": 4,
     "mlp_hidden": 48,
     "time_every": 2,
+    "time_attention": "place",
     "registers": 0,
     "conditioning": "add",
     "linear_skip": True,

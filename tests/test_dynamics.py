@@ -9,7 +9,14 @@ import torch
 from conftest import SLOTS, make_clip, random_actions
 
 from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
-from ahriuwu_cli.models.dynamics import CONDITIONINGS, Dynamics, DynamicsConfig, count_parameters, incoming_actions
+from ahriuwu_cli.models.dynamics import (
+    CONDITIONINGS,
+    Dynamics,
+    DynamicsConfig,
+    TimeContext,
+    count_parameters,
+    incoming_actions,
+)
 from ahriuwu_cli.models.layers import Attention, rotary, rotate, window_mask
 
 VARIANTS = [
@@ -21,6 +28,8 @@ VARIANTS = [
     {"time_every": 1, "depth": 3},
     {"linear_skip": False, "conditioning": "token", "registers": 2, "kv_heads": 1},
     {"window": 2},
+    {"time_attention": "frame"},
+    {"time_attention": "frame", "conditioning": "token", "registers": 2, "kv_heads": 2, "window": 3},
 ]
 
 
@@ -126,12 +135,39 @@ def test_clips_do_not_see_each_other(tiny_dynamics):
     torch.testing.assert_close(tiny_dynamics(*clip.inputs)[1:2], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_across_frames_a_token_sees_other_places_of_the_past(make_dynamics):
+    """The layer alone: place 0 of the last frame answers to place 2 of the frame before it, or it does not."""
+    for kind, sees in (("place", False), ("frame", True)):
+        model = make_dynamics(time_attention=kind)
+        h = torch.randn(1, 4, 4, 32, generator=torch.Generator().manual_seed(0))
+        other = h.clone()
+        other[:, 2, 2] += 1
+        time = TimeContext(model.config, torch.arange(4), window_mask(4, 5, h.device))
+        attention = model.blocks[0].attention
+        change = (time.attend(attention, h) - time.attend(attention, other)).abs().amax(dim=(0, 3))
+        assert (change[3, 0] > 1e-3).item() is sees
+        assert change[3, 2] > 1e-3  # under both its own place in the past is seen ...
+        assert change[:2].max() == 0  # ... and the future is not
+
+
+def test_across_frames_the_rotary_places_depend_on_the_distance_between_tokens_alone(make_dynamics):
+    config = make_dynamics(time_attention="frame", tokens=6).config
+    time = TimeContext(config, torch.arange(3), window_mask(3, 5, torch.device("cpu")))
+    q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 18, 8)
+    scores = (rotate(q, time.cos, time.sin) @ rotate(k, time.cos, time.sin).T).view(3, 6, 3, 6)
+    torch.testing.assert_close(scores[1, 1, 0, 3], scores[2, 3, 1, 5])  # one frame back, two places on
+    assert (scores[1, 1, 0, 3] - scores[1, 1, 0, 4]).abs() > 1e-3  # another place
+    assert (scores[2, 1, 1, 3] - scores[2, 1, 0, 3]).abs() > 1e-3  # another frame
+
+
 @pytest.mark.parametrize("fields", VARIANTS, ids=named)
 def test_permuting_latent_tokens_changes_the_output(make_dynamics, fields, tiny_clip):
     model = make_dynamics(**fields)
     order = torch.tensor([2, 0, 3, 1])
     permuted = model(tiny_clip.z_tau[:, :, order], *tiny_clip.inputs[1:])
     assert relative(permuted, model(*tiny_clip.inputs)[:, :, order]) > 0.05
+    if fields.get("time_attention") == "frame":
+        return  # the rotary places inside attention tell tokens apart too
     model.places.zero_()  # without places the tokens cannot be told apart, and this test would notice
     permuted = model(tiny_clip.z_tau[:, :, order], *tiny_clip.inputs[1:])
     assert relative(permuted, model(*tiny_clip.inputs)[:, :, order]) < 1e-4

@@ -64,6 +64,8 @@ def imagine(model, prompt_frames, config, noise):
         {"conditioning": "token", "registers": 2},
         {"conditioning": "modulate", "kv_heads": 2},
         {"time_every": 1, "depth": 3, "window": 3},
+        {"time_attention": "frame"},
+        {"time_attention": "frame", "conditioning": "token", "registers": 1, "kv_heads": 2, "window": 3},
     ],
     ids=lambda f: "-".join(f"{k}={v}" for k, v in f.items()) or "default",
 )
@@ -310,7 +312,7 @@ def test_a_window_is_imagined_the_same_alone_and_in_a_batch(tiny_dynamics):
 
 @pytest.mark.parametrize("window", [2, 3, 5])
 def test_the_ring_shows_a_frame_exactly_the_window_that_ends_with_itself(window):
-    cache = ContextCache(1, window, 1, 1, 1, 2, torch.zeros(1))
+    cache = ContextCache(1, window, 1, 1, 1, 2, False, torch.zeros(1))
     holds = {}  # slot -> frame
     for now in range(4 * window):
         for count, keep in ((1, 0), (2, 1)):  # a pass over the next frame, then a commit with a frame riding behind

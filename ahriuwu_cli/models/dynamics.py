@@ -23,6 +23,7 @@ from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
 from ahriuwu_cli.models.layers import Attention, SwiGLU, rotary, rotate, window_mask
 
 CONDITIONINGS = ("add", "token", "modulate")
+TIME_ATTENTIONS = ("place", "frame")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class DynamicsConfig:
     kv_heads: int = 4
     mlp_hidden: int = 256
     time_every: int = 2  # every time_every-th layer, the first one included, attends over time, the others over space
+    time_attention: str = "place"  # a token looks at its own place in the past, or at every token of past frames
     registers: int = 0
     conditioning: str = "add"  # of (tau, d) and the action: added to tokens, tokens of their own, or modulation
     linear_skip: bool = True  # start from the best linear denoiser of Gaussian latents instead of from zero
@@ -50,6 +52,10 @@ class DynamicsConfig:
             (self.heads % self.kv_heads != 0, f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}"),
             ((self.width // self.heads) % 2 != 0, f"head width {self.width // self.heads} is odd"),
             (self.conditioning not in CONDITIONINGS, f"conditioning {self.conditioning!r} is not in {CONDITIONINGS}"),
+            (
+                self.time_attention not in TIME_ATTENTIONS,
+                f"time_attention {self.time_attention!r}: not in {TIME_ATTENTIONS}",
+            ),
             (not 1 <= self.time_every <= self.depth, f"time_every {self.time_every} is not in 1..depth {self.depth}"),
             (self.k_max not in (2**i for i in range(17)), f"k_max {self.k_max} is not a power of two up to 65536"),
             (self.window < 2, f"window {self.window} is below 2"),
@@ -57,6 +63,11 @@ class DynamicsConfig:
         for wrong, sentence in problems:
             if wrong:
                 raise ValueError(sentence)
+
+    @property
+    def sequence(self) -> int:
+        """S, tokens of a frame inside the trunk: latents, registers and conditioning tokens."""
+        return self.tokens + self.registers + (2 if self.conditioning == "token" else 0)
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -90,21 +101,46 @@ def _modulate(h: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 class TimeContext:
     """What time layers need besides activations: rotary tables, a mask, and in a rollout the cache with its slots."""
 
-    def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None) -> None:
-        self.cos, self.sin, self.mask = cos, sin, mask
+    def __init__(self, config: DynamicsConfig, positions: Tensor, mask: Tensor) -> None:
+        """positions (T,) of the new frames; mask (T, slots) bool, slots being frames or places of the cache."""
+        self.across = config.time_attention == "frame"
+        tokens, head_dim = config.sequence, config.width // config.heads
+        if self.across:  # half of a head's pairs turn with the frame, half with the token's index in it
+            index = torch.arange(tokens, device=positions.device)
+            in_time, in_space = rotary(positions, head_dim // 2), rotary(index, head_dim - head_dim // 2)
+            self.cos, self.sin = (
+                torch.cat([a[:, None].expand(-1, tokens, -1), b.expand(len(a), -1, -1)], dim=-1).flatten(0, 1)
+                for a, b in zip(in_time, in_space, strict=True)
+            )  # (T * S, head_dim / 2)
+            mask = mask.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1)
+        else:
+            self.cos, self.sin = rotary(positions, head_dim)
+        self.mask = mask
         self.cache: ContextCache | None = None
         self.slots: Tensor | None = None
         self.layer = 0  # which time layer comes next; counts up within one pass
 
     def attend(self, attention: Attention, h: Tensor) -> Tensor:
-        """Attention of h (B, T, S, C) over T, causal within the window."""
-        q, k, v = attention.project(h.transpose(1, 2))  # (B, S, heads, T, head_dim)
+        """Attention of h (B, T, S, C) over T at one place, or over all T * S tokens; causal within the window."""
+        frames = h.shape[1]
+        lines = h.flatten(1, 2) if self.across else h.transpose(1, 2)
+        q, k, v = attention.project(lines)  # (B, S, heads, T, head_dim) or (B, heads, T * S, head_dim)
         q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
         if self.cache is not None:
-            keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
-            k, v = keys.index_copy_(-2, self.slots, k), values.index_copy_(-2, self.slots, v)
-            self.layer += 1
-        return attention.attend(q, k, v, self.mask).transpose(1, 2)
+            k, v = self._through_cache(k, v)
+        y = attention.attend(q, k, v, self.mask)
+        return y.unflatten(1, (frames, -1)) if self.across else y.transpose(1, 2)
+
+    def _through_cache(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values into their slots; gives back all that the cache holds, in slot order."""
+        keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
+        self.layer += 1
+        if not self.across:
+            return keys.index_copy_(-2, self.slots, k), values.index_copy_(-2, self.slots, v)
+        new = (len(self.slots), -1)
+        keys.index_copy_(-3, self.slots, k.unflatten(-2, new))  # (B, kv_heads, slots, S, head_dim)
+        values.index_copy_(-3, self.slots, v.unflatten(-2, new))
+        return keys.flatten(-3, -2), values.flatten(-3, -2)
 
 
 class Dynamics(nn.Module):
@@ -143,16 +179,15 @@ class Dynamics(nn.Module):
     def forward(self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor) -> Tensor:
         """z_hat (B, T, N, D) for whole clips, causal in time, each frame within its window."""
         frames, device = z_tau.shape[1], z_tau.device
-        cos, sin = rotary(torch.arange(frames, device=device), self.config.width // self.config.heads)
         mask = window_mask(frames, self.config.window, device)
-        return self._run(z_tau, tau, d, actions, known, TimeContext(cos, sin, mask))
+        time = TimeContext(self.config, torch.arange(frames, device=device), mask)
+        return self._run(z_tau, tau, d, actions, known, time)
 
     def new_cache(self, batch: int) -> ContextCache:
         """An empty context window for `batch` rollouts on this model's device, in its number format."""
         c = self.config
-        tokens = c.tokens + c.registers + (2 if c.conditioning == "token" else 0)
-        like = self.embed.weight
-        return ContextCache(batch, c.window, self.time_layers, tokens, c.kv_heads, c.width // c.heads, like)
+        sizes = (c.sequence, c.kv_heads, c.width // c.heads)
+        return ContextCache(batch, c.window, self.time_layers, *sizes, c.time_attention == "frame", self.embed.weight)
 
     def extend(
         self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor, cache: ContextCache, keep: int
@@ -166,8 +201,7 @@ class Dynamics(nn.Module):
         assert keep <= 1 or cache.frames + keep <= cache.window, (keep, cache.frames, cache.window)
         device = z_tau.device
         positions = torch.arange(cache.frames, cache.frames + count, device=device)
-        cos, sin = rotary(positions, self.config.width // self.config.heads)
-        time = TimeContext(cos, sin, cache.mask(count, keep, device))
+        time = TimeContext(self.config, positions, cache.mask(count, keep, device))
         time.cache, time.slots = cache, torch.tensor(cache.slots(count, keep), device=device)
         z_hat = self._run(z_tau, tau, d, actions, known, time)
         cache.frames += keep
