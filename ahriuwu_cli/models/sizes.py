@@ -1,14 +1,13 @@
 """Sizes of the dynamics, one table: from a laptop's nano to the paper's 1.6B (Dreamer 4, section 4).
 
-Small sizes add the conditioning to their tokens and in every second layer look back at all tokens of past frames:
-measured, on two cores tokens cost more than parameters, and a turning view is content that changes its place
-(docs/log.md). From medium on the layout is the paper's: tokens for (tau, d) and
+Small sizes add the conditioning to their tokens and look back over time in every second layer: measured, on two cores
+tokens cost more than parameters (docs/log.md). From medium on the layout is the paper's: tokens for (tau, d) and
 the action, four registers, time attention in every fourth layer, grouped-query attention.
 """
 
 from __future__ import annotations
 
-_SMALL = {"conditioning": "add", "registers": 0, "time_every": 2, "time_attention": "frame"}
+_SMALL = {"conditioning": "add", "registers": 0, "time_every": 2}
 _PAPER = {"conditioning": "token", "registers": 4, "time_every": 4, "linear_skip": False}
 
 SIZES: dict[str, dict] = {
