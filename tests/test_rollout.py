@@ -312,7 +312,7 @@ def test_a_window_is_imagined_the_same_alone_and_in_a_batch(tiny_dynamics):
 
 @pytest.mark.parametrize("window", [2, 3, 5])
 def test_the_ring_shows_a_frame_exactly_the_window_that_ends_with_itself(window):
-    cache = ContextCache(1, window, 1, 1, 1, 2, False, torch.zeros(1))
+    cache = ContextCache(1, window, 1, 1, 1, 1, 2, torch.zeros(1))
     holds = {}  # slot -> frame
     for now in range(4 * window):
         for count, keep in ((1, 0), (2, 1)):  # a pass over the next frame, then a commit with a frame riding behind
@@ -326,4 +326,4 @@ def test_the_ring_shows_a_frame_exactly_the_window_that_ends_with_itself(window)
                 assert seen == list(range(max(0, now + i - window + 1), now + i + 1)), (now, i, keep)
         holds[cache.slots(1, 1)[0]] = now
         cache.frames += 1
-    assert cache.keys.shape == (1, 1, 1, 1, window + 1, 2)
+    assert cache.keys.shape == (1, 1, 1, 1, window + 1, 1, 2)

@@ -1,9 +1,9 @@
 """The context window of a rollout: keys and values of committed frames in a ring buffer, preallocated, never copied.
 
-Each time layer owns two tensors: (B, S, kv_heads, window + 1, head_dim) where a token looks at its own place only, and
-(B, kv_heads, window + 1, S, head_dim) where it looks at all tokens of past frames, so that keys are read in place.
-The first `window` slots are the ring, the last holds the frame that is being denoised. Keys are stored with their
-rotary position, so slot order does not matter.
+Each time layer owns two tensors (B, lines, kv_heads, window + 1, S / lines, head_dim). A line is the tokens that attend
+to one another over time: one token place (S lines) or the whole frame (one line), so that keys are read in place. The
+first `window` slots are the ring, the last holds the frame that is being denoised. Keys are stored with their rotary
+position, so slot order does not matter.
 The position counter lives in Python: building the mask needs no synchronisation with the device.
 """
 
@@ -17,18 +17,9 @@ class ContextCache:
     """K and V of the last `window` committed frames of B rollouts, for `layers` time layers of S tokens a frame."""
 
     def __init__(
-        self,
-        batch: int,
-        window: int,
-        layers: int,
-        tokens: int,
-        kv_heads: int,
-        head_dim: int,
-        across: bool,
-        like: Tensor,
+        self, batch: int, window: int, layers: int, tokens: int, lines: int, kv_heads: int, head_dim: int, like: Tensor
     ) -> None:
-        by_place, by_frame = (tokens, kv_heads, window + 1), (kv_heads, window + 1, tokens)
-        shape = (layers, batch, *(by_frame if across else by_place), head_dim)
+        shape = (layers, batch, lines, kv_heads, window + 1, tokens // lines, head_dim)
         self.window = window
         self.frames = 0  # committed so far
         self.keys = like.new_zeros(shape)

@@ -69,6 +69,11 @@ class DynamicsConfig:
         """S, tokens of a frame inside the trunk: latents, registers and conditioning tokens."""
         return self.tokens + self.registers + (2 if self.conditioning == "token" else 0)
 
+    @property
+    def lines(self) -> int:
+        """Groups of a frame's tokens that time layers keep apart: every place on its own, or the frame as one."""
+        return self.sequence if self.time_attention == "place" else 1
+
     def to_json(self) -> dict:
         return asdict(self)
 
@@ -103,44 +108,33 @@ class TimeContext:
 
     def __init__(self, config: DynamicsConfig, positions: Tensor, mask: Tensor) -> None:
         """positions (T,) of the new frames; mask (T, slots) bool, slots being frames or places of the cache."""
-        self.across = config.time_attention == "frame"
-        tokens, head_dim = config.sequence, config.width // config.heads
-        if self.across:  # half of a head's pairs turn with the frame, half with the token's index in it
-            index = torch.arange(tokens, device=positions.device)
-            in_time, in_space = rotary(positions, head_dim // 2), rotary(index, head_dim - head_dim // 2)
-            self.cos, self.sin = (
-                torch.cat([a[:, None].expand(-1, tokens, -1), b.expand(len(a), -1, -1)], dim=-1).flatten(0, 1)
-                for a, b in zip(in_time, in_space, strict=True)
-            )  # (T * S, head_dim / 2)
-            mask = mask.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1)
-        else:
-            self.cos, self.sin = rotary(positions, head_dim)
-        self.mask = mask
+        self.lines, each = config.lines, config.sequence // config.lines  # tokens of a frame in one line
+        pairs = config.width // config.heads // 2
+        in_space = pairs // 2 if config.time_attention == "frame" else 0  # pairs that turn with the token's index
+        over_time = rotary(positions, 2 * (pairs - in_space))
+        over_space = rotary(torch.arange(each, device=positions.device), 2 * in_space)
+        self.cos, self.sin = (
+            torch.cat([a[:, None].expand(-1, each, -1), b.expand(len(a), -1, -1)], dim=-1).flatten(0, 1)
+            for a, b in zip(over_time, over_space, strict=True)
+        )  # (T * each, head_dim / 2)
+        self.mask = mask.repeat_interleave(each, dim=0).repeat_interleave(each, dim=1)
         self.cache: ContextCache | None = None
         self.slots: Tensor | None = None
         self.layer = 0  # which time layer comes next; counts up within one pass
 
     def attend(self, attention: Attention, h: Tensor) -> Tensor:
-        """Attention of h (B, T, S, C) over T at one place, or over all T * S tokens; causal within the window."""
+        """Attention of h (B, T, S, C) over T and over the tokens of a line, causal within the window."""
         frames = h.shape[1]
-        lines = h.flatten(1, 2) if self.across else h.transpose(1, 2)
-        q, k, v = attention.project(lines)  # (B, S, heads, T, head_dim) or (B, heads, T * S, head_dim)
-        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        q, k, v = attention.project(h.unflatten(2, (self.lines, -1)).transpose(1, 2).flatten(2, 3))
+        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)  # (B, lines, heads, T * each, head_dim)
         if self.cache is not None:
-            k, v = self._through_cache(k, v)
-        y = attention.attend(q, k, v, self.mask)
-        return y.unflatten(1, (frames, -1)) if self.across else y.transpose(1, 2)
-
-    def _through_cache(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values into their slots; gives back all that the cache holds, in slot order."""
-        keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
-        self.layer += 1
-        if not self.across:
-            return keys.index_copy_(-2, self.slots, k), values.index_copy_(-2, self.slots, v)
-        new = (len(self.slots), -1)
-        keys.index_copy_(-3, self.slots, k.unflatten(-2, new))  # (B, kv_heads, slots, S, head_dim)
-        values.index_copy_(-3, self.slots, v.unflatten(-2, new))
-        return keys.flatten(-3, -2), values.flatten(-3, -2)
+            new = (frames, -1)
+            keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
+            k = keys.index_copy_(-3, self.slots, k.unflatten(-2, new)).flatten(-3, -2)
+            v = values.index_copy_(-3, self.slots, v.unflatten(-2, new)).flatten(-3, -2)
+            self.layer += 1
+        y = attention.attend(q, k, v, self.mask)  # (B, lines, T * each, C)
+        return y.unflatten(2, (frames, -1)).transpose(1, 2).flatten(2, 3)
 
 
 class Dynamics(nn.Module):
@@ -186,8 +180,8 @@ class Dynamics(nn.Module):
     def new_cache(self, batch: int) -> ContextCache:
         """An empty context window for `batch` rollouts on this model's device, in its number format."""
         c = self.config
-        sizes = (c.sequence, c.kv_heads, c.width // c.heads)
-        return ContextCache(batch, c.window, self.time_layers, *sizes, c.time_attention == "frame", self.embed.weight)
+        head_dim, like = c.width // c.heads, self.embed.weight
+        return ContextCache(batch, c.window, self.time_layers, c.sequence, c.lines, c.kv_heads, head_dim, like)
 
     def extend(
         self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor, cache: ContextCache, keep: int
