@@ -38,6 +38,10 @@ def training_bar(config: TrainConfig, quiet: bool = False) -> Iterator[Callable[
     notes = {"gain": ""}
 
     def report(line: dict) -> None:
+        if "stood_still_s" in line:
+            if not quiet:
+                tqdm.write(f"the machine stood still for {line['stood_still_s']} s: not counted", file=sys.stderr)
+            return
         if "preview" in line:
             gains = ", ".join(f"{float(v):+.2f} at {h}" for h, v in line["preview"]["gain_db"].items())
             notes["gain"] = f" | gain dB {gains}"

@@ -67,6 +67,19 @@ def prefix(
     return tau.masked_fill(context, tau_ctx), d.masked_fill(context, 1 / k_max)
 
 
+def context(
+    batch: int, frames: int, k_max: int, tau_ctx: float = tau_.TAU_CTX, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """`independent`, but each frame has, with chance 1/2, exactly tau_ctx and the d of a committed frame, 1/k_max.
+
+    A departure from the paper: under eq. 4 one frame in twenty is both noisy and preceded by a frame that can be
+    seen, which is what every frame of a rollout is; here one in four is.
+    """
+    tau, d = independent(batch, frames, k_max, tau_ctx, generator)
+    committed = torch.rand(batch, frames, generator=generator) < 0.5
+    return tau.masked_fill(committed, tau_ctx), d.masked_fill(committed, 1 / k_max)
+
+
 def finest(d: Tensor, k_max: int) -> Tensor:
     """The plain flow's step size 1/k_max for every frame of d (B, T): what a run without shortcut training uses."""
     return torch.full_like(d, 1 / k_max)
@@ -77,4 +90,4 @@ def coverage(tau: Tensor, bins: int = 10) -> Tensor:
     return torch.nn.functional.one_hot(tau_.bin_index(tau, bins), bins).float().mean(0)
 
 
-FORCINGS: dict[str, Forcing] = {"independent": independent, "horizon": horizon, "prefix": prefix}
+FORCINGS: dict[str, Forcing] = {"independent": independent, "horizon": horizon, "prefix": prefix, "context": context}

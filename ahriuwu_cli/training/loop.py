@@ -21,6 +21,7 @@ from ahriuwu_cli.diffusion.objective import Denoise, ShortcutLoss, shortcut_forc
 from ahriuwu_cli.errors import Interrupted, TrainingError
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of
+from ahriuwu_cli.training.clock import TrainingClock
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate, update_average
 from ahriuwu_cli.training.preview import choose_sampler, preview, preview_manifest
 from ahriuwu_cli.training.run import Run
@@ -42,7 +43,7 @@ class DynamicsTrainer:
         self.optimizers = build_optimizers(self.model, self.config)
         self.step = 0
         self.total = self.config.steps  # None until a time budget has decided it
-        self.elapsed = 0.0  # seconds of training, over all resumed parts
+        self.elapsed = 0.0  # seconds of training (`clock`), over all resumed parts
         self.best: float | None = None  # gain over persistence at the last previewed horizon, dB
 
     def train(self, report: Report, stop: StopRequest, stop_at: int | None = None) -> World:
@@ -51,13 +52,15 @@ class DynamicsTrainer:
         Raises TrainingError on a loss or gradient that is not finite, Interrupted after a signal.
         """
         manifest = preview_manifest(self.store, self.config.preview_windows, self.config.seed)
-        started = time.monotonic() - self.elapsed
+        clock = TrainingClock(
+            self.elapsed, lambda s: report(self.run.log({"step": self.step, "stood_still_s": round(s)}))
+        )
         log = _Log()
         while self.total is None or self.step < self.total:
             self._decide_total()
             losses, norm, frames = self._update()
             self.step += 1
-            self.elapsed = time.monotonic() - started
+            self.elapsed = clock.lap()
             log.add(losses, norm, frames)
 
             # once in a while: write a line of metrics
@@ -76,6 +79,7 @@ class DynamicsTrainer:
                 )  # fmt: skip
             if self.step == stop_at:
                 break
+            clock.rest()
         return self.world
 
     def _update(self) -> tuple[list[tuple[Batch, ShortcutLoss]], Tensor, int]:
