@@ -26,7 +26,8 @@ from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, quick_ga
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct
 from ahriuwu_cli.evaluation.metrics import psnr_per_frame
 from ahriuwu_cli.evaluation.protocol import make_manifest, read_windows
-from ahriuwu_cli.evaluation.scores import mean_over_seeds
+from ahriuwu_cli.evaluation.scores import mean_frame, mean_over_seeds
+from ahriuwu_cli.evaluation.summary import delta, drift, moving_windows
 from ahriuwu_cli.rollout import RolloutConfig
 
 CONFIG = EvaluationConfig(windows=10, context=4, horizon=6, horizons=(1, 4), batch=4)
@@ -261,3 +262,40 @@ def test_windows_of_a_single_episode_give_no_interval_and_a_warning(store, tiny)
     assert result["horizons"]["6"]["gain_db"]["lo"] is None
     assert result["horizons"]["6"]["gain_db"]["value"] is not None
     assert "one episode" in result["warnings"][0]
+
+
+def test_the_mean_frame_is_of_the_train_split_and_scored_as_any_picture(store):
+    train = np.concatenate([store.frames(e.id) for e in store.episodes("train")]).astype(float).mean(0)
+    assert np.abs(mean_frame(store, frames=10**9) - train).max() <= 0.5  # every frame of the split, rounded
+    manifest = make_manifest(store, "test", 4, 6, 10, seed=0)
+    frames, _ = read_windows(store, manifest)
+    result = run(puppet_world(store, oracle), store)
+    by_hand = psnr_per_frame(np.broadcast_to(mean_frame(store), frames[:, 4:].shape).copy(), frames[:, 4:])
+    for h in (1, 4, 6):
+        assert result["horizons"][str(h)]["mean_frame_psnr"] == pytest.approx(by_hand[:, h - 1].mean(), abs=1e-4)
+        assert result["horizons"][str(h)]["mean_frame_motion_cosine"] == 0
+
+
+def test_motion_cosine_separates_the_oracle_from_persistence_and_noise(store):
+    def cosine(kind):
+        return run(puppet_world(store, kind), store)["horizons"]["6"]["motion_cosine"]
+
+    good, frozen, bad = cosine(oracle), cosine(persistence(CONFIG.context)), cosine(noise)
+    assert good > 0.9
+    assert abs(frozen) < 0.2
+    assert bad < 0.5 * good
+
+
+def test_drift_is_the_slope_of_psnr_over_the_generated_frames():
+    psnr = np.array([[30.0, 29, 28, 27], [20.0, 20, 20, 20]])
+    found = drift({"model": {"psnr": psnr}}, "model", ["a", "b"])
+    assert found.value == pytest.approx(-0.5)
+    assert drift({"model": {"psnr": psnr[:, :1]}}, "model", ["a", "b"]) is None
+
+
+def test_the_moving_quarter_is_chosen_by_the_truth_alone_up_to_the_frame_asked_for():
+    motion = np.array([[0, 0, 9], [1, 1, 0], [5, 0, 0], [2, 2, 0], [0, 0, 0]], float)
+    chosen = moving_windows({"truth": {"motion": motion}}, 2)
+    assert list(np.flatnonzero(chosen)) == [2, 3]  # a quarter of five, rounded up; the late mover does not count
+    tables = {"model": {"psnr": np.arange(5.0)[:, None]}, "shuffled": {"psnr": np.zeros((5, 1))}}
+    assert delta(tables, "shuffled", list("abcde"), 1, chosen).value == pytest.approx(2.5)

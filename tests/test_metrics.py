@@ -101,3 +101,49 @@ def test_nan_in_a_frame_is_nan_in_its_value_and_in_no_other():
 def test_integers_that_are_not_bytes_are_refused():
     with pytest.raises(ValueError, match="int64"):
         metrics.psnr_per_frame(np.zeros((1, 8, 8, 3), np.int64), np.zeros((1, 8, 8, 3), np.int64))
+
+
+def moving_square(step, frames=6):
+    clip = np.zeros((frames, 16, 16, 3), np.uint8)
+    for t in range(frames):
+        clip[t, 6:10, 6 + step * t - 2 : 8 + step * t] = 255
+    return clip
+
+
+def cosine(generated, truth):
+    return metrics.motion_cosine(*(p.mean() for p in metrics.motion_products(generated, truth)))
+
+
+def test_motion_cosine_is_1_for_the_truth_0_for_a_frozen_video_and_falls_for_a_pan_to_the_wrong_side():
+    truth = moving_square(1)
+    mirrored = truth[:, :, ::-1].copy()
+    frozen = np.repeat(truth[:1], len(truth), axis=0)
+    assert cosine(truth, truth) == pytest.approx(1)
+    assert cosine(frozen, truth) == 0
+    assert cosine(truth[::-1].copy(), truth) < 0  # the same frames backwards
+    assert cosine(mirrored, truth) < 0.5
+    assert np.isnan(cosine(truth, frozen))
+
+
+def test_motion_cosine_does_not_ask_how_much_moves_as_the_motion_ratio_does():
+    truth = moving_square(1).astype(np.float32) / 255
+    faint = truth * 0.25
+    assert cosine(faint, truth) == pytest.approx(1)
+    assert metrics.motion_ratio(faint, truth) == pytest.approx(0.25)
+
+
+def test_motion_products_are_means_over_pixels_of_products_of_changes():
+    rng = np.random.default_rng(0)
+    g, t = rng.random((2, 3, 4, 8, 8, 3))
+    dg, dt = np.diff(g, axis=1), np.diff(t, axis=1)
+    for found, expected in zip(metrics.motion_products(g, t), (dg * dg, dg * dt, dt * dt), strict=True):
+        assert np.allclose(found, expected.mean((-3, -2, -1)), atol=1e-9)
+
+
+def test_colour_shift_sees_a_tint_and_neither_blur_nor_a_pan():
+    rng = np.random.default_rng(0)
+    frame = rng.integers(50, 200, (1, 16, 16, 3)).astype(np.uint8)
+    tinted = frame.copy()
+    tinted[..., 0] += 51
+    assert metrics.colour_shift(tinted, frame) == pytest.approx(51 / 255 / 3)
+    assert metrics.colour_shift(np.roll(frame, 3, axis=2), frame) == pytest.approx(0, abs=1e-12)

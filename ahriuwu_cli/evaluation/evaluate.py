@@ -17,7 +17,17 @@ from ahriuwu_cli.evaluation.measure import CONTROLS, Progress, batches, measure
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig, prepare, settings, warnings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.scores import join, references, score
-from ahriuwu_cli.evaluation.summary import by_horizon, by_window, curves, delta, gain, jsonable, pick_horizons
+from ahriuwu_cli.evaluation.summary import (
+    by_horizon,
+    by_window,
+    curves,
+    delta,
+    drift,
+    gain,
+    jsonable,
+    moving_windows,
+    pick_horizons,
+)
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
@@ -50,6 +60,7 @@ def evaluate(
         row["teacher_forced_psnr"] = tables[f"forced_{h}"]["psnr"].mean()
         row["teacher_forced_floor"] = tables[f"forced_{h}"]["floor"].mean()
     at = pick_horizons((config.delta_at,), manifest.horizon)
+    moving = {h: moving_windows(tables, h) for h in at}
     result = {
         "kind": "eval",
         "status": "nan" if any(measured.not_finite.values()) else "ok",
@@ -59,7 +70,10 @@ def evaluate(
         "last": manifest.horizon,
         "horizons": rows,
         "action_delta_db": {c: {h: delta(tables, c, episodes, h) for h in at} for c in controls} or None,
+        "action_delta_moving_db": {c: {h: delta(tables, c, episodes, h, moving[h]) for h in at} for c in controls}
+        or None,
         "action_delta_note": _delta_note(controls, episodes),
+        "drift_db_per_frame": {who: drift(tables, who, episodes) for who in ("model", "floor", "ceiling")},
         "curves": curves(tables, episodes),
         "windows": by_window(tables, manifest.windows, horizons, controls),
         "warnings": warnings(world, store, episodes),

@@ -16,7 +16,7 @@ from ahriuwu_cli.evaluation.generate import Generated, Tick, generate
 from ahriuwu_cli.evaluation.metrics import psnr_per_frame
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
 from ahriuwu_cli.evaluation.protocol import WindowManifest, read_actions, read_windows
-from ahriuwu_cli.evaluation.scores import Table, join, mean_over_seeds, references, score
+from ahriuwu_cli.evaluation.scores import Table, join, mean_frame, mean_over_seeds, references, score
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]  # (frames generated, frames to generate)
 
 @dataclass
 class Measured:
-    """tables: floor, ceiling, truth, model, every control, and `forced_h`, the step from true context to frame h."""
+    """tables: floor, ceiling, mean_frame, truth, model, every control, and `forced_h`, the step from true context."""
 
     tables: dict[str, Table]
     not_finite: dict[str, int]  # frames that were not finite, by what was generated
@@ -105,16 +105,17 @@ def measure(
     tally = _Tally(len(manifest.windows) * steps * config.noise_seeds, progress)
     task = _Task(world, rollout_config, manifest.context, config.batch, tally.tick)
     seeds = [config.seed + i for i in range(config.noise_seeds)]
-    parts = []
+    mean, parts = mean_frame(store), []
     for here, frames, actions in batches(store, manifest, config.batch):
-        windows, truth = manifest.windows[here], frames[:, manifest.context :]
-        part, before = references(world, frames, manifest.context, config.batch)
+        windows, truth, last = manifest.windows[here], frames[:, manifest.context :], frames[:, manifest.context - 1]
+        part, before = references(world, frames, manifest.context, config.batch, mean=mean)
         for name, acts in ({"model": actions} | {n: rows[here] for n, rows in wrong.items()}).items():
             tables = []
             for seed in seeds:
                 made = task.run(frames, acts, windows, seed)
                 tally.note(name, made)
-                tables.append(score(made.frames, truth, before=before, finite=made.finite, full=name == "model"))
+                shared = {"before": before, "true_before": last, "finite": made.finite, "full": name == "model"}
+                tables.append(score(made.frames, truth, **shared))
             part[name] = mean_over_seeds(tables)
         for h in horizons:
             part[f"forced_{h}"] = _forced(task, tally, frames, actions, windows, seeds, h, part["model"])

@@ -86,6 +86,29 @@ def motion_ratio(generated: Frames, truth: Frames) -> float:
     return ratio(motion_per_frame(generated).mean(), motion_per_frame(truth).mean())
 
 
+def motion_products(generated: Frames, truth: Frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over pixels of (g g, g t, t t) for the frame-to-frame differences g and t of clips (..., T, H, W, 3).
+
+    Each (..., T - 1). What `motion_cosine` is made of; kept apart so that sums over windows come before the division.
+    """
+    g, t = (_differences(clips) for clips in (generated, truth))
+    return tuple(_per_frame(lambda x, y: (x * y).mean(dim=(-3, -2, -1)), *pair) for pair in ((g, g), (g, t), (t, t)))
+
+
+def motion_cosine(gg: float, gt: float, tt: float) -> float:
+    """Cosine of generated and true frame-to-frame change: 1 moves as the truth does, 0 unrelated or still, -1 against.
+
+    What does not depend on how much moves, as the motion ratio does, but on what moves where: a pan to the wrong side
+    is negative. NaN when the truth does not move at all.
+    """
+    return 0.0 if gg == 0 and tt > 0 else ratio(gt, (gg * tt) ** 0.5)
+
+
+def colour_shift(generated: Frames, truth: Frames) -> np.ndarray:
+    """|mean colour of a generated frame - that of the true one| on [0, 1], averaged over channels, shape (...)."""
+    return _per_frame(lambda x, y: (x.mean(dim=(1, 2)) - y.mean(dim=(1, 2))).abs().mean(dim=-1), generated, truth)
+
+
 def gradient_energy(frames: Frames) -> np.ndarray:
     """Mean squared difference of neighbouring pixels (down and right, summed) of every frame, shape (...)."""
     return _per_frame(
@@ -113,6 +136,13 @@ def _per_frame(measure, a: Frames, b: Frames) -> np.ndarray:
     chunk = max(1, _PIXELS // max(1, x[0].numel())) if len(x) else 1
     values = [measure(_unit(x[i : i + chunk]), _unit(y[i : i + chunk])) for i in range(0, len(x), chunk)]
     return torch.cat(values).cpu().numpy().reshape(a.shape[:-3]) if values else np.zeros(a.shape[:-3])
+
+
+def _differences(clips: Frames) -> Tensor:
+    """Each frame minus the one before on [0, 1], float32 (differences of uint8 are exact in it up to the scale)."""
+    clips = torch.as_tensor(clips)
+    clips = clips.float() / 255 if clips.dtype == torch.uint8 else clips
+    return clips.diff(dim=-4)
 
 
 def _unit(frames: Tensor) -> Tensor:

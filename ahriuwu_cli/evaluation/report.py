@@ -89,18 +89,22 @@ def interval(value: Row, sign: bool = True) -> str:
 
 def evaluation_text(result: Row) -> str:
     """The table of `evaluate` by generated frame, the action deltas, and what to be careful about."""
-    header = ["frame", "PSNR dB", "floor", "ceiling", "gain dB [95 %]", "SSIM", "floor", "motion", "sharp", "1-step dB"]
+    header = ["frame", "PSNR dB", "floor", "ceiling", "mean", "gain dB [95 %]", "SSIM", "floor"]
+    header += ["motion", "cos", "sharp", "colour", "1-step dB"]
     rows = [
         [
             h,
             number(r["psnr"]["value"]),
             number(r["floor"]["value"]),
             number(r["ceiling"]["value"]),
+            number(r["mean_frame_psnr"]),
             interval(r["gain_db"]),
             number(r["ssim"], 3),
             number(r["floor_ssim"], 3),
             number(r["motion_ratio"]),
+            number(r["motion_cosine"]),
             number(r["sharpness_ratio"]),
+            number(r["colour_shift"], 3),
             number(r["teacher_forced_psnr"]),
         ]
         for h, r in result["horizons"].items()
@@ -116,7 +120,14 @@ def evaluation_text(result: Row) -> str:
     for control, by_frame in (result["action_delta_db"] or {}).items():
         shown = ", ".join(f"{interval(value)} at {h}" for h, value in by_frame.items())
         lines.append(f"action delta dB against {control} actions: {shown}")
+    for control, by_frame in (result["action_delta_moving_db"] or {}).items():
+        shown = ", ".join(f"{interval(value)} at {h}" for h, value in by_frame.items())
+        lines.append(f"  on the quarter of windows that moves most, against {control}: {shown}")
     lines.append(result["action_delta_note"])
+    slopes = {who: slope for who, slope in result["drift_db_per_frame"].items() if slope}
+    if slopes:
+        shown = ", ".join(f"{who} {interval(slope)}" for who, slope in slopes.items())
+        lines.append(f"drift, dB a frame: {shown}")
     return "\n".join(lines + _cautions(result))
 
 

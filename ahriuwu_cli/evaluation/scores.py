@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.evaluation import metrics
 from ahriuwu_cli.evaluation.generate import persist, reconstruct
 from ahriuwu_cli.world import World
@@ -17,17 +18,26 @@ Table = dict[str, np.ndarray]  # metric -> (W, L)
 
 
 def score(
-    frames: np.ndarray, truth: np.ndarray, *, before: np.ndarray, finite: np.ndarray | None = None, full: bool = True
+    frames: np.ndarray,
+    truth: np.ndarray,
+    *,
+    before: np.ndarray,
+    true_before: np.ndarray | None = None,
+    finite: np.ndarray | None = None,
+    full: bool = True,
 ) -> Table:
-    """psnr (dB) and mse of frames uint8 (W, L, H, W, 3) against truth; with `full` also ssim, motion and energy.
+    """psnr (dB) and mse of frames uint8 (W, L, H, W, 3) against truth; with `full` also ssim, colour, motion, energy.
 
-    before (W, H, W, 3): the frame that motion starts from. finite (W, L): every score is NaN where it is False.
+    before (W, H, W, 3): the frame that motion starts from, true_before the truth's own (default: the same). finite
+    (W, L): every score is NaN where it is False.
     """
     table = {"mse": metrics.mse_per_frame(frames, truth)}
     table["psnr"] = metrics.psnr_from_mse(table["mse"])
     if full:
-        table["ssim"] = metrics.ssim(frames, truth)
-        table |= look(frames, before)
+        table["ssim"], table["colour"] = metrics.ssim(frames, truth), metrics.colour_shift(frames, truth)
+        start = before if true_before is None else true_before
+        products = metrics.motion_products(_clip(before, frames), _clip(start, truth))
+        table |= look(frames, before) | dict(zip(("motion_gg", "motion_gt", "motion_tt"), products, strict=True))
     if finite is not None:
         table = {name: np.where(finite, values, np.nan) for name, values in table.items()}
     return table
@@ -35,21 +45,39 @@ def score(
 
 def look(frames: np.ndarray, before: np.ndarray) -> Table:
     """What needs no truth: motion (from `before` on) and energy (gradient energy), (W, L) each."""
-    clips = np.concatenate([before[:, None], frames], axis=1)
-    return {"motion": metrics.motion_per_frame(clips), "energy": metrics.gradient_energy(frames)}
+    return {"motion": metrics.motion_per_frame(_clip(before, frames)), "energy": metrics.gradient_energy(frames)}
+
+
+def _clip(before: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    return np.concatenate([before[:, None], frames], axis=1)
+
+
+def mean_frame(store: EpisodeStore, frames: int = 512) -> np.ndarray:
+    """The mean of about `frames` evenly spaced frames of the train split, uint8 (H, W, 3): what a collapse shows.
+
+    Of the train split, since a model could not know more.
+    """
+    episodes = store.episodes("train")
+    every = max(1, sum(e.frames for e in episodes) // frames)
+    taken = [store.frames(e.id)[i % every :: every] for i, e in enumerate(episodes)]  # other phases in other episodes
+    return np.concatenate(taken).astype(np.float64).mean(axis=0).round().astype(np.uint8)
 
 
 def references(
-    world: World, frames: np.ndarray, context: int, batch: int, full: bool = True
+    world: World, frames: np.ndarray, context: int, batch: int, full: bool = True, mean: np.ndarray | None = None
 ) -> tuple[dict[str, Table], np.ndarray]:
-    """Tables of `floor`, `ceiling` (and with `full` of `truth`) for windows uint8 (W, T, H, W, 3), and the
-    reconstruction of the last context frame (W, H, W, 3): the start from which a frozen rollout moves by 0."""
+    """Tables of `floor`, `ceiling` (with `full` of `truth`, with a mean frame (H, W, 3) of `mean_frame`) for windows
+    uint8 (W, T, H, W, 3), and the reconstruction of the last context frame (W, H, W, 3): the start from which a frozen
+    rollout moves by 0."""
     truth, last = frames[:, context:], frames[:, context - 1]
     again = reconstruct(world, frames, batch)
     tables = {
         "floor": score(persist(frames, context), truth, before=last, full=full),
-        "ceiling": score(again[:, context:], truth, before=again[:, context - 1], full=full),
+        "ceiling": score(again[:, context:], truth, before=again[:, context - 1], true_before=last, full=full),
     }
+    if mean is not None:
+        shown = np.tile(mean, (*truth.shape[:2], 1, 1, 1))
+        tables["mean_frame"] = score(shown, truth, before=shown[:, 0], true_before=last, full=full)
     if full:
         tables["truth"] = look(truth, last)
     return tables, again[:, context - 1]

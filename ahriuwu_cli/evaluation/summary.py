@@ -1,7 +1,7 @@
 """From scores (W, L) to the numbers that are published: by horizon, with intervals, as plain JSON values.
 
 Horizon h is the h-th generated frame, alone; motion is over frames 1..h. Gain is PSNR minus the floor's, paired by
-window. Ratios divide sums over all windows, so a still window does not make them infinite.
+window. Ratios and cosines divide sums over all windows, so a still window does not make them infinite.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ahriuwu_cli.evaluation.metrics import psnr_from_mse, ratio
+from ahriuwu_cli.evaluation.metrics import motion_cosine, psnr_from_mse, ratio
 from ahriuwu_cli.evaluation.protocol import Interval, paired_bootstrap
 from ahriuwu_cli.evaluation.scores import Table
 
@@ -22,8 +22,8 @@ def pick_horizons(wanted: Sequence[int], horizon: int) -> list[int]:
 
 
 def by_horizon(tables: dict[str, Table], episodes: Sequence[str], h: int) -> dict[str, Any]:
-    """Everything about generated frame h. tables: model, floor, ceiling, truth."""
-    model, floor, ceiling, truth = (tables[who] for who in ("model", "floor", "ceiling", "truth"))
+    """Everything about generated frame h. tables: model, floor, ceiling, mean_frame, truth."""
+    model, floor, ceiling, mean, truth = (tables[who] for who in ("model", "floor", "ceiling", "mean_frame", "truth"))
     at = h - 1
     rows: dict[str, Any] = {
         "psnr": paired_bootstrap(model["psnr"][:, at], episodes),
@@ -31,11 +31,17 @@ def by_horizon(tables: dict[str, Table], episodes: Sequence[str], h: int) -> dic
         "ceiling": paired_bootstrap(ceiling["psnr"][:, at], episodes),
         "gain_db": gain(tables, episodes, h),
     }
-    for who, table in (("", model), ("floor_", floor), ("ceiling_", ceiling)):
+    for who, table in (("", model), ("floor_", floor), ("ceiling_", ceiling), ("mean_frame_", mean)):
+        if who == "mean_frame_":
+            rows["mean_frame_psnr"] = float(table["psnr"][:, at].mean())
         rows[f"{who}psnr_of_mse"] = float(psnr_from_mse(table["mse"][:, at].mean()))
         rows[f"{who}ssim"] = float(table["ssim"][:, at].mean())
         rows[f"{who}motion_ratio"] = ratio(table["motion"][:, :h].mean(), truth["motion"][:, :h].mean())
         rows[f"{who}sharpness_ratio"] = ratio(table["energy"][:, at].mean(), truth["energy"][:, at].mean())
+        rows[f"{who}motion_cosine"] = motion_cosine(
+            *(table[f"motion_{product}"][:, :h].mean() for product in ("gg", "gt", "tt"))
+        )
+        rows[f"{who}colour_shift"] = float(table["colour"][:, at].mean())
     return rows
 
 
@@ -44,9 +50,36 @@ def gain(tables: dict[str, Table], episodes: Sequence[str], h: int) -> Interval:
     return paired_bootstrap(tables["model"]["psnr"][:, h - 1] - tables["floor"]["psnr"][:, h - 1], episodes)
 
 
-def delta(tables: dict[str, Table], control: str, episodes: Sequence[str], h: int) -> Interval:
-    """PSNR with true actions minus PSNR with the control's (Genie's delta PSNR) at frame h, dB, paired by window."""
-    return paired_bootstrap(tables["model"]["psnr"][:, h - 1] - tables[control]["psnr"][:, h - 1], episodes)
+def delta(
+    tables: dict[str, Table], control: str, episodes: Sequence[str], h: int, chosen: np.ndarray | None = None
+) -> Interval:
+    """PSNR with true actions minus PSNR with the control's (Genie's delta PSNR) at frame h, dB, paired by window.
+
+    chosen (W,) bool: these windows alone.
+    """
+    rows = slice(None) if chosen is None else chosen
+    values = tables["model"]["psnr"][:, h - 1] - tables[control]["psnr"][:, h - 1]
+    return paired_bootstrap(values[rows], np.asarray(episodes)[rows])
+
+
+def moving_windows(tables: dict[str, Table], h: int) -> np.ndarray:
+    """Which quarter of the windows (W,) bool, rounded up, moves most in truth over generated frames 1..h."""
+    motion = tables["truth"]["motion"][:, :h].mean(axis=1)
+    chosen = np.zeros(len(motion), dtype=bool)
+    chosen[np.argsort(-motion, kind="stable")[: -(-len(motion) // 4)]] = True
+    return chosen
+
+
+def drift(tables: dict[str, Table], who: str, episodes: Sequence[str]) -> Interval | None:
+    """Slope of PSNR over the generated frames, dB a frame: least squares in every window, then their mean.
+
+    None for a single frame, which has no slope.
+    """
+    psnr = tables[who]["psnr"]
+    frames = np.arange(psnr.shape[1]) - (psnr.shape[1] - 1) / 2
+    if len(frames) < 2:
+        return None
+    return paired_bootstrap(psnr @ frames / (frames @ frames), episodes)
 
 
 def curves(tables: dict[str, Table], episodes: Sequence[str]) -> dict[str, list]:
@@ -60,6 +93,7 @@ def curves(tables: dict[str, Table], episodes: Sequence[str]) -> dict[str, list]
         "psnr_hi": [b.hi for b in bands],
         "floor": list(tables["floor"]["psnr"].mean(0)),
         "ceiling": list(tables["ceiling"]["psnr"].mean(0)),
+        "mean_frame": list(tables["mean_frame"]["psnr"].mean(0)),
         "ssim": list(tables["model"]["ssim"].mean(0)),
     }
 
