@@ -18,59 +18,64 @@ from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.errors import TrainingError
 from ahriuwu_cli.evaluation.metrics import psnr_per_frame
 from ahriuwu_cli.models.dynamics import incoming_actions
-from ahriuwu_cli.prompts import Prompt, Request, read_prompt
+from ahriuwu_cli.prompts import Prompt, Request, read_prompts
 from ahriuwu_cli.rollout import KeyedNoise, rollout
 from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
 CHUNK = 64  # frames decoded at a time
+STRIP = 12  # frames of the PNG strip at most
 
 
 def imagine(world: World, request: Request, given: dict, out: Path, scale: int, progress: Progress) -> dict:
     """Generate and write everything into `out`; returns what `rollout.json` holds. given: overrides, None is unset."""
     config = world.generation_with(given)
     world.check_generation(config)
-    prompt = read_prompt(world, request)
+    prompts = read_prompts(world, request)
     seconds = time.monotonic()
-    frames = _generate(world, request, prompt, config, progress)  # (samples, L, H, W, 3)
+    frames = _generate(world, request, prompts, config, progress)  # (sources, samples, L, H, W, 3)
     seconds = time.monotonic() - seconds
-    compared = prompt.truth[: request.length if prompt.same_actions else 0]
-    psnr = None
-    if len(compared):
-        psnr = float(np.mean(np.asarray(psnr_per_frame(frames[0, : len(compared)], compared))))
+    psnr, compared = None, 0
+    for prompt, made in zip(prompts, frames[:, 0], strict=True):
+        if prompt.same_actions and len(prompt.truth):
+            compared = min(len(prompt.truth), request.length)
+            psnr = float(np.mean(psnr_per_frame(made[:compared], prompt.truth[:compared])))
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
     result = {
-        "prompt": prompt.name,
-        "context": len(prompt.context),
+        "prompt": prompts[0].name,
+        "context": len(prompts[0].context),
         "length": request.length,
         "samples": request.samples,
         "seed": request.seed,
-        "actions": request.actions or "default",
+        "actions": list(request.actions) or ["default"],
         "generation": asdict(config),
         "tau": LABEL,
-        "frames_per_s": round(request.samples * request.length / max(seconds, 1e-9), 2),
+        "frames_per_s": round(len(prompts) * request.samples * request.length / max(seconds, 1e-9), 2),
         "psnr_db": psnr,
-        "psnr_frames": len(compared),
+        "psnr_frames": compared,
         "checkpoint": str(world.path),
-        "files": _write(world, prompt, frames, out, scale),
+        "files": _write(world, request, prompts, frames, out, scale),
     }
     (out / "rollout.json").write_text(json.dumps(result, indent=1))
     return result
 
 
-def _generate(world: World, request: Request, prompt: Prompt, config, progress: Progress) -> np.ndarray:
-    """uint8 (samples, L, H, W, 3). TrainingError names the frame where a rollout stops being finite."""
+def _generate(world: World, request: Request, prompts: list[Prompt], config, progress: Progress) -> np.ndarray:
+    """uint8 (sources of actions, samples, L, H, W, 3). TrainingError names the frame where a rollout is not finite.
+
+    All sources share context and noise, so that what differs comes from the actions.
+    """
     n, device = request.samples, world.device
-    latents = world.encode(torch.from_numpy(prompt.context)[None]).expand(n, -1, -1, -1)
-    actions, known = incoming_actions(torch.from_numpy(prompt.actions)[None], torch.ones(1, dtype=torch.bool))
-    known[:, 1:] = torch.from_numpy(prompt.known)
-    noise = KeyedNoise(request.seed, [f"{prompt.name}/{i}" for i in range(n)], latents.shape[2:], device)
-    imagined = rollout(
-        world.dynamics, latents, actions.expand(n, -1, -1).to(device), known.expand(n, -1).to(device), config, noise,
-        world.k_max,
-    )  # fmt: skip
+    rows = len(prompts) * n
+    latents = world.encode(torch.from_numpy(prompts[0].context)[None]).expand(rows, -1, -1, -1)
+    given = torch.from_numpy(np.stack([p.actions for p in prompts])).repeat_interleave(n, dim=0)
+    actions, known = incoming_actions(given, torch.ones(rows, dtype=torch.bool))
+    known[:, 1:] = torch.from_numpy(np.stack([p.known for p in prompts])).repeat_interleave(n, dim=0)
+    keys = [f"{prompts[0].name}/{i}" for i in range(n)] * len(prompts)
+    noise = KeyedNoise(request.seed, keys, latents.shape[2:], device)
+    imagined = rollout(world.dynamics, latents, actions.to(device), known.to(device), config, noise, world.k_max)
     lead = world.tokenizer.decoder_window - 1  # latents that a tokenizer looks back at
     shown, waiting, past = [], [], latents[:, max(0, latents.shape[1] - lead) :] if lead else latents[:, :0]
     for t, z_hat in enumerate(imagined):
@@ -84,21 +89,23 @@ def _generate(world: World, request: Request, prompt: Prompt, config, progress: 
             shown.append(world.decode(clip).numpy()[:, past.shape[1] :])
             waiting, past = [], clip[:, clip.shape[1] - lead :] if lead else past
         progress(t + 1, request.length)
-    return np.concatenate(shown, axis=1)
+    return np.concatenate(shown, axis=1).reshape(len(prompts), n, request.length, *shown[0].shape[2:])
 
 
-def _write(world: World, prompt: Prompt, frames: np.ndarray, out: Path, scale: int) -> dict[str, str]:
-    samples = len(frames)
+def _write(
+    world: World, request: Request, prompts: list[Prompt], frames: np.ndarray, out: Path, scale: int
+) -> dict[str, str]:
+    prompt, alone = prompts[0], len(prompts) == 1
     known = len(prompt.truth)
     scale = scale or max(1, min(8, 256 // world.tokenizer.height))
-    both = [np.concatenate([prompt.context, s]) for s in frames]
+    both = [np.concatenate([prompt.context, made]) for made in frames.reshape(-1, *frames.shape[2:])]
     cells = []
     if known:
         truth = np.concatenate([prompt.context, prompt.truth])
         truth = np.concatenate([truth, np.zeros((len(both[0]) - len(truth), *truth.shape[1:]), np.uint8)])
-        cells.append(("truth" if prompt.same_actions else "recorded, with its own actions", truth))
-    cells += [("rollout" if samples == 1 else f"rollout {i + 1}", clip) for i, clip in enumerate(both)]
-    if known and prompt.same_actions:
+        cells.append(("truth" if alone and prompt.same_actions else "recorded, with its own actions", truth))
+    cells += list(zip(_titles(request), both, strict=True))
+    if known and alone and prompt.same_actions:
         difference = np.abs(both[0].astype(np.int16) - truth).astype(np.uint8)
         difference[len(prompt.context) + known :] = 0
         cells.append(("difference", difference))
@@ -106,14 +113,23 @@ def _write(world: World, prompt: Prompt, frames: np.ndarray, out: Path, scale: i
         f"action {world.action_space.describe(row)}" if seen else "action unknown"
         for row, seen in zip(prompt.actions, prompt.known, strict=True)
     ]
-    if not world.action_space.width:
-        captions = []
+    if not world.action_space.width or not alone:
+        captions = []  # with several sources of actions their names are the titles
     page = compose_grid(cells, columns=min(len(cells), 4), scale=scale, context=len(prompt.context), captions=captions)
     files = {"mp4": out / "rollout.mp4", "gif": out / "rollout.gif", "strip": out / "strip.png"}
     write_mp4(files["mp4"], page, world.fps)
     write_gif(files["gif"], page[:128], world.fps)
-    write_strip(files["strip"], page, every=max(1, len(page) // 12), scale=1)
+    column = compose_grid(cells, columns=1, scale=max(1, 128 // world.tokenizer.height), context=len(prompt.context))
+    write_strip(files["strip"], column, every=-(-len(column) // STRIP))
     files["arrays"] = out / "arrays.safetensors"
-    arrays = {"frames": frames, "context": prompt.context, "truth": prompt.truth, "actions": prompt.actions}
+    arrays = {"frames": frames[0] if alone else frames, "context": prompt.context, "truth": prompt.truth}
+    arrays["actions"] = prompt.actions if alone else np.stack([p.actions for p in prompts])
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, files["arrays"])
     return {name: str(path) for name, path in files.items()}
+
+
+def _titles(request: Request) -> list[str]:
+    """Of every rollout: its source of actions where there are several, and the number of its sample likewise."""
+    sources = request.actions if len(request.actions) > 1 else ("rollout",)
+    numbers = [""] if request.samples == 1 else [f" {i + 1}" for i in range(request.samples)]
+    return [source + number for source in sources for number in numbers]

@@ -14,11 +14,14 @@ from ahriuwu_cli.data.resize import area_resize, centre_crop
 from ahriuwu_cli.data.video import iter_video
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
+from ahriuwu_cli.evaluation.metrics import gradient_energy
 
 if TYPE_CHECKING:
     from ahriuwu_cli.world import World
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+PICKS = ("random", "busiest")
+CANDIDATES = 64  # windows among which the busiest is looked for
 ACTION_SOURCES = ("data", "random", "none", "repeat:NAME", "a .csv or .jsonl file")
 
 
@@ -30,9 +33,10 @@ class Request:
     episode: str | None = None
     start: int | None = None
     split: str = "test"
+    pick: str = "random"
     context: int = 8
     length: int = 32
-    actions: str | None = None
+    actions: tuple[str, ...] = ()  # sources of actions, each a rollout of its own; empty: the prompt's default
     samples: int = 1
     seed: int = 0
 
@@ -46,6 +50,12 @@ class Request:
         ):
             if not low <= value <= high:
                 raise UserError(f"{name} must be from {low} to {high}, got {value}")
+        if self.pick not in PICKS:
+            raise UserError(f"unknown --pick {self.pick!r}: {did_you_mean(self.pick, PICKS)}")
+        if self.pick != "random" and (self.episode is not None or self.start is not None):
+            raise UserError(f"--pick {self.pick} chooses the window itself: leave out --episode and --start")
+        if len(set(self.actions)) < len(self.actions):
+            raise UserError(f"--actions {' and '.join(self.actions)}: give each source once")
         if not self.prompt.exists():
             raise DataError(f"there is no dataset, video or image at {self.prompt}")
 
@@ -66,9 +76,20 @@ class Prompt:
     same_actions: bool
 
 
-def read_prompt(world: World, request: Request) -> Prompt:
-    """The prompt of a request. DataError or CheckpointError where it does not fit the world."""
-    prompt = _from_dataset(world, request) if request.prompt.is_dir() else _from_file(world, request)
+def read_prompts(world: World, request: Request) -> list[Prompt]:
+    """A prompt for each source of actions, all of one window. DataError or CheckpointError when it does not fit."""
+    sources = request.actions or (None,)
+    if request.prompt.is_dir():
+        store = EpisodeStore.open(request.prompt)
+        world.check_dataset(store)
+        window = _window(store, request, any(_from_data(store, source) for source in sources))
+        return [_checked(world, request, _from_dataset(world, store, request, window, s)) for s in sources]
+    if request.pick != "random":
+        raise UserError(f"--pick {request.pick} chooses among windows of a dataset, and {request.prompt} is none")
+    return [_checked(world, request, _from_file(world, request, source)) for source in sources]
+
+
+def _checked(world: World, request: Request, prompt: Prompt) -> Prompt:
     past = prompt.known[: len(prompt.context) - 1]
     if world.action_space.width and not past.all() and not world.trained_unlabelled:
         raise CheckpointError(
@@ -78,27 +99,35 @@ def read_prompt(world: World, request: Request) -> Prompt:
     return prompt
 
 
-def _from_file(world: World, request: Request) -> Prompt:
+def _from_file(world: World, request: Request, source: str | None) -> Prompt:
     if request.prompt.suffix.lower() in IMAGES:
         name, context, truth = _from_image(world, request)
     else:
         name, context, truth = _from_video(world, request)
     steps = len(context) + request.length - 1
-    actions, known = _chosen_actions(world, request, "random" if world.action_space.width else "none", steps)
-    if request.actions is None or not _is_file(request.actions):
+    from_file = source is not None and _is_file(source)
+    source = source or ("random" if world.action_space.width else "none")
+    actions, known = _chosen_actions(world, request, source, steps)
+    if not from_file:
         known[: len(context) - 1] = False  # nobody knows what was pressed in this video
-    same = not world.action_space.width or (request.actions is not None and _is_file(request.actions))
+    same = not world.action_space.width or from_file
     return Prompt(name, context, truth, actions, known, same)
 
 
-def _from_dataset(world: World, request: Request) -> Prompt:
-    store = EpisodeStore.open(request.prompt)
-    world.check_dataset(store)
-    data_actions = request.actions in (None, "data") and store.action_space.width > 0
-    wanted = request.context + request.length if data_actions else request.context + 1
+def _from_data(store: EpisodeStore, source: str | None) -> bool:
+    """Whether the actions are the recorded ones, so that the truth is known as far as they go."""
+    return source in (None, "data") and store.action_space.width > 0
+
+
+def _window(store: EpisodeStore, request: Request, data_actions: bool) -> tuple[str, int]:
+    """(episode, first context frame); with recorded actions it must be long enough for all of the rollout."""
+    wanted = request.context + (request.length if data_actions else 1)
     if request.episode is None:
         lengths = {e.id: e.frames for e in store.episodes(request.split) if e.labelled or not data_actions}
-        episode, start = draw_windows(lengths, wanted, 1, request.seed)[0]
+        room = sum(max(0, frames - wanted + 1) for frames in lengths.values())
+        count = 1 if request.pick == "random" else max(1, min(CANDIDATES, room))
+        windows = draw_windows(lengths, wanted, count, request.seed)
+        episode, start = windows[0] if count == 1 else _busiest(store, windows, request.context)
         start = start if request.start is None else request.start
     else:
         episode, start = request.episode, request.start or 0
@@ -109,14 +138,28 @@ def _from_dataset(world: World, request: Request) -> Prompt:
             f"episode {episode} has {frames} frames, but {wanted} are needed from frame {start} "
             f"(--context {request.context}, --length {request.length}): {more}"
         )
+    return episode, start
+
+
+def _busiest(store: EpisodeStore, windows: list[tuple[str, int]], context: int) -> tuple[str, int]:
+    """The window whose last context frame has the highest gradient energy: most edges, so most to see moving."""
+    last = np.stack([store.frames(e, s + context - 1, s + context)[0] for e, s in windows])
+    return windows[int(np.argmax(gradient_energy(last)))]
+
+
+def _from_dataset(
+    world: World, store: EpisodeStore, request: Request, window: tuple[str, int], source: str | None
+) -> Prompt:
+    (episode, start), data_actions = window, _from_data(store, source)
+    frames = store.episode(episode).frames
     stop = min(frames, start + request.context + request.length)
     shown = store.frames(episode, start, stop)
-    default = "data" if store.action_space.width else "none"
     steps = request.context + request.length - 1
     recorded = np.zeros((0, store.action_space.width), np.float32)
     if store.episode(episode).labelled and store.action_space.width:
         recorded = store.actions(episode, start, min(frames - 1, start + steps))
-    actions, known = _chosen_actions(world, request, default, steps, recorded)
+    source = source or ("data" if store.action_space.width else "none")
+    actions, known = _chosen_actions(world, request, source, steps, recorded)
     past = min(request.context - 1, len(recorded))
     actions[:past], known[: request.context - 1] = recorded[:past], past > 0  # the past is as it was recorded
     same = data_actions or not store.action_space.width
@@ -155,10 +198,10 @@ def _is_file(source: str) -> bool:
 
 
 def _chosen_actions(
-    world: World, request: Request, default: str, steps: int, recorded: np.ndarray | None = None
+    world: World, request: Request, source: str, steps: int, recorded: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, A) actions and (steps,) known, by the request's source of actions."""
-    space, source = world.action_space, request.actions or default
+    """(steps, A) actions and (steps,) known, from a source of actions."""
+    space = world.action_space
     known = np.ones(steps, bool)
     if source == "none" or not space.width:
         if space.width and not world.trained_unlabelled:

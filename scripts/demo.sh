@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The whole toolkit on real game video, on two CPU cores in under ten minutes:
 # record ViZDoom, fit a tokenizer, train the dynamics, imagine, evaluate, sweep tau_ctx, verify.
-# BUDGET sets the training time (default 270s); results go to runs/demo (OUT), any earlier ones there are replaced.
+# BUDGET sets the training time (default 300s); results go to runs/demo (OUT), any earlier ones there are replaced.
 set -euo pipefail
 began=$(date +%s)
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 out=${OUT:-runs/demo}
-budget=${BUDGET:-270s}
+budget=${BUDGET:-300s}
 rm -rf "$out"
 mkdir -p "$out"
 timings=$out/stages.tsv
@@ -22,11 +22,11 @@ stage() { # stage NAME COMMAND...: run, and note the seconds
 }
 
 stage record    ahriuwu record doom:defend_the_center --out "$out/data" --episodes 220 --size 64 --splits 0.7,0.08,0.22 --seed 0
-stage tokenizer ahriuwu train tokenizer "$out/data" --out "$out/tokenizer" --patch 64x4
-stage train     ahriuwu train dynamics "$out/data" --tokenizer "$out/tokenizer" --out "$out/world" --budget "$budget" --lr 5e-3
+stage tokenizer ahriuwu train tokenizer "$out/data" --out "$out/tokenizer" --patch 64x8 --latent-dim 128
+stage train     ahriuwu train dynamics "$out/data" --tokenizer "$out/tokenizer" --out "$out/world" --forcing context --ramp flat --lr 5e-3 --budget "$budget"
 stage rollout   ahriuwu rollout "$out/world" "$out/data" --out "$out/rollout" --length 32
-stage turn-left  ahriuwu rollout "$out/world" "$out/data" --out "$out/turn-left" --length 16 --actions repeat:TURN_LEFT
-stage turn-right ahriuwu rollout "$out/world" "$out/data" --out "$out/turn-right" --length 16 --actions repeat:TURN_RIGHT
+stage turns     ahriuwu rollout "$out/world" "$out/data" --out "$out/turns" --length 8 --pick busiest \
+  --actions repeat:TURN_LEFT --actions repeat:TURN_RIGHT --actions data
 stage eval      ahriuwu eval "$out/world" "$out/data" --out "$out/eval" --windows 96
 stage sweep     ahriuwu sweep-tau "$out/world" "$out/data" --out "$out/sweep"
 stage verify    ahriuwu verify "$out/world" --dataset "$out/data"

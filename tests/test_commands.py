@@ -237,3 +237,54 @@ def _larger_dataset(path):
         for seed in range(4):
             frames = np.random.default_rng(seed).integers(0, 255, (30, 32, 32, 3)).astype(np.uint8)
             writer.add(frames, np.zeros((29, 2), np.float32))
+
+
+def test_several_sources_of_actions_share_prompt_and_noise_and_each_is_the_rollout_it_is_alone(run, place):
+    from safetensors.numpy import load_file
+
+    def frames(name, *options):
+        code, _, err = run("rollout", place / "world", place / "data", "--out", place / name, "--length", 3, *options)
+        assert code == 0, err
+        return load_file(place / name / "arrays.safetensors")
+
+    both = frames("both", "--actions", "repeat:LEFT", "--actions", "repeat:RIGHT", "--pick", "busiest")
+    window = json.loads((place / "both" / "rollout.json").read_text())["prompt"].split(":")
+    where = ("--episode", window[0], "--start", window[1])
+    for i, action in enumerate(("repeat:LEFT", "repeat:RIGHT")):
+        alone = frames(f"alone{i}", "--actions", action, *where)
+        assert np.array_equal(both["context"], alone["context"])
+        assert np.array_equal(both["actions"][i], alone["actions"])
+        assert np.array_equal(both["frames"][i], alone["frames"])
+    assert not np.array_equal(both["actions"][0], both["actions"][1])
+
+
+def test_the_busiest_window_has_the_most_edges_in_its_last_context_frame(run, place):
+    from safetensors.numpy import load_file
+
+    from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.evaluation.metrics import gradient_energy
+
+    options = ("--length", 1, "--context", 2, "--actions", "random", "--pick", "busiest")
+    assert run("rollout", place / "world", place / "data", "--out", place / "o", *options)[0] == 0
+    chosen = load_file(place / "o" / "arrays.safetensors")["context"][-1]
+    store = EpisodeStore.open(place / "data")
+    clips = [
+        store.frames(e.id)[1:-1] for e in store.episodes("test")
+    ]  # frame 1 on ends a context of 2, and one follows
+    assert sum(map(len, clips)) <= 64, "all windows are candidates here"
+    assert gradient_energy(chosen) == max(gradient_energy(clip).max() for clip in clips)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--pick", "busyest"), "busiest"),
+        (("--pick", "busiest", "--start", 1), "--start"),
+        (("--actions", "random", "--actions", "random"), "once"),
+    ],
+)
+def test_a_pick_or_actions_that_make_no_sense_are_refused(run, place, options, word):
+    code, _, err = run("rollout", place / "world", place / "data", "--out", place / "o", "--length", 2, *options)
+    assert code == 2
+    assert word in err
+    assert not (place / "o").exists()

@@ -220,3 +220,23 @@ def test_coverage_counts_each_draw_in_the_bin_that_ends_at_it():
             by_hand[position, inside[0] if inside else 0] += 1 / 4
     assert torch.equal(coverage(tau), by_hand)
     assert coverage(tau, bins=4)[2].tolist() == [0, 0, 0, 1]
+
+
+def test_context_forcing_commits_half_of_the_frames_and_draws_the_rest_as_eq_4():
+    tau, d = FORCINGS["context"](2000, 12, 64, 0.1, torch.Generator().manual_seed(0))
+    committed = (tau == torch.tensor(0.1)) & (d == 1 / 64)
+    assert committed.float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert tau[~committed].eq(1).float().mean().item() == pytest.approx(sum(2.0**-i for i in range(7)) / 7, abs=0.01)
+    steps = tau[~committed] / d[~committed]
+    assert torch.equal(steps, steps.round())
+    assert steps.min() >= 1
+
+
+def test_context_forcing_draws_the_pairs_of_a_rollout_more_than_twice_as_often_as_independent():
+    """A noisy frame whose past can be seen: tau above .75 after a frame below .2."""
+
+    def share(name):
+        tau, _ = FORCINGS[name](4000, 12, 64, 0.1, torch.Generator().manual_seed(0))
+        return ((tau[:, 1:] > 0.75) & (tau[:, :-1] < 0.2)).float().mean().item()
+
+    assert share("context") > 2.5 * share("independent")

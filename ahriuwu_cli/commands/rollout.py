@@ -21,10 +21,13 @@ def rollout(
     episode: str = typer.Option(None, help="Dataset prompt: episode id (default: drawn from --split by --seed)."),
     start: int = typer.Option(None, help="First context frame (default: drawn; 0 for a video)."),
     split: str = typer.Option("test", help="Dataset prompt: split to draw the episode from."),
+    pick: str = typer.Option("random", help="Dataset prompt: random, or busiest (most edges in view) of 64 windows."),
     context: int = typer.Option(8, help="Context frames."),
     length: int = typer.Option(32, help="Frames to imagine; may go far beyond the model's window."),
-    actions: str = typer.Option(
-        None, help="data (default for a dataset), random, none, repeat:NAME (repeat:TURN_LEFT, repeat:2), or a file."
+    actions: list[str] = typer.Option(
+        [],
+        help="data (default for a dataset), random, none, repeat:NAME (repeat:TURN_LEFT, repeat:2), or a file; "
+        "several times: the same prompt and noise under each.",
     ),
     samples: int = typer.Option(1, help="Rollouts of the same prompt with different noise."),
     steps: int = typer.Option(None, help="K, model passes a frame (default: the checkpoint's)."),
@@ -45,7 +48,7 @@ def rollout(
     from ahriuwu_cli.training.checkpoint import load_world
     from ahriuwu_cli.training.run import refuse_used
 
-    request = Request(prompt, episode, start, split, context, length, actions, samples, seed)
+    request = Request(prompt, episode, start, split, pick, context, length, tuple(actions), samples, seed)
     request.check()
     refuse_used(out, overwrite)
     world = load_world(checkpoint, device)

@@ -1,13 +1,14 @@
 """Sizes of the dynamics, one table: from a laptop's nano to the paper's 1.6B (Dreamer 4, section 4).
 
-Small sizes add the conditioning to their tokens and look back over time in every second layer: measured, on two cores
-tokens cost more than parameters (docs/log.md). From medium on the layout is the paper's: tokens for (tau, d) and
+Small sizes add the conditioning to their tokens, look back over time in every second layer, and there at all tokens of
+past frames, so that what moves sideways is found where it was: measured, on two cores tokens cost more than parameters,
+and only across frames did the view turn (docs/log.md). From medium on the layout is the paper's: tokens for (tau, d) and
 the action, four registers, time attention in every fourth layer, grouped-query attention.
 """
 
 from __future__ import annotations
 
-_SMALL = {"conditioning": "add", "registers": 0, "time_every": 2}
+_SMALL = {"conditioning": "add", "registers": 0, "time_every": 2, "time_attention": "frame"}
 _PAPER = {"conditioning": "token", "registers": 4, "time_every": 4, "linear_skip": False}
 
 SIZES: dict[str, dict] = {
