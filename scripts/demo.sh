@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The whole toolkit on real game video, on two CPU cores in under ten minutes:
 # record ViZDoom, fit a tokenizer, train the dynamics, imagine, evaluate, sweep tau_ctx, verify.
-# BUDGET sets the training time (default 300s); results go to runs/demo (OUT), any earlier ones there are replaced.
+# BUDGET sets the training time (default 330s); results go to runs/demo (OUT), any earlier ones there are replaced.
 set -euo pipefail
 began=$(date +%s)
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 out=${OUT:-runs/demo}
-budget=${BUDGET:-300s}
+budget=${BUDGET:-330s}
 rm -rf "$out"
 mkdir -p "$out"
 timings=$out/stages.tsv
