@@ -7,12 +7,13 @@ from pathlib import Path
 
 import typer
 
+from ahriuwu_cli.commands import eval_plan
 from ahriuwu_cli.commands.options import Device
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("eval")(evaluate)
+    """Add the command, with `plan` and `merge` as its subcommands."""
+    eval_plan.register(app, "eval", evaluate)
 
 
 def evaluate(

@@ -13,7 +13,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import TrainingError, UserError
 from ahriuwu_cli.evaluation.controls import partners
 from ahriuwu_cli.evaluation.generate import generate
-from ahriuwu_cli.evaluation.measure import CONTROLS, Progress, batches, measure
+from ahriuwu_cli.evaluation.measure import CONTROLS, Measured, Progress, batches, measure
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig, prepare, settings, warnings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.scores import join, references, score
@@ -31,7 +31,7 @@ from ahriuwu_cli.evaluation.summary import (
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
-__all__ = ["EvaluationConfig", "evaluate", "quick_gain"]
+__all__ = ["EvaluationConfig", "evaluate", "measure_share", "quick_gain", "ready", "summarise"]
 
 
 def evaluate(
@@ -48,12 +48,51 @@ def evaluate(
     generated, when settings, dataset and world do not fit together. Definitions: `summary` and `metrics`.
     """
     started = time.monotonic()
+    config, manifest = ready(world, store, config, rollout_config, manifest)
+    measured = measure_share(world, store, config, rollout_config, manifest, progress)
+    return summarise(world, store, config, rollout_config, manifest, measured, time.monotonic() - started)
+
+
+def ready(
+    world: World,
+    store: EpisodeStore,
+    config: EvaluationConfig,
+    rollout_config: RolloutConfig,
+    manifest: WindowManifest | None = None,
+) -> tuple[EvaluationConfig, WindowManifest]:
+    """Every check that can be made before the first rollout; the windows, drawn unless they are given."""
     config, manifest = prepare(world, store, config, rollout_config, manifest)
-    episodes, controls = manifest.episodes, CONTROLS if world.action_space.width else ()
-    if controls and len(episodes) < 2:
+    if world.action_space.width and len(manifest.windows) < 2:
         raise UserError("1 window leaves nobody to borrow actions from: give --windows 2 or more")
+    return config, manifest
+
+
+def measure_share(
+    world: World,
+    store: EpisodeStore,
+    config: EvaluationConfig,
+    rollout_config: RolloutConfig,
+    manifest: WindowManifest,
+    progress: Progress | None = None,
+    share: range | None = None,
+) -> Measured:
+    """`measure` at the horizons of the configuration, on these windows alone (default: all)."""
     horizons = pick_horizons(config.horizons, manifest.horizon)
-    measured = measure(world, store, config, rollout_config, manifest, horizons, progress)
+    return measure(world, store, config, rollout_config, manifest, horizons, progress, share)
+
+
+def summarise(
+    world: World,
+    store: EpisodeStore,
+    config: EvaluationConfig,
+    rollout_config: RolloutConfig,
+    manifest: WindowManifest,
+    measured: Measured,
+    seconds: float,
+) -> dict[str, Any]:
+    """The result of `evaluate` from scores of all windows, whichever processes measured them."""
+    episodes, controls = manifest.episodes, CONTROLS if world.action_space.width else ()
+    horizons = pick_horizons(config.horizons, manifest.horizon)
     tables = measured.tables
     rows = {h: by_horizon(tables, episodes, h) for h in horizons}
     for h, row in rows.items():
@@ -78,7 +117,7 @@ def evaluate(
         "windows": by_window(tables, manifest.windows, horizons, controls),
         "warnings": warnings(world, store, episodes),
         "timing": {
-            "seconds": time.monotonic() - started,
+            "seconds": seconds,
             "frames_per_s": measured.frames / max(measured.seconds, 1e-9),
         },
     }

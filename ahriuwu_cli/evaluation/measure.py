@@ -73,11 +73,13 @@ class _Task:
 
 
 def batches(
-    store: EpisodeStore, manifest: WindowManifest, batch: int
+    store: EpisodeStore, manifest: WindowManifest, batch: int, share: range | None = None
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """(which windows, their frames, their actions), `batch` windows at a time."""
-    for first in range(0, len(manifest.windows), batch):
-        yield slice(first, first + batch), *read_windows(store, manifest, first, first + batch)
+    """(which windows, their frames, their actions), `batch` windows of the share (default: all) at a time."""
+    share = range(len(manifest.windows)) if share is None else share
+    for first in range(share.start, share.stop, batch):
+        stop = min(first + batch, share.stop)
+        yield slice(first, stop), *read_windows(store, manifest, first, stop)
 
 
 def wrong_actions(store: EpisodeStore, manifest: WindowManifest, seed: int) -> dict[str, np.ndarray]:
@@ -98,15 +100,20 @@ def measure(
     manifest: WindowManifest,
     horizons: Sequence[int],
     progress: Progress | None = None,
+    share: range | None = None,
 ) -> Measured:
-    """Run and score everything. Controls only where the world has actions; the noise of a window is the same in all."""
+    """Run and score everything. Controls only where the world has actions; the noise of a window is the same in all.
+
+    share: these windows alone (default: all); wrong actions are borrowed from among all of them nevertheless.
+    """
+    share = range(len(manifest.windows)) if share is None else share
     wrong = wrong_actions(store, manifest, config.seed) if store.action_space.width else {}
     steps = manifest.horizon * (1 + len(wrong)) + sum(h > 1 for h in horizons)
-    tally = _Tally(len(manifest.windows) * steps * config.noise_seeds, progress)
+    tally = _Tally(len(share) * steps * config.noise_seeds, progress)
     task = _Task(world, rollout_config, manifest.context, config.batch, tally.tick)
     seeds = [config.seed + i for i in range(config.noise_seeds)]
     mean, parts = mean_frame(store), []
-    for here, frames, actions in batches(store, manifest, config.batch):
+    for here, frames, actions in batches(store, manifest, config.batch, share):
         windows, truth, last = manifest.windows[here], frames[:, manifest.context :], frames[:, manifest.context - 1]
         part, before = references(world, frames, manifest.context, config.batch, mean=mean)
         for name, acts in ({"model": actions} | {n: rows[here] for n, rows in wrong.items()}).items():
@@ -120,7 +127,7 @@ def measure(
         for h in horizons:
             part[f"forced_{h}"] = _forced(task, tally, frames, actions, windows, seeds, h, part["model"])
         parts.append(part)
-    count = len(manifest.windows) * manifest.horizon * config.noise_seeds
+    count = len(share) * manifest.horizon * config.noise_seeds
     return Measured(join(parts), tally.not_finite, count, tally.seconds)
 
 

@@ -1,0 +1,311 @@
+"""Merged cells say who is better by how much, window by window, and never compare what was not measured alike."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from worlds import moving_pictures, tiny_world
+
+from ahriuwu_cli import cli
+from ahriuwu_cli.commands import eval as eval_command
+from ahriuwu_cli.commands import eval_plan
+from ahriuwu_cli.errors import DataError, UserError
+from ahriuwu_cli.evaluation.cells import FOLDER, _sha256, read_cell, run_plan
+from ahriuwu_cli.evaluation.merge import as_markdown, as_text, merge, merged_rows, read_cells
+from ahriuwu_cli.evaluation.plan import read_plan
+from ahriuwu_cli.evaluation.protocol import paired_bootstrap
+from ahriuwu_cli.evaluation.shards import Shards
+from ahriuwu_cli.training.checkpoint import save_world
+
+PLAN = """
+[defaults]
+dataset = "data"
+windows = 8
+context = 3
+horizon = 4
+[[cell]]
+checkpoint = "a"
+[[cell]]
+checkpoint = "a|b"
+[[cell]]
+checkpoint = "a"
+tau_ctx = 0.3
+[[cell]]
+checkpoint = "a"
+horizon = 5
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder of four finished cells: three of the same windows, one of others."""
+    root = tmp_path_factory.mktemp("merge")
+    store = moving_pictures(root / "data")
+    for seed, name in enumerate(("a", "a|b")):
+        save_world(tiny_world(store, seed), root / name)
+    (root / "plan.toml").write_text(PLAN)
+    run_plan(read_plan(root / "plan.toml"), root / "out", Shards(), device="cpu")
+    return root / "out"
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    """The same folder, to be spoilt."""
+    (tmp_path / "out" / FOLDER).mkdir(parents=True)
+    for path in (done / FOLDER).iterdir():
+        (tmp_path / "out" / FOLDER / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    eval_plan.register(app, "eval", eval_command.evaluate)
+    monkeypatch.setattr(cli, "app", app)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["eval", "merge", *[str(a) for a in arguments]])
+        out, err = capsys.readouterr()
+        return exit_.value.code, out, err
+
+    return call
+
+
+def edit(path, change):
+    """Change a cell's document and make its checksum fit again."""
+    document = read_cell(path)
+    change(document)
+    document["checksum"] = _sha256(document)
+    path.write_text(json.dumps(document))
+
+
+def test_differences_are_those_of_a_paired_bootstrap_of_the_stored_windows(done):
+    cells, _ = read_cells(done)
+    merged = merge(cells)
+    (table,) = [t for t in merged["tables"] if t["horizon"] == 4]
+    by_name = {c.name: c for c in cells}
+    reference = by_name[table["reference"]["cell"]]
+    assert len(table["rows"]) == 3
+    for row in table["rows"]:
+        other = by_name[row["cell"]]
+        assert row["psnr"]["4"] == pytest.approx(other.result["horizons"]["4"]["psnr"]["value"], abs=1e-5)
+        if other is reference:
+            assert row["difference_db"] is None
+            continue
+        for h in (1, 4):
+            pairs = zip(other.result["windows"], reference.result["windows"], strict=True)
+            slow = np.array([a[f"psnr_{h}"] - b[f"psnr_{h}"] for a, b in pairs])
+            wanted = paired_bootstrap(slow, [w["episode"] for w in other.result["windows"]])
+            found = row["difference_db"][str(h)]
+            assert found["value"] == pytest.approx(slow.mean(), abs=1e-5)
+            assert (found["lo"], found["hi"]) == (
+                pytest.approx(wanted.lo, abs=1e-5),
+                pytest.approx(wanted.hi, abs=1e-5),
+            )
+
+
+def test_the_reference_is_the_best_at_the_last_frame_and_the_rest_follow_in_order(done):
+    for table in merge(read_cells(done)[0])["tables"]:
+        scores = [row["psnr"][str(table["frames"][-1])] for row in table["rows"]]
+        assert scores == sorted(scores, reverse=True)
+        assert table["reference"]["cell"] == table["rows"][0]["cell"]
+
+
+def test_a_reference_is_named_by_checkpoint_or_cell_and_reverses_the_sign(done):
+    cells, _ = read_cells(done)
+    (best,) = [t for t in merge(cells)["tables"] if t["horizon"] == 4]
+    last = best["rows"][-1]
+    (turned,) = [t for t in merge(cells, last["cell"][:10])["tables"] if t["horizon"] == 4]
+    assert turned["reference"] == {"cell": last["cell"], "label": last["label"], "chosen": True}
+    top = next(r for r in turned["rows"] if r["cell"] == best["reference"]["cell"])
+    assert top["difference_db"]["4"]["value"] == pytest.approx(-last["difference_db"]["4"]["value"], abs=1e-5)
+    assert merge(cells, "a|b")["tables"]
+    with pytest.raises(UserError, match="fits 2 cells"):
+        merge(cells, "a")
+    with pytest.raises(UserError, match="is none of the cells"):
+        merge(cells, "c")
+
+
+def test_cells_of_other_windows_stand_in_a_table_of_their_own_and_that_is_said(done):
+    cells, _ = read_cells(done)
+    merged = merge(cells)
+    assert sorted(len(t["rows"]) for t in merged["tables"]) == [1, 3]
+    assert len({t["manifest_hash"] for t in merged["tables"]}) == 2
+    assert "cannot be compared" in as_text(merged)
+    assert "cannot be compared" in as_markdown(merged)
+    one = merge([c for c in cells if c.identity["evaluation"]["horizon"] == 4])
+    assert "cannot be compared" not in as_text(one)
+
+
+def test_labels_name_what_differs_and_nothing_else(done):
+    cells, _ = read_cells(done)
+    (table,) = [t for t in merge(cells)["tables"] if t["horizon"] == 4]
+    assert sorted(r["label"] for r in table["rows"]) == ["a (tau_ctx 0.0)", "a (tau_ctx 0.3)", "a|b (tau_ctx 0.0)"]
+
+
+def test_one_path_with_two_weights_is_told_apart_by_the_hash_of_the_weights(copy):
+    (other,) = [p for p in (copy / FOLDER).iterdir() if read_cell(p)["names"]["checkpoint"] == "a|b"]
+    edit(other, lambda d: d["names"].update(checkpoint="a"))
+    (table,) = [t for t in merge(read_cells(copy)[0])["tables"] if t["horizon"] == 4]
+    labels = [r["label"] for r in table["rows"]]
+    assert len(set(labels)) == 3
+    assert sum(" weights " in label for label in labels) == 2
+
+
+def test_the_set_that_cannot_be_told_from_the_best_is_the_one_whose_interval_holds_0(copy):
+    paths = [p for p in (copy / FOLDER).iterdir() if read_cell(p)["identity"]["evaluation"]["horizon"] == 4]
+    psnr = [[30.0, 31, 30, 31, 30, 31, 30, 31], [29.0, 30, 29, 30, 29, 30, 29, 30], [40.0, 20, 31, 31, 28, 30, 31, 29]]
+    for path, values in zip(sorted(paths), psnr, strict=True):
+
+        def change(document, values=values):
+            for row, value in zip(document["result"]["windows"], values, strict=True):
+                row["psnr_4"] = value
+
+        edit(path, change)
+    merged = merge([c for c in read_cells(copy)[0] if c.identity["evaluation"]["horizon"] == 4])
+    names = {r["cell"]: r["label"] for r in merged["tables"][0]["rows"]}
+    best, below, unsure = (names[p.stem] for p in sorted(paths))
+    assert f"ref: {best} (the highest PSNR at frame 4); cannot be told from it at frame 4: {unsure}" in as_text(merged)
+    row = next(r for r in merged["tables"][0]["rows"] if r["label"] == below)
+    assert row["difference_db"]["4"] == {"value": -1.0, "lo": -1.0, "hi": -1.0}  # the same in every window
+
+
+def test_a_rollout_that_broke_is_nan_in_the_table_and_never_the_reference(copy):
+    (path, *_) = sorted(p for p in (copy / FOLDER).iterdir() if read_cell(p)["identity"]["evaluation"]["horizon"] == 4)
+
+    def change(document):
+        document["result"]["status"] = "nan"
+        for row in document["result"]["windows"]:
+            row["psnr_4"] = 99.0
+        document["result"]["windows"][0]["psnr_4"] = None
+
+    edit(path, change)
+    merged = merge(read_cells(copy)[0])
+    (table,) = [t for t in merged["tables"] if t["horizon"] == 4]
+    assert table["reference"]["cell"] != path.stem
+    assert table["rows"][-1]["cell"] == path.stem
+    assert table["rows"][-1]["psnr"]["4"] is None
+    assert table["rows"][-1]["difference_db"]["4"]["value"] is None
+    assert merged["status"] == "nan"
+    assert f"FAILED: cells with frames that are not finite: {path.stem}" in as_text(merged)
+    assert table["rows"][-1]["label"] not in as_text(merged).split("cannot be told from it")[1].split("\n")[0]
+
+
+def test_the_csv_has_a_row_a_cell_and_horizon_with_what_eval_reports(done, run):
+    assert run(done)[0] == 0
+    with open(done / "merged.csv") as file:
+        rows = list(csv.DictReader(file))
+    cells, _ = read_cells(done)
+    assert [(r["cell"], int(r["frame"])) for r in rows] == [(c.name, h) for c in cells for h in c.horizons]
+    for row in rows:
+        cell = next(c for c in cells if c.name == row["cell"])
+        wanted = cell.result["horizons"][row["frame"]]
+        assert float(row["gain_db_lo"]) == wanted["gain_db"]["lo"]
+        assert float(row["ssim"]) == wanted["ssim"]
+        assert row["manifest_hash"] == cell.identity["manifest_hash"]
+        assert float(row["tau_ctx tau (0 clean, 1 noise)"]) == cell.identity["generation"]["tau_ctx"]
+
+
+def test_cells_with_and_without_actions_make_one_csv(done):
+    cells, _ = read_cells(done)
+    mute = json.loads(json.dumps(cells[0].result)) | {"action_delta_db": None}
+    rows = merged_rows([type(cells[0])("x", "x", "x", cells[0].identity, mute), cells[1]])
+    assert len({tuple(row) for row in rows}) == 1
+    assert rows[0]["delta_random_db"] is None
+    assert rows[-1]["delta_random_db"] is not None
+
+
+def test_markdown_tables_have_equal_columns_whatever_a_path_is_called(done):
+    text = as_markdown(merge(read_cells(done)[0]))
+    assert r"a\|b" in text
+    for block in text.split("\n\n"):
+        lines = [line for line in block.split("\n") if line.startswith("|")]
+        assert len({line.replace("\\|", "").count("|") for line in lines}) <= 1
+
+
+def test_merging_twice_gives_the_same_bytes(done, run):
+    names = ("merged.csv", "merged.txt", "merged.md")
+    run(done)
+    before = [(done / name).read_bytes() for name in names]
+    code, printed, _ = run(done, "--json")
+    assert code == 0
+    assert [(done / name).read_bytes() for name in names] == before
+    result = json.loads(printed)
+    assert result["cells"] == 4
+    assert result["files"]["md"] == str(done / "merged.md")
+
+
+def test_files_elsewhere_are_replaced_only_when_asked(done, run, tmp_path):
+    out = tmp_path / "mine.csv"
+    (tmp_path / "mine.md").write_text("keep me")
+    code, _, err = run(done, "--out", out)
+    assert code == 2
+    assert "--overwrite" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.md"]
+    assert run(done, "--out", out, "--overwrite")[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.csv", "mine.md", "mine.txt"]
+    assert run(done, "--out", tmp_path / "mine.md", "--overwrite")[0] == 2
+    assert run(done, "--out", tmp_path / "nowhere" / "mine.csv")[0] == 2
+
+
+def test_a_damaged_cell_stops_the_merge_and_nothing_is_written_or_moved(copy, run):
+    victim = sorted((copy / FOLDER).iterdir())[1]
+    victim.write_text(victim.read_text()[:-40])
+    before = {p.name: p.read_bytes() for p in (copy / FOLDER).iterdir()}
+    code, printed, err = run(copy)
+    assert (code, printed) == (3, "")
+    assert str(victim) in err
+    assert "run its plan again" in err
+    assert err.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in (copy / FOLDER).iterdir()} == before
+    assert [p.name for p in copy.iterdir()] == [FOLDER]
+
+
+def test_a_cell_under_another_name_or_with_other_windows_is_refused(copy):
+    path = sorted((copy / FOLDER).iterdir())[0]
+    good = path.read_bytes()
+    path.rename(path.with_name("0123456789abcdef.json"))
+    with pytest.raises(DataError, match="other settings or windows than its name says"):
+        read_cells(copy)
+    path.with_name("0123456789abcdef.json").unlink()
+    path.write_bytes(good)
+    edit(path, lambda d: d["result"]["windows"][0].update(start=d["result"]["windows"][0]["start"] + 1))
+    with pytest.raises(DataError, match="other settings or windows than its name says"):
+        read_cells(copy)
+    path.write_bytes(good)
+    edit(path, lambda d: d["result"].pop("windows"))
+    with pytest.raises(DataError, match="it lacks 'windows'"):
+        read_cells(copy)
+
+
+def test_a_folder_without_cells_says_what_to_run_and_parts_are_mentioned(copy, run, tmp_path):
+    code, _, err = run(tmp_path)
+    assert code == 3
+    assert "run `ahriuwu eval plan PLAN --out" in err
+    (copy / FOLDER / "beefbeefbeefbeef.part-1-of-2.safetensors").write_bytes(b"")
+    code, printed, _ = run(copy)
+    assert code == 0
+    assert "cell beefbeefbeefbeef has only parts" in printed
+
+
+@pytest.mark.slow
+def test_the_recipe_for_one_box_gives_the_same_cells_with_one_process_and_with_two(done, tmp_path):
+    script, found = Path(__file__).parents[1] / "scripts" / "eval_torchrun.sh", []
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM", "RANK", "WORLD", "LOCAL"))}
+    for processes in ("1", "2"):
+        command = ["bash", script, done.parent / "plan.toml", tmp_path / processes, processes, "--device", "cpu"]
+        subprocess.run(command, check=True, capture_output=True, env=environment | {"PATH": path})
+        found.append(read_cells(tmp_path / processes)[0])
+    assert [c.name for c in found[0]] == [c.name for c in found[1]] == [c.name for c in read_cells(done)[0]]
+    for one, two in zip(*found, strict=True):
+        for h in one.horizons:
+            assert two.psnr(h) == pytest.approx(one.psnr(h), abs=1e-3)

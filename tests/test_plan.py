@@ -1,0 +1,463 @@
+"""A plan is read strictly, shared without gaps or overlaps, and its cells are finished once and never lost."""
+
+import itertools
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+from worlds import moving_pictures, tiny_world
+
+from ahriuwu_cli import cli
+from ahriuwu_cli.commands import eval as eval_command
+from ahriuwu_cli.commands import eval_plan
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.errors import CheckpointError, DataError, UserError
+from ahriuwu_cli.evaluation import cells as cells_module
+from ahriuwu_cli.evaluation.cells import FOLDER, read_cell, run_plan, weights_hash
+from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate
+from ahriuwu_cli.evaluation.plan import read_plan
+from ahriuwu_cli.evaluation.protocol import make_manifest
+from ahriuwu_cli.evaluation.shards import Shards, choose_device, find_shards, shard_windows, write_whole
+from ahriuwu_cli.training.checkpoint import load_world, save_world
+
+DEFAULTS = '[defaults]\ndataset = "data"\nwindows = 5\ncontext = 3\nhorizon = 4\n'
+ONE = DEFAULTS + '[[cell]]\ncheckpoint = "a"\n'
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("plan")
+    store = moving_pictures(root / "data")
+    for seed, name in enumerate("ab"):
+        save_world(tiny_world(store, seed), root / name)
+    return root
+
+
+@pytest.fixture
+def plan(places):
+    """plan(text, suffix) -> the path of a plan beside the worlds and the data."""
+    number = itertools.count()
+
+    def write(text, suffix=".toml"):
+        path = places / f"plan-{next(number)}{suffix}"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit code, stdout, stderr) of `ahriuwu eval ...`, outside torchrun and SLURM."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    app = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+    app.callback()(lambda: None)
+    eval_plan.register(app, "eval", eval_command.evaluate)
+    monkeypatch.setattr(cli, "app", app)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["eval", *[str(a) for a in arguments]])
+        out, err = capsys.readouterr()
+        return exit_.value.code, out, err
+
+    return call
+
+
+def without_times(path):
+    document = json.loads(path.read_text())
+    document["result"].pop("timing")
+    document.pop("checksum")
+    return document
+
+
+def test_a_cell_has_the_defaults_and_its_own_settings_over_them_with_paths_beside_the_plan(plan, places):
+    text = (
+        DEFAULTS + 'tau_ctx = 0\n[[cell]]\ncheckpoint = "a"\n[[cell]]\ncheckpoint = "b"\ntau_ctx = 0.3\nwindows = 7\n'
+    )
+    a, b = read_plan(plan(text))
+    assert (a.checkpoint, a.dataset, a.names) == (places / "a", places / "data", ("a", "data"))
+    assert (a.tau_ctx, a.windows, a.steps) == (0.0, 5, None)
+    assert (b.checkpoint, b.tau_ctx, b.windows, b.horizon) == (places / "b", 0.3, 7, 4)
+
+
+def test_json_lines_say_the_same_as_toml(plan):
+    lines = ['{"defaults": {"dataset": "data", "windows": 5, "context": 3, "horizon": 4}}', "", '{"checkpoint": "a"}']
+    assert read_plan(plan("\n".join(lines), ".jsonl")) == read_plan(plan(ONE))
+
+
+CELL = '[[cell]]\ncheckpoint = "a"\ndataset = "data"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "error", "sentence"),
+    [
+        ("[[cell]\n", ".toml", UserError, "is not TOML"),
+        (b"\xff\xfe", ".toml", UserError, "cannot be read as text"),
+        ("", ".toml", UserError, "has no cell: add one"),
+        ("\n\n", ".jsonl", UserError, "has no cell: add one"),
+        (CELL, ".txt", UserError, "is no plan by its name"),
+        ("[[cells]]\n", ".toml", UserError, "unknown entry 'cells': did you mean 'cell'?"),
+        ('cell = "a"\n', ".toml", UserError, "begin every cell with [[cell]]"),
+        ("defaults = 3\n" + CELL, ".toml", UserError, "defaults is 3, not a table"),
+        (CELL + "tau_ctxt = 0.1\n", ".toml", UserError, "unknown key 'tau_ctxt': did you mean 'tau_ctx'?"),
+        ("[defaults]\nstepz = 1\n" + CELL, ".toml", UserError, "unknown key 'stepz': did you mean 'steps'?"),
+        (CELL + "steps = 4.0\n", ".toml", UserError, "cell 1 of PLAN: steps is 4.0, not a whole number"),
+        (CELL + "steps = true\n", ".toml", UserError, "steps is True, not a whole number"),
+        (CELL + 'tau_ctx = "0.1"\n', ".toml", UserError, "tau_ctx is '0.1', not a number"),
+        (CELL + "tau_ctx = nan\n", ".toml", UserError, "tau_ctx is nan, not a finite number"),
+        (CELL + "sampler = 1\n", ".toml", UserError, "sampler is 1, not text"),
+        (CELL + CELL, ".toml", UserError, "cell 2 of PLAN repeats cell 1 of PLAN"),
+        ('[[cell]]\ncheckpoint = "a"\n', ".toml", UserError, "cell 1 of PLAN names no dataset"),
+        (CELL + 'manifest = "w.json"\nsplit = "test"\n', ".toml", UserError, "which has its own split"),
+        (CELL.replace('"a"', '"none"'), ".toml", CheckpointError, "cell 1 of PLAN: the checkpoint"),
+        (CELL.replace('"data"', '"none"'), ".toml", DataError, "cell 1 of PLAN: the dataset"),
+        (CELL + 'manifest = "none.json"\n', ".toml", DataError, "cell 1 of PLAN: the manifest"),
+        ('{"checkpoint": "a"\n', ".jsonl", UserError, "line 1 of PLAN is not JSON"),
+        ('{"steps": 1, "steps": 2}\n', ".jsonl", UserError, "a key stands twice in it"),
+        ("[1]\n", ".jsonl", UserError, "not an object of settings"),
+        ('{"checkpoint": "a", "dataset": "data"}\n{"defaults": {}}\n', ".jsonl", UserError, "must be the first line"),
+        ("[" * 100_000, ".jsonl", UserError, "line 1 of PLAN is not JSON"),
+    ],
+)
+def test_a_bad_plan_is_refused_in_one_sentence_that_names_the_place(plan, text, suffix, error, sentence):
+    path = plan(text, suffix)
+    with pytest.raises(UserError) as refused:
+        read_plan(path)
+    assert type(refused.value) is error
+    assert sentence.replace("PLAN", path.name) in str(refused.value)
+
+
+def test_a_plan_that_is_not_there_is_a_usage_error(tmp_path):
+    with pytest.raises(UserError, match="there is no plan at"):
+        read_plan(tmp_path / "none.toml")
+
+
+def test_shards_of_cells_cover_every_cell_once():
+    for count, of in itertools.product((0, 1, 5, 8), (1, 2, 3, 9)):
+        shares = [find_shards(f"{i}/{of}", "windows", {}).of_cells(count) for i in range(1, of + 1)]
+        assert sorted(itertools.chain(*shares)) == list(range(count))
+
+
+def test_shards_of_windows_are_runs_that_cover_every_window_once_and_differ_by_one_at_most():
+    for count, world_size in itertools.product((1, 2, 5, 64), (1, 2, 3, 7)):
+        manifest = SimpleNamespace(windows=list(range(count)))
+        shares = [shard_windows(manifest, rank, world_size) for rank in range(world_size)]
+        assert list(itertools.chain(*shares)) == list(range(count))
+        sizes = [len(s) for s in shares if s]
+        assert max(sizes) - min(sizes) <= 1
+        assert len(sizes) == min(count, world_size)
+
+
+SLURM = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5"}
+TORCHRUN = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}
+
+
+def test_the_option_comes_before_slurm_and_torchrun_shares_what_is_left():
+    assert find_shards(None, "windows", {}) == Shards()
+    assert find_shards(None, "windows", SLURM).cells == (2, 4)
+    assert find_shards("1/2", "windows", SLURM).cells == (0, 2)
+    both = find_shards(None, "windows", SLURM | TORCHRUN)
+    assert (both.cells, both.windows, both.local_rank) == ((2, 4), (2, 3), 1)
+    whole = find_shards(None, "cells", TORCHRUN)
+    assert (whole.cells, whole.windows) == ((2, 3), (0, 1))
+    shares = [
+        find_shards(f"{i}/2", "cells", TORCHRUN | {"RANK": str(r)}).of_cells(17) for i in (1, 2) for r in range(3)
+    ]
+    assert sorted(itertools.chain(*shares)) == list(range(17))
+    strided = SLURM | {"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_STEP": "4"}
+    assert find_shards(None, "windows", strided | {"SLURM_ARRAY_TASK_MAX": "12"}).cells == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("shard", "share", "environment", "sentence"),
+    [
+        ("0/2", "windows", {}, "--shard '0/2' is not a share"),
+        ("3/2", "windows", {}, "--shard '3/2' is not a share"),
+        ("1", "windows", {}, "write 1/4 to 4/4"),
+        (None, "window", {}, "did you mean 'windows'?"),
+        (None, "windows", SLURM | {"SLURM_ARRAY_TASK_ID": "9"}, "array has gaps"),
+        (None, "windows", SLURM | {"SLURM_ARRAY_TASK_MAX": "11"}, "array has gaps"),
+        (None, "windows", {"SLURM_ARRAY_TASK_ID": "1"}, "but not SLURM_ARRAY_TASK_COUNT"),
+        (None, "windows", SLURM | {"SLURM_ARRAY_TASK_ID": "x"}, "'x', not a whole number"),
+        (None, "windows", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(shard, share, environment, sentence):
+    with pytest.raises(UserError) as refused:
+        find_shards(shard, share, environment)
+    assert sentence in str(refused.value)
+
+
+def test_local_rank_chooses_the_gpu_where_there_are_gpus(monkeypatch):
+    local = Shards(local_rank=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", local) == "auto"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [choose_device(d, local) for d in ("auto", "cuda", "cpu", "cuda:0")] == ["cuda:1", "cuda:1", "cpu", "cuda:0"]
+    assert choose_device("auto", Shards()) == "auto"
+    with pytest.raises(UserError, match="this box has 2 GPU"):
+        choose_device("auto", Shards(local_rank=2))
+
+
+def test_a_cell_holds_what_evaluate_finds(plan, places, tmp_path):
+    rows = run_plan(read_plan(plan(ONE + "seed = 3\n")), tmp_path, Shards(), device="cpu")
+    found = read_cell(tmp_path / FOLDER / f"{rows[0]['cell']}.json")["result"]
+    world = load_world(places / "a", "cpu")
+    config = EvaluationConfig(windows=5, context=3, horizon=4, seed=3)
+    wanted = evaluate(world, EpisodeStore.open(places / "data"), config, world.generation)
+    for result in (found, wanted):
+        result.pop("timing")
+    assert found == wanted
+
+
+def test_processes_that_share_windows_write_the_cell_that_one_process_writes(plan, tmp_path):
+    cells = read_plan(plan(ONE + "noise_seeds = 2\n"))
+    (one,) = run_plan(cells, tmp_path / "1", Shards(), device="cpu")
+    alone = without_times(tmp_path / "1" / FOLDER / f"{one['cell']}.json")
+    for world_size, order in ((2, (1, 0)), (3, (0, 2, 1)), (9, range(9))):  # 9 processes for 5 windows
+        out = tmp_path / str(world_size)
+        states = [run_plan(cells, out, Shards(windows=(rank, world_size)), device="cpu")[0]["state"] for rank in order]
+        last_with_work = min(world_size, 5) - 1
+        assert states[:last_with_work] == ["part"] * last_with_work
+        assert states[last_with_work] == "done"
+        assert [p.name for p in (out / FOLDER).iterdir()] == [f"{one['cell']}.json"]
+        joined = without_times(out / FOLDER / f"{one['cell']}.json")
+        assert joined["identity"] == alone["identity"]
+        for h, row in joined["result"]["horizons"].items():
+            for name in ("psnr", "gain_db", "floor", "ceiling"):
+                for end in ("value", "lo", "hi"):
+                    assert row[name][end] == pytest.approx(alone["result"]["horizons"][h][name][end], abs=1e-3)
+        for deltas in ("action_delta_db", "action_delta_moving_db"):
+            for control in ("shuffled", "random"):
+                for h, value in joined["result"][deltas][control].items():
+                    assert value["value"] == pytest.approx(alone["result"][deltas][control][h]["value"], abs=1e-3)
+        assert joined["result"]["n"] == alone["result"]["n"]
+
+
+def test_a_part_that_is_there_is_not_measured_again_and_a_damaged_one_is(plan, tmp_path, monkeypatch):
+    cells = read_plan(plan(ONE))
+    first, second = (Shards(windows=(rank, 2)) for rank in (0, 1))
+    run_plan(cells, tmp_path, first, device="cpu")
+    (part,) = (tmp_path / FOLDER).iterdir()
+    measured = []
+    real = cells_module.measure_share
+    monkeypatch.setattr(cells_module, "measure_share", lambda *a: measured.append(a[-1]) or real(*a))
+    run_plan(cells, tmp_path, first, device="cpu")
+    assert measured == []
+    part.write_bytes(part.read_bytes()[:-9])
+    run_plan(cells, tmp_path, first, device="cpu")
+    assert measured == [range(2)]
+    assert run_plan(cells, tmp_path, second, device="cpu")[0]["state"] == "done"
+    assert measured == [range(2), range(2, 5)]
+    assert sorted(p.suffix for p in (tmp_path / FOLDER).iterdir()) == [".damaged-1", ".json"]
+
+
+@pytest.mark.parametrize("spoil", ["cut", "other settings"])
+def test_a_damaged_part_of_another_process_is_never_joined_and_its_owner_redoes_it(plan, tmp_path, spoil):
+    cells = read_plan(plan(ONE + '[[cell]]\ncheckpoint = "b"\n'))
+    folder = tmp_path / FOLDER
+    first, second = (Shards(windows=(rank, 2)) for rank in (0, 1))
+    a, b = (r["cell"] for r in run_plan(cells, tmp_path, first, device="cpu"))
+    part, other = (folder / f"{name}.part-1-of-2.safetensors" for name in (a, b))
+    part.write_bytes(part.read_bytes()[:-9] if spoil == "cut" else other.read_bytes())
+    with pytest.raises(DataError, match=r"part-1-of-2.safetensors is damaged .*: run the plan again"):
+        run_plan(cells[:1], tmp_path, second, device="cpu")
+    assert not (folder / f"{a}.json").exists()
+    assert run_plan(cells[:1], tmp_path, first, device="cpu")[0]["state"] == "done"
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_no_temporary_file(tmp_path, monkeypatch):
+    path = tmp_path / "cell.json"
+    write_whole(path, b"old")
+
+    def full(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_whole(path, b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("cell.json", b"old")]
+
+
+def test_finished_cells_are_skipped_and_their_bytes_stay(plan, tmp_path, monkeypatch):
+    path = plan(ONE + '[[cell]]\ncheckpoint = "b"\n')
+    cells = read_plan(path)
+    run_plan(cells[:1], tmp_path, Shards(), device="cpu")
+    (done,) = (tmp_path / FOLDER).iterdir()
+    before = done.read_bytes()
+    rows = run_plan(cells, tmp_path, Shards(), device="cpu")
+    assert [r["state"] for r in rows] == ["skipped", "done"]
+    assert done.read_bytes() == before
+    monkeypatch.setattr(cells_module, "measure_share", None)  # would break if it were called
+    assert [r["state"] for r in run_plan(cells, tmp_path, Shards(), device="cpu")] == ["skipped", "skipped"]
+
+
+def test_the_name_of_a_cell_depends_on_weights_data_and_settings_and_on_nothing_else(plan, places, tmp_path):
+    store = moving_pictures(tmp_path / "other", seed=1)
+
+    def name(text, batch=32):
+        return cells_module.prepare_cell(cells_module._Files("cpu"), read_plan(plan(text))[0], batch).digest
+
+    base = name(ONE)
+    save_world(load_world(places / "a", "cpu"), places / "copy")
+    assert name(ONE, batch=2) == base
+    assert name(ONE.replace('"a"', '"copy"')) == base
+    changes = ["steps = 1", "tau_ctx = 0.2", 'sampler = "euler"', 'ctx_mode = "renoise"', 'split = "val"', "seed = 1"]
+    changes += ["noise_seeds = 2", "windows = 6", "context = 4", "horizon = 3"]
+    names = [name(f"{ONE}{change}\n") for change in changes]
+    names += [base, name(ONE.replace('"a"', '"b"')), name(ONE.replace('"data"', f'"{store.path}"'))]
+    assert len(set(names)) == len(names)
+
+
+def test_the_hash_of_weights_sees_a_single_changed_weight(places):
+    world = load_world(places / "a", "cpu")
+    before = weights_hash(world)
+    world.dynamics.head.weight[0, 0] += 1e-6
+    assert weights_hash(world) != before
+
+
+@pytest.mark.parametrize("damage", [lambda t: t[: len(t) // 2], lambda t: "[]", lambda t: t.replace("0", "1", 1)])
+def test_a_damaged_cell_is_named_set_aside_and_done_again(plan, tmp_path, damage):
+    cells, said = read_plan(plan(ONE)), []
+    run_plan(cells, tmp_path, Shards(), device="cpu")
+    (path,) = (tmp_path / FOLDER).iterdir()
+    good = without_times(path)
+    bad = damage(path.read_text())
+    path.write_text(bad)
+    rows = run_plan(cells, tmp_path, Shards(), device="cpu", say=said.append)
+    assert rows[0]["state"] == "done"
+    assert path.name in said[0]
+    assert "set aside" in said[0]
+    assert without_times(path) == good
+    assert path.with_name(path.name + ".damaged-1").read_text() == bad
+
+
+def test_a_cell_whose_stored_settings_differ_is_refused_before_anything_is_done(plan, tmp_path):
+    text = ONE + '[[cell]]\ncheckpoint = "a"\ntau_ctx = 0.2\n[[cell]]\ncheckpoint = "b"\n'
+    cells = read_plan(plan(text))
+    a, other = (r["cell"] for r in run_plan(cells[:2], tmp_path, Shards(), device="cpu"))
+    folder = tmp_path / FOLDER
+    (folder / f"{a}.json").write_bytes((folder / f"{other}.json").read_bytes())
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(DataError, match=r"generation.tau_ctx differs"):
+        run_plan(cells, tmp_path, Shards(), device="cpu")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_checkpoint_that_changes_while_the_plan_runs_is_refused(plan, places, tmp_path):
+    world = load_world(places / "a", "cpu")
+    save_world(world, places / "moving")
+    text = DEFAULTS + '[[cell]]\ncheckpoint = "moving"\n[[cell]]\ncheckpoint = "b"\n'
+    cells = read_plan(plan(text))
+    world.dynamics.head.weight.mul_(2)
+    saved = []
+
+    def say(line):
+        if not saved:
+            saved.append(save_world(world, places / "moving"))
+
+    with pytest.raises(CheckpointError, match="changed while the plan ran"):
+        run_plan([cells[1], cells[0]], tmp_path, Shards(), device="cpu", say=say)
+    assert len(list((tmp_path / FOLDER).iterdir())) == 1  # what was finished stays
+
+
+def test_two_cells_that_come_to_the_same_settings_are_refused(plan, tmp_path):
+    text = ONE + '[[cell]]\ncheckpoint = "a"\nsteps = 2\n'  # the checkpoint's own K
+    with pytest.raises(UserError, match=r"cell 2 of .* comes to the same settings as cell 1"):
+        run_plan(read_plan(plan(text)), tmp_path / "out", Shards(), device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "sentence"),
+    [
+        ("steps = 3", 2, "--steps 3 does not fit the shortcut sampler"),
+        ('sampler = "eular"', 2, "did you mean 'euler'?"),
+        ("tau_ctx = 1.0", 2, "is not in [0, 1)"),
+        ("windows = 1", 2, "1 window leaves nobody"),
+        ('split = "tset"', 2, "did you mean 'test'?"),
+        ("horizon = 500", 3, "no episode is long enough"),
+        ('dataset = "a"', 3, "is not a dataset"),
+        ('checkpoint = "data"', 4, "is not a checkpoint"),
+        ("sample = 3", 2, "did you mean 'sampler'?"),
+    ],
+)
+def test_a_bad_cell_is_one_sentence_that_names_it_before_the_good_ones_are_run(
+    plan, run, tmp_path, line, code, sentence
+):
+    own = {"checkpoint": 'checkpoint = "b"\n', "seed": "seed = 1\n"}
+    own.pop(line.split()[0], None)
+    path = plan(ONE + "[[cell]]\n" + "".join(own.values()) + line + "\n")
+    found, printed, err = run("plan", path, "--out", tmp_path / "out", "--device", "cpu")
+    assert (found, printed) == (code, "")
+    assert err.startswith(f"error: cell 2 of {path.name}")
+    assert err.count("\n") == 1
+    assert sentence in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_is_followed_and_one_of_other_data_is_refused(plan, run, places, tmp_path):
+    store = EpisodeStore.open(places / "data")
+    mine = make_manifest(store, "val", 3, 4, 4, seed=9)
+    mine.save(places / "windows.json")
+    make_manifest(moving_pictures(tmp_path / "other", seed=1), "val", 3, 4, 4, seed=9).save(places / "foreign.json")
+    text = '[[cell]]\ncheckpoint = "a"\ndataset = "data"\nmanifest = "NAME"\n'
+    code, printed, _ = run("plan", plan(text.replace("NAME", "windows.json")), "--out", tmp_path / "o", "--json")
+    assert code == 0
+    cell = read_cell(tmp_path / "o" / FOLDER / f"{json.loads(printed)['cells'][0]['cell']}.json")
+    assert cell["identity"]["manifest_hash"] == mine.hash
+    code, _, err = run("plan", plan(text.replace("NAME", "foreign.json")), "--out", tmp_path / "p")
+    assert code == 3
+    assert "was made for another dataset" in err
+    assert not (tmp_path / "p").exists()
+
+
+def test_the_command_prints_one_object_and_shares_cells_by_the_option(plan, run, tmp_path):
+    path = plan(ONE + '[[cell]]\ncheckpoint = "b"\n')
+    _, printed, err = run("plan", path, "--out", tmp_path, "--shard", "2/2", "--device", "cpu", "--json")
+    result = json.loads(printed)
+    assert [c["checkpoint"] for c in result["cells"]] == ["b"]
+    assert "cells 2/2 by --shard" in err
+    code, printed, _ = run("plan", path, "--out", tmp_path, "--device", "cpu")
+    assert code == 0
+    assert "2 of 2 cells: 1 done, 1 were there" in printed
+
+
+def test_a_rollout_that_is_not_finite_exits_1_unless_allowed_also_when_it_was_there(plan, run, tmp_path, monkeypatch):
+    from ahriuwu_cli.models.dynamics import Dynamics
+
+    extend = Dynamics.extend
+    monkeypatch.setattr(Dynamics, "extend", lambda self, *a, **n: extend(self, *a, **n) * float("nan"))
+    path = plan(ONE)
+    code, printed, _ = run("plan", path, "--out", tmp_path, "--device", "cpu")
+    assert code == 1
+    assert "FAILED" in printed
+    assert run("plan", path, "--out", tmp_path, "--device", "cpu")[0] == 1
+    assert run("plan", path, "--out", tmp_path, "--device", "cpu", "--allow-nan")[0] == 0
+    assert run("merge", tmp_path)[0] == 1
+    code, printed, _ = run("merge", tmp_path, "--allow-nan")
+    assert code == 0
+    assert "nan" in printed
+
+
+def test_eval_without_a_subcommand_is_still_the_command_and_its_help_names_the_others(run, places, tmp_path):
+    few = ["--windows", "4", "--context", "3", "--horizon", "2", "--device", "cpu"]
+    code, printed, _ = run(places / "a", places / "data", "--out", tmp_path / "o", *few)
+    assert code == 0
+    assert "4 windows of" in printed
+    for asked in ("--help", "-h"):
+        code, printed, _ = run(asked)
+        assert code == 0
+        assert "ahriuwu eval [OPTIONS]" in printed
+        assert "--noise-seeds" in printed
+        assert "\n  plan " in printed
+        assert "\n  merge " in printed
+    assert "--share" in run("plan", "--help")[1]
+    assert "--reference" in run("merge", "--help")[1]
+    assert run("palm")[0] == 2
