@@ -14,6 +14,7 @@ from ahriuwu_cli.commands import eval as eval_command
 from ahriuwu_cli.commands import sweep_tau
 from ahriuwu_cli.training.checkpoint import save_world
 
+QUICK = ["--windows", "4", "--context", "4", "--horizon", "5", "--device", "cpu", "--looks", "none"]
 FEW = ["--windows", "4", "--context", "4", "--horizon", "5", "--device", "cpu"]
 
 
@@ -45,13 +46,16 @@ def run(monkeypatch, capsys):
 
 def test_eval_writes_its_files_and_prints_one_json_object(places, run, tmp_path):
     out = tmp_path / "out"
-    code, printed, _ = run("eval", places / "world", places / "data", "--out", out, *FEW, "--json")
+    code, printed, _ = run("eval", places / "world", places / "data", "--out", out, *FEW, "--report", "--json")
     result = json.loads(printed)
     assert code == 0
     assert sorted(p.name for p in out.iterdir()) == [
         "curve.png",
         "eval.csv",
         "eval.json",
+        "levels.png",
+        "levels_map.png",
+        "report.html",
         "windows.csv",
         "windows.json",
     ]
@@ -68,7 +72,7 @@ def test_eval_writes_its_files_and_prints_one_json_object(places, run, tmp_path)
 
 
 def test_eval_prints_a_table_for_people(places, run, tmp_path):
-    code, printed, err = run("eval", places / "world", places / "data", "--out", tmp_path / "out", *FEW)
+    code, printed, err = run("eval", places / "world", places / "data", "--out", tmp_path / "out", *QUICK)
     assert code == 0
     assert "4 windows of" in printed
     assert "tau (0 clean, 1 noise) 0" in printed
@@ -77,7 +81,7 @@ def test_eval_prints_a_table_for_people(places, run, tmp_path):
 
 
 def test_a_stored_manifest_gives_the_same_numbers_again(places, run, tmp_path):
-    _, first, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "a", *FEW, "--json")
+    _, first, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "a", *QUICK, "--json")
     windows = tmp_path / "a" / "windows.json"
     code, second, _ = run(
         "eval", places / "world", places / "data", "--out", tmp_path / "b", "--manifest", windows, "--json"
@@ -96,20 +100,20 @@ def test_results_are_replaced_only_when_asked(places, run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
-    code, _, err = run("eval", places / "world", places / "data", "--out", out, *FEW)
+    code, _, err = run("eval", places / "world", places / "data", "--out", out, *QUICK)
     assert code == 2
     assert "--overwrite" in err
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
-    code, _, _ = run("eval", places / "world", places / "data", "--out", out, *FEW, "--overwrite")
+    code, _, _ = run("eval", places / "world", places / "data", "--out", out, *QUICK, "--overwrite")
     assert code == 0
     assert (out / "mine.txt").read_text() == "keep me"
 
 
 def test_options_change_the_generation(places, run, tmp_path):
     options = ["--tau-ctx", "0.3", "--sampler", "euler", "--steps", "3", "--ctx-mode", "renoise"]
-    _, printed, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "o", *FEW, *options, "--json")
+    _, printed, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "o", *QUICK, *options, "--json")
     found = json.loads(printed)["settings"]["generation"]
-    assert found == {"steps": 3, "sampler": "euler", "tau_ctx": 0.3, "ctx_mode": "renoise"}
+    assert found == {"steps": 3, "sampler": "euler", "tau_ctx": 0.3, "ctx_mode": "renoise", "ctx_label": "honest"}
 
 
 def test_a_rollout_that_is_not_finite_exits_1_unless_allowed(places, run, tmp_path, monkeypatch):
@@ -121,11 +125,11 @@ def test_a_rollout_that_is_not_finite_exits_1_unless_allowed(places, run, tmp_pa
         return extend(self, *arguments, **named) * float("nan")
 
     monkeypatch.setattr(Dynamics, "extend", broken)
-    code, printed, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "o", *FEW, "--json")
+    code, printed, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "o", *QUICK, "--json")
     assert code == 1
     assert json.loads(printed)["status"] == "nan"
     assert json.loads((tmp_path / "o" / "eval.json").read_text())["not_finite_frames"]["model"] == 4 * 5
-    code, printed, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "p", *FEW, "--allow-nan")
+    code, printed, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "p", *QUICK, "--allow-nan")
     assert code == 0
     assert "FAILED" in printed
     code, _, _ = run("sweep-tau", places / "world", places / "data", "--out", tmp_path / "q", *FEW, "--taus", "0,.1")
@@ -217,7 +221,7 @@ def test_bad_input_is_one_sentence_with_its_exit_code_and_leaves_nothing_behind(
 def test_an_out_below_a_file_is_refused(places, run, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        code, _, err = run("eval", places / "world", places / "data", "--out", out, *FEW)
+        code, _, err = run("eval", places / "world", places / "data", "--out", out, *QUICK)
         assert code == 2
         assert "is a file" in err
 
@@ -229,3 +233,22 @@ def test_importing_the_commands_imports_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_looks_are_chosen_by_name_and_one_that_cannot_be_taken_says_why(places, run, tmp_path):
+    looks = ("--looks", "spread,distances")
+    code, out, err = run("eval", places / "world", places / "data", "--out", tmp_path / "e", *FEW, *looks, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert {"spread", "distances"} <= set(result)
+    assert not {"step_sizes", "consistency", "levels"} & set(result)
+    assert "horizon of at least 16" in result["distances"]["skipped"]
+    assert set(result["spread"]["horizons"]) == set(result["horizons"])
+    assert set(result["timing"]["looks"]) == {"spread", "distances"}
+    code, printed, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "f", *FEW, *looks)
+    assert "spread ratio over" in printed
+    assert "distances: skipped, distances between clips need a horizon" in printed
+    code, _, err = run("eval", places / "world", places / "data", "--out", tmp_path / "g", *FEW, "--looks", "spred")
+    assert code == 2
+    assert "did you mean 'spread'?" in err
+    assert not (tmp_path / "g").exists()

@@ -229,7 +229,13 @@ def test_settings_name_everything_that_the_numbers_depend_on(store, tiny):
     assert found["dataset_fingerprint"] == store.fingerprint
     assert found["tokenizer_fingerprint"] == tiny.tokenizer.fingerprint()
     assert found["manifest_hash"] == make_manifest(store, "test", 4, 6, 10, 0).hash
-    assert found["generation"] == {"steps": 2, "sampler": "shortcut", "tau_ctx": 0.2, "ctx_mode": "stop"}
+    assert found["generation"] == {
+        "steps": 2,
+        "sampler": "shortcut",
+        "tau_ctx": 0.2,
+        "ctx_mode": "stop",
+        "ctx_label": "honest",
+    }
     assert found["evaluation"]["noise_seeds"] == 1
 
 

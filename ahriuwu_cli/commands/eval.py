@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ahriuwu_cli.commands import eval_plan
 from ahriuwu_cli.commands.options import Device
+
+if TYPE_CHECKING:
+    from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.evaluation.prepare import EvaluationConfig
+    from ahriuwu_cli.evaluation.protocol import WindowManifest
+    from ahriuwu_cli.rollout import RolloutConfig
+    from ahriuwu_cli.world import World
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +29,7 @@ def evaluate(
     checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
     dataset: Path = typer.Argument(..., help="Dataset folder with the same actions and frame size."),
     out: Path = typer.Option(
-        ..., "--out", help="Folder for eval.json, eval.csv, windows.csv, curve.png, windows.json."
+        ..., "--out", help="Folder for eval.json, eval.csv, windows.csv, curve.png, windows.json, levels*.png."
     ),
     split: str = typer.Option(None, help="Episodes to take windows from (default: test)."),
     windows: int = typer.Option(None, help="Windows to score (default: 64)."),
@@ -36,6 +45,10 @@ def evaluate(
     seed: int = typer.Option(0, help="Seed of the windows, the noise and the random actions."),
     noise_seeds: int = typer.Option(1, help="Rollouts of every window with different noise, averaged."),
     batch: int = typer.Option(32, help="Windows at a time; changes the speed, not the numbers."),
+    looks: str = typer.Option(
+        "all", help="Closer looks: all, none, or of step_sizes,consistency,spread,distances,levels by commas."
+    ),
+    report_page: bool = typer.Option(False, "--report", help="Also write report.html: one page, with films."),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
     device: str = Device,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out."),
@@ -43,17 +56,20 @@ def evaluate(
 ) -> None:
     """Score a world on held-out windows: gain over persistence with intervals, tokenizer ceiling, action following.
 
-    Exit 1 when a rollout is not finite.
+    Definitions: docs/evaluation.md. Exit 1 when a rollout is not finite.
     """
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.commands.windows import choose_windows
     from ahriuwu_cli.data.episodes import EpisodeStore
-    from ahriuwu_cli.evaluation import plots, report
+    from ahriuwu_cli.evaluation import plot_levels, plots, report
     from ahriuwu_cli.evaluation.evaluate import EvaluationConfig
     from ahriuwu_cli.evaluation.evaluate import evaluate as run
+    from ahriuwu_cli.evaluation.looks import look_closer, parse_looks
+    from ahriuwu_cli.evaluation.looks_text import looks_text
     from ahriuwu_cli.evaluation.prepare import prepare
     from ahriuwu_cli.training.checkpoint import load_world
 
+    wanted = parse_looks(looks)
     report.check_folder(out, overwrite)
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
@@ -65,15 +81,63 @@ def evaluate(
     config, stored = prepare(world, store, config, generation, stored)
     with bar("eval", "frame", quiet=as_json) as progress:
         result = run(world, store, config, generation, stored, progress)
+    say = None if as_json else lambda name: typer.echo(f"looking closer: {name}", err=True)
+    closer = look_closer(world, store, config, generation, stored, wanted, say)
+    result["timing"]["looks"] = closer.pop("look_seconds")
+    result |= closer
 
     out.mkdir(parents=True, exist_ok=True)
     files = {name: out / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png", "windows.json")}
+    if "error" in result.get("levels", {}):
+        files |= {name: out / name for name in ("levels.png", "levels_map.png")}
+        plot_levels.plot_error_by_level(result["levels"], files["levels.png"])
+        plot_levels.plot_level_maps(result["levels"], files["levels_map.png"])
+    if report_page:
+        files["report.html"] = out / "report.html"
     result["files"] = {name: str(path) for name, path in files.items()}
     stored.save(files["windows.json"])
     report.write_text(files["eval.csv"], report.as_csv(report.evaluation_rows(result)))
     report.write_text(files["windows.csv"], report.as_csv(result["windows"]))
     plots.plot_curve(result, files["curve.png"])
     report.write_json(files["eval.json"], result)
-    typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{report.evaluation_text(result)}\n-> {out}")
+    if report_page:
+        _write_page(files, result, world, store, config, generation, stored)
+    text = "\n".join(part for part in (report.evaluation_text(result), looks_text(result), f"-> {out}") if part)
+    typer.echo(json.dumps(result, allow_nan=False) if as_json else text)
     if result["status"] != "ok" and not allow_nan:
         raise typer.Exit(1)
+
+
+def _write_page(
+    files: dict[str, Path],
+    result: dict[str, Any],
+    world: World,
+    store: EpisodeStore,
+    config: EvaluationConfig,
+    generation: RolloutConfig,
+    manifest: WindowManifest,
+) -> None:
+    """report.html, with films of the best, the median and the worst window."""
+    from ahriuwu_cli.evaluation.generate import generate
+    from ahriuwu_cli.evaluation.page import write_page
+    from ahriuwu_cli.evaluation.page_charts import Figure, chosen_windows, films
+    from ahriuwu_cli.evaluation.protocol import read_windows
+
+    shown = []
+    for title, i in chosen_windows(result).items():
+        frames, actions = read_windows(store, manifest, i, i + 1)
+        made = generate(
+            world, frames, actions, manifest.keys[i : i + 1], generation, seed=config.seed, context=manifest.context
+        )
+        captions = ["", *(f"action {store.action_space.describe(row)}" for row in actions[0])] if actions.size else None
+        shown += films(
+            frames, made.frames, context=manifest.context, fps=world.fps, titles=[title],
+            captions=captions and [captions], finite=made.finite,
+        )  # fmt: skip
+    figures = {}
+    if "levels.png" in files:
+        figures["levels"] = Figure(files["levels.png"].read_bytes(), "denoising error by noise level, ramp over it")
+        figures["error and coverage by position and noise level"] = Figure(
+            files["levels_map.png"].read_bytes(), "heat maps of error and of training draws over position and tau"
+        )
+    write_page(files["report.html"], result, command=["ahriuwu", *sys.argv[1:]], films=shown, figures=figures)

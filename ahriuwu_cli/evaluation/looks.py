@@ -1,0 +1,112 @@
+"""Closer looks at a world, beside the scores of `evaluate`: each answers one question that PSNR cannot.
+
+Each look is a part of the result under its own name, and is left out only by name or with its reason written down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.errors import UserError, did_you_mean
+from ahriuwu_cli.evaluation.distances import CLIP_FRAMES, REFERENCE_CLIPS, latent_distances, reference_clips
+from ahriuwu_cli.evaluation.generate import generate
+from ahriuwu_cli.evaluation.levels import error_by_level
+from ahriuwu_cli.evaluation.prepare import EvaluationConfig
+from ahriuwu_cli.evaluation.protocol import WindowManifest, read_windows
+from ahriuwu_cli.evaluation.spread import sample_spread
+from ahriuwu_cli.evaluation.step_sizes import consistency, step_size_curve
+from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.world import World
+
+SPREAD_WINDOWS, SPREAD_SEEDS = 32, 4
+LEVEL_WINDOWS = 32
+STEP_WINDOWS = 8  # 190 passes a frame: more windows would take longer than all the rest
+Look = Callable[[World, EpisodeStore, EvaluationConfig, RolloutConfig, WindowManifest], dict[str, Any]]
+
+
+def look_closer(
+    world: World,
+    store: EpisodeStore,
+    config: EvaluationConfig,
+    rollout_config: RolloutConfig,
+    manifest: WindowManifest,
+    names: Sequence[str],
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """{look: its result} for these names of LOOKS; say is told each before it begins.
+
+    A look that these windows or this world do not allow (too few clips, no step size but one, ...) is {"skipped": why}.
+    """
+    found, seconds = {}, {}
+    for name in names:
+        if say:
+            say(name)
+        started = time.monotonic()
+        try:
+            found[name] = LOOKS[name](world, store, config, rollout_config, manifest)
+        except UserError as error:
+            found[name] = {"skipped": str(error)}
+        seconds[name] = time.monotonic() - started
+    return found | {"look_seconds": seconds}
+
+
+def parse_looks(text: str) -> tuple[str, ...]:
+    """'all', 'none' or names by commas. UserError for another."""
+    if text in ("all", "none"):
+        return tuple(LOOKS) if text == "all" else ()
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in LOOKS:
+            raise UserError(f"unknown look {name!r}: {did_you_mean(name, ('all', 'none', *LOOKS))}")
+    return tuple(name for name in LOOKS if name in names)
+
+
+def _step_sizes(world, store, config, rollout_config, manifest) -> dict[str, Any]:
+    return step_size_curve(
+        world, store, manifest, rollout_config, windows=STEP_WINDOWS, seed=config.seed, batch=config.batch
+    )
+
+
+def _consistency(world, store, config, rollout_config, manifest) -> dict[str, Any]:
+    return consistency(world, store, manifest, seed=config.seed, batch=config.batch)
+
+
+def _spread(world, store, config, rollout_config, manifest) -> dict[str, Any]:
+    return sample_spread(
+        world, store, manifest, rollout_config,
+        seeds=SPREAD_SEEDS, seed=config.seed, horizons=config.horizons, windows=SPREAD_WINDOWS, batch=config.batch,
+    )  # fmt: skip
+
+
+def _distances(world, store, config, rollout_config, manifest) -> dict[str, Any]:
+    if manifest.horizon < CLIP_FRAMES:
+        raise UserError(f"distances between clips need a horizon of at least {CLIP_FRAMES}, not {manifest.horizon}")
+    count = len(manifest.windows)
+    others = reference_clips(store, count, split=manifest.split, seed=config.seed, avoid=manifest)
+    reference, _ = reference_clips(store, REFERENCE_CLIPS, split="train", seed=config.seed, avoid=manifest)
+    frames, actions = read_windows(store, manifest)
+    made = generate(
+        world, frames, actions, manifest.keys, rollout_config,
+        seed=config.seed, context=manifest.context, batch=config.batch,
+    )  # fmt: skip
+    return latent_distances(
+        world, made.frames, frames,
+        context=manifest.context, episodes=manifest.episodes, others=others, reference=reference, finite=made.finite,
+        batch=config.batch,
+    )  # fmt: skip
+
+
+def _levels(world, store, config, rollout_config, manifest) -> dict[str, Any]:
+    return error_by_level(world, store, manifest, windows=LEVEL_WINDOWS, seed=config.seed, batch=config.batch)
+
+
+LOOKS: dict[str, Look] = {
+    "step_sizes": _step_sizes,
+    "consistency": _consistency,
+    "spread": _spread,
+    "distances": _distances,
+    "levels": _levels,
+}
