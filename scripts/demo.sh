@@ -27,7 +27,7 @@ stage train     ahriuwu train dynamics "$out/data" --tokenizer "$out/tokenizer" 
 stage rollout   ahriuwu rollout "$out/world" "$out/data" --out "$out/rollout" --length 32
 stage turns     ahriuwu rollout "$out/world" "$out/data" --out "$out/turns" --length 8 --pick busiest \
   --actions repeat:TURN_LEFT --actions repeat:TURN_RIGHT --actions data
-stage eval      ahriuwu eval "$out/world" "$out/data" --out "$out/eval" --windows 96
+stage eval      ahriuwu eval "$out/world" "$out/data" --out "$out/eval" --windows 96 --looks consistency,spread,levels --report
 stage sweep     ahriuwu sweep-tau "$out/world" "$out/data" --out "$out/sweep"
 stage verify    ahriuwu verify "$out/world" --dataset "$out/data"
 python scripts/demo_summary.py "$out" "$(($(date +%s) - began))"
