@@ -3,7 +3,8 @@
 Every frame is walked from pure noise to tau_ctx by a sampler. Its last prediction z_hat is what is shown and scored;
 its state at tau_ctx is what the next frames see (`ctx_mode="stop"`), committed to the cache by a pass at
 (tau_ctx, d_min) that rides along with the next frame's first pass. Labels are honest: prompt frames are really mixed
-with noise at tau_ctx, and every frame is labelled with the level that was applied to it.
+with noise at tau_ctx, and every frame is labelled with the level that was applied to it (but for one ablation,
+`ctx_label="clean"`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.diffusion.samplers import SAMPLERS
 
 CTX_MODES = ("stop", "renoise")
+CTX_LABELS = ("honest", "clean")
 NoiseSource = Callable[[int, str, int], Tensor]  # (frame, purpose, step) -> (B, N, D)
 
 
@@ -31,6 +33,7 @@ class RolloutConfig:
     sampler: str = "shortcut"
     tau_ctx: float = tau_.TAU_CTX
     ctx_mode: str = "stop"  # what becomes context: the state at tau_ctx, or z_hat with fresh noise ("renoise")
+    ctx_label: str = "honest"  # what prompt and committed frames are labelled: their level, or 0, a lie ("clean")
 
 
 class CachedDenoiser(Protocol):
@@ -80,6 +83,9 @@ def rollout(
     def level(value: float, frames: int) -> Tensor:
         return torch.full((batch, frames), value, device=device)
 
+    def told(tau: float) -> float:
+        return tau if config.ctx_label == "honest" else 0.0
+
     def inputs(first: int, stop: int) -> tuple[Tensor, Tensor]:
         return actions[:, first:stop], known[:, first:stop]
 
@@ -88,10 +94,10 @@ def rollout(
         z = torch.stack(noisy[first:stop], dim=1)
         frames = stop - first
         dynamics.extend(
-            z, level(config.tau_ctx, frames), level(d_min, frames), *inputs(first, stop), cache, keep=frames
+            z, level(told(config.tau_ctx), frames), level(d_min, frames), *inputs(first, stop), cache, keep=frames
         )
 
-    pending, pending_tau = noisy[-1][:, None], config.tau_ctx  # waits to be committed with the next first pass
+    pending, pending_tau = noisy[-1][:, None], told(config.tau_ctx)  # waits to be committed with the next first pass
     for t in range(prompt_frames, actions.shape[1]):
         uncommitted = True
 
@@ -117,7 +123,7 @@ def rollout(
         )
         if config.ctx_mode == "renoise":
             z_end, tau_end = tau_.add_noise(z_hat, noise(t, "context", 0)[:, None], config.tau_ctx), config.tau_ctx
-        pending, pending_tau = z_end, tau_end
+        pending, pending_tau = z_end, told(tau_end)
         yield z_hat[:, 0]
 
 

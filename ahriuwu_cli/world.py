@@ -14,7 +14,7 @@ from ahriuwu_cli.diffusion.samplers import told_step_size
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.tokenizer import Tokenizer
-from ahriuwu_cli.rollout import CTX_MODES, SAMPLERS, RolloutConfig
+from ahriuwu_cli.rollout import CTX_LABELS, CTX_MODES, SAMPLERS, RolloutConfig
 
 if TYPE_CHECKING:
     from ahriuwu_cli.data.episodes import EpisodeStore
@@ -81,6 +81,8 @@ class World:
             raise UserError(f"unknown sampler {config.sampler!r}: {did_you_mean(config.sampler, tuple(SAMPLERS))}")
         if config.ctx_mode not in CTX_MODES:
             raise UserError(f"unknown --ctx-mode {config.ctx_mode!r}: {did_you_mean(config.ctx_mode, CTX_MODES)}")
+        if config.ctx_label not in CTX_LABELS:
+            raise UserError(f"unknown --ctx-label {config.ctx_label!r}: {did_you_mean(config.ctx_label, CTX_LABELS)}")
         if not 0 <= config.tau_ctx < 1:
             raise UserError(f"--tau-ctx {config.tau_ctx} is not in [0, 1) where 0 is clean and 1 is noise")
         if config.steps < 1:

@@ -92,7 +92,7 @@ def load_world(path: Path | str, device: str = "auto") -> World:
     try:
         dynamics = Dynamics(_dynamics_config(document["architecture"]))
         action_space = ActionSpace.from_json(document["action_space"], f"{folder / 'config.json'}: action_space")
-        generation = RolloutConfig(**document["generation"])
+        generation = _generation(document["generation"])
         numbers = (float(document["fps"]), int(document["frame_skip"]), tuple(float(d) for d in document["trained_d"]))
     except (TypeError, ValueError, DataError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from None
@@ -168,6 +168,22 @@ def action_slots(space: ActionSpace) -> tuple:
     return tuple((c.kind, c.size, tuple(c.low), tuple(c.high)) for c in space.components)
 
 
+def write_tau_ctx(folder: Path, tau_ctx: float, evidence: dict) -> None:
+    """Store another default tau_ctx in a world's config.json, and under facts the evidence for it; all else stays.
+
+    A temporary name first, then renamed; weights and tokenizer are not touched. CheckpointError when it is no world.
+    """
+    document = _read_config(folder, "dynamics", _WORLD_FIELDS)
+    changed = asdict(_generation(document["generation"])) | {"tau_ctx": tau_ctx}
+    document |= {"generation": changed, "facts": document["facts"] | {"tau_ctx_evidence": evidence}}
+    temporary = folder / f".config.json.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False))
+        os.replace(temporary, folder / "config.json")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class replacing:
     """`with replacing(folder) as temporary`: fill a sibling, then rename it over `folder`."""
 
@@ -235,6 +251,15 @@ def _read_config(folder: Path, kind: str, names: set[str]) -> dict:
     if wrong:
         raise CheckpointError(f"{file} has missing or unknown fields: {', '.join(wrong)}")
     return document
+
+
+def _generation(stored: dict) -> RolloutConfig:
+    # Worlds saved before `ctx_label` existed lack it; honest labels were the only ones then. Nothing else is defaulted.
+    stored = {"ctx_label": "honest"} | stored
+    wrong = sorted(set(stored) ^ {f.name for f in fields(RolloutConfig)})
+    if wrong:
+        raise ValueError(f"generation has missing or unknown fields: {', '.join(wrong)}")
+    return RolloutConfig(**stored)
 
 
 def _dynamics_config(architecture: dict) -> DynamicsConfig:
