@@ -25,6 +25,7 @@ def summary(out: Path, seconds: float) -> dict:
         "windows": result["n"],
         "video": str(out / "rollout" / "rollout.mp4"),
         "turns": str(out / "turns" / "rollout.mp4"),
+        "report": str(out / "eval" / "report.html"),
         "sweep": str(out / "sweep"),
     }
 
@@ -60,7 +61,8 @@ def table(facts: dict) -> str:
             f"action delta at 4: {number(facts['action_delta_db'], '+')} dB against shuffled actions, "
             f"{number(facts['action_delta_random_db'], '+')} dB against random ones",
             f"{facts['seconds']['whole']} s in all: {stages}",
-            f"look at {facts['video']}, {facts['turns']} (one prompt, turned left, right and as played) and {facts['sweep']}",
+            f"look at {facts['video']}, {facts['turns']} (one prompt, turned left, right and as played),",
+            f"{facts['report']} and {facts['sweep']}",
         ]
     )
 

@@ -152,14 +152,16 @@ def test_sweep_writes_its_files_and_prints_one_json_object(places, run, tmp_path
         "--json",
     )
     assert code == 0
-    names = ["curves.png", "gain.png", "sweep.csv", "sweep.json", "sweep.mp4", "windows.json"]
-    assert sorted(p.name for p in out.iterdir()) == names
+    names = {"cells", "curves.png", "gain.png", "map.png", "sweep.csv", "sweep-windows.csv", "sweep.json", "sweep.md"}
+    names |= {"sweep.mp4", "windows.json", "windows-test.json"}
+    assert {p.name for p in out.iterdir()} == names
     result = json.loads(printed)
     assert result["settings"]["split"] == "val"
     assert len(result["cells"]) == 6
     with open(out / "sweep.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [float(r["tau_ctx tau (0 clean, 1 noise)"]) for r in rows] == [0, 0.1, 0.5] * 2
+    assert len(rows) == 6 * len(result["reported"])  # a row a cell and horizon
+    assert {float(r["tau_ctx tau (0 clean, 1 noise)"]) for r in rows} == {0, 0.1, 0.5}
 
     from ahriuwu_cli.data.video import read_video
 
@@ -174,7 +176,7 @@ def test_sweep_prints_a_table_and_can_leave_out_the_video(places, run, tmp_path)
     )
     assert code == 0
     assert not (out / "sweep.mp4").exists()
-    assert "best at frame 5: tau" in printed
+    assert "best at frame 5 (*): tau" in printed
 
 
 @pytest.mark.parametrize(

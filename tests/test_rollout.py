@@ -8,7 +8,7 @@ from conftest import make_clip, random_actions
 
 from ahriuwu_cli.evaluation.oracles import PerfectDynamics
 from ahriuwu_cli.models.cache import ContextCache
-from ahriuwu_cli.rollout import CTX_MODES, KeyedNoise, RolloutConfig, rollout
+from ahriuwu_cli.rollout import CTX_LABELS, CTX_MODES, KeyedNoise, RolloutConfig, rollout
 
 K_MAX = 8
 NAMES = ("first", "second")
@@ -164,6 +164,23 @@ def test_a_wrong_label_is_caught(change):
     assert model.worst_label(lambda t: noise(t, "prompt" if t < 3 else "start", 0)) > 0.01
 
 
+@pytest.mark.parametrize("ctx_mode", CTX_MODES)
+@pytest.mark.parametrize("prompt_frames", [1, 3, 9])
+def test_with_clean_labels_the_context_says_0_and_nothing_else_changes(prompt_frames, ctx_mode):
+    calls = {}
+    for label in CTX_LABELS:
+        model, noise = perfect(12), KeyedNoise(0, NAMES, (4, 8))
+        imagine(model, prompt_frames, RolloutConfig(steps=4, tau_ctx=0.3, ctx_mode=ctx_mode, ctx_label=label), noise)
+        calls[label] = model.calls
+    for honest, clean in zip(calls["honest"], calls["clean"], strict=True):
+        keep = honest[4]
+        assert torch.equal(honest[1], clean[1])  # the noise is there all the same
+        assert torch.equal(honest[3], clean[3])
+        assert honest[2][:, :keep] == pytest.approx(0.3)
+        assert (clean[2][:, :keep] == 0).all()
+        assert torch.equal(honest[2][:, keep:], clean[2][:, keep:])  # the frame being made is labelled as it is
+
+
 def test_in_renoise_mode_the_context_is_the_prediction_with_fresh_noise_at_tau_ctx():
     model, noise = perfect(8), KeyedNoise(0, NAMES, (4, 8))
     imagine(model, 3, RolloutConfig(steps=4, tau_ctx=0.2, ctx_mode="renoise"), noise)
@@ -226,6 +243,7 @@ def test_the_rollout_answers_to_tau_ctx_steps_sampler_mode_actions_and_noise(tin
         generate(tiny_dynamics, config=RolloutConfig(sampler="euler")),
         generate(tiny_dynamics, config=RolloutConfig(sampler="renoise")),
         generate(tiny_dynamics, config=RolloutConfig(ctx_mode="renoise")),
+        generate(tiny_dynamics, config=RolloutConfig(ctx_label="clean")),
         generate(tiny_dynamics, actions=other),
         generate(tiny_dynamics, noise=KeyedNoise(1, NAMES, (4, 8))),
     ]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ahriuwu_cli.commands.options import Device, parse_seconds
-from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
-    import numpy as np
+    from ahriuwu_cli.evaluation.sweep import Ready, Sweep
+    from ahriuwu_cli.world import World
 
 TAUS = "0,.02,.05,.1,.2,.3,.5,.9"
-FILES = ("sweep.json", "sweep.csv", "gain.png", "curves.png", "windows.json")
 
 
 def register(app: typer.Typer) -> None:
@@ -27,89 +30,169 @@ def register(app: typer.Typer) -> None:
 def sweep_tau(
     checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
     dataset: Path = typer.Argument(..., help="Dataset folder with the same actions and frame size."),
-    out: Path = typer.Option(..., "--out", help="Folder for sweep.json, sweep.csv, plots, sweep.mp4 and windows.json."),
+    out: Path = typer.Option(
+        ..., "--out", help="Folder for sweep.json, CSVs, sweep.md, plots, video and the finished cells."
+    ),
     taus: str = typer.Option(TAUS, help="Noise of context frames to try, tau (0 clean, 1 noise), by commas."),
     steps: str = typer.Option(None, help="K to try, model passes a frame, by commas (default: the checkpoint's)."),
-    split: str = typer.Option(None, help="Episodes to take windows from (default: val; choose there, report on test)."),
+    sampler: str = typer.Option(None, help="shortcut, euler, renoise, by commas (default: the checkpoint's)."),
+    ctx_mode: str = typer.Option(
+        None, help="By commas: stop (the state at tau_ctx becomes context), renoise (z_hat with fresh noise)."
+    ),
+    ctx_label: str = typer.Option(
+        None, help="By commas: honest (context is labelled tau_ctx), clean (labelled 0, a lie, for ablation)."
+    ),
+    split: str = typer.Option(None, help="Episodes to choose on (default: val; the choice is reported on test)."),
     windows: int = typer.Option(None, help="Windows, the same in every cell (default: 32)."),
     context: int = typer.Option(None, help="Frames that are given, never scored (default: 8)."),
     horizon: int = typer.Option(None, help="Frames that are generated (default: 16)."),
-    manifest: Path = typer.Option(None, help="Use the windows of this windows.json instead of drawing new ones."),
-    sampler: str = typer.Option(None, help="shortcut, euler or renoise (default: the checkpoint's)."),
-    ctx_mode: str = typer.Option(
-        None, help="stop: the state at tau_ctx becomes context; renoise: z_hat with fresh noise."
-    ),
+    manifest: Path = typer.Option(None, help="Choose on the windows of this windows.json instead of drawing new ones."),
+    no_test: bool = typer.Option(False, "--no-test", help="Do not report the choice on the test split."),
     seed: int = typer.Option(0, help="Seed of the windows and of the noise."),
     batch: int = typer.Option(32, help="Windows at a time; changes the speed, not the numbers."),
-    delta: bool = typer.Option(False, "--delta", help="Also the action delta of every cell: twice the work."),
-    budget: str = typer.Option(None, help="Begin no further cell after this time: 90s, 5m, 2h."),
+    delta: bool = typer.Option(True, "--delta/--no-delta", help="The action delta of every cell: a quarter more work."),
+    budget: str = typer.Option(
+        None, help="Begin no cell that would not end in this time: 90s, 5m, 2h. The same command goes on later."
+    ),
+    write_back: bool = typer.Option(
+        False, "--write-back", help="Store a tau_ctx that beats the checkpoint's default in it, with the evidence."
+    ),
     no_video: bool = typer.Option(False, "--no-video", help="Leave out the comparison video."),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
     device: str = Device,
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out."),
+    resume: bool = typer.Option(False, "--resume", help="Go on in --out also with another grid; keeps what fits."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out, finished cells as well."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
 ) -> None:
     """Sweep the noise of context frames, tau (0 clean, 1 noise), on common windows and noise.
 
-    sweep.csv grows as cells finish. Exit 1 when a rollout is not finite.
+    Each finished cell is kept at once, and the same command goes on where it stopped. Exit 1 when a rollout is not
+    finite.
     """
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.commands.windows import choose_windows
     from ahriuwu_cli.data.episodes import EpisodeStore
-    from ahriuwu_cli.evaluation import plots, report
-    from ahriuwu_cli.evaluation.sweep import SweepConfig, ready, sweep
+    from ahriuwu_cli.evaluation import report, sweep_cells, sweep_report
+    from ahriuwu_cli.evaluation.cells import weights_hash
+    from ahriuwu_cli.evaluation.sweep import Storage, SweepConfig, ready, sweep
     from ahriuwu_cli.training.checkpoint import load_world
 
     config = SweepConfig(
-        taus=_numbers(taus, "--taus", float), steps=_numbers(steps, "--steps", int) if steps is not None else (),
-        seed=seed, batch=batch, delta=delta,
+        taus=_list(taus, "--taus", float), steps=_list(steps, "--steps", int),
+        samplers=_list(sampler, "--sampler", str), ctx_modes=_list(ctx_mode, "--ctx-mode", str),
+        ctx_labels=_list(ctx_label, "--ctx-label", str),
+        seed=seed, batch=batch, delta=delta, test=not no_test,
     )  # fmt: skip
     seconds = parse_seconds(budget, "--budget") if budget else None
-    report.check_folder(out, overwrite)
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
-    given = {"sampler": sampler, "ctx_mode": ctx_mode}
-    generation = world.generation_with(given)
     asked = {"split": split, "windows": windows, "context": context, "horizon": horizon}
     config, stored = choose_windows(config, asked, manifest, store)
-    stored = ready(world, store, config, generation, stored)
+    plan = ready(world, store, config, world.generation, stored, write_back)
+    if write_back and not os.access(world.path, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{world.path} cannot be written to: copy the checkpoint, or leave out --write-back")
+    weights = weights_hash(world)
+    identity = _identity(weights, plan, config, world)
+    sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite)
 
-    out.mkdir(parents=True, exist_ok=True)
-    files = {name: out / name for name in FILES}
-    stored.save(files["windows.json"])
+    storage = Storage(out / sweep_cells.FOLDER, weights, redo=overwrite)
+    storage.folder.mkdir(parents=True, exist_ok=True)
+    sweep_cells.note_asked(out, identity)
+    plan.manifest.save(out / "windows.json")
     rows: list[dict[str, Any]] = []
 
     def on_cell(cell: dict[str, Any]) -> None:
-        rows.append(report.sweep_row(cell))
-        report.write_text(files["sweep.csv"], report.as_csv(rows))
+        rows.extend(sweep_report.sweep_rows(cell))
+        report.write_text(out / "sweep.csv", report.as_csv(rows))
 
-    with bar("sweep-tau", "frame", quiet=as_json) as progress:
-        found = sweep(world, store, config, generation, stored, progress, on_cell, seconds)
-    plots.plot_gain_by_tau(found.result, files["gain.png"])
-    plots.plot_sweep_curves(found.result, files["curves.png"])
-    if not no_video:
-        files["sweep.mp4"] = out / "sweep.mp4"
-        _write_video(files["sweep.mp4"], found.clips, stored.context, world.fps)
-    result = found.result | {"files": {name: str(path) for name, path in files.items()}}
-    report.write_json(files["sweep.json"], result)
-    typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{report.sweep_text(result)}\n-> {out}")
+    found = sweep(
+        world, store, config, world.generation, plan.manifest, storage=storage, write_back=write_back,
+        bar=lambda title: bar(title, "pass", quiet=as_json), on_cell=on_cell,
+        say=(lambda _: None) if as_json else _say, complain=_say, budget_s=seconds,
+    )  # fmt: skip
+    if decision := found.result["write_back"]:
+        decision["written"] = _write_back(world, found.result, allow_nan)
+    result = found.result | {"files": _write_files(out, found, plan, None if no_video else world.fps)}
+    report.write_json(out / "sweep.json", result)
+    typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{sweep_report.sweep_text(result)}\n-> {out}")
     if result["status"] != "ok" and not allow_nan:
         raise typer.Exit(1)
 
 
-def _numbers(text: str, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    """'0,.1' -> (0.0, 0.1)."""
+def _list(text: str | None, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """'0,.1' -> (0.0, 0.1); nothing given is ()."""
+    if text is None:
+        return ()
     try:
-        return tuple(kind(part) for part in text.split(","))
+        return tuple(kind(part.strip()) for part in text.split(","))
     except ValueError:
         raise UserError(f"{option} {text!r} is not a list of numbers: write them with commas, as in {TAUS}") from None
 
 
-def _write_video(path: Path, clips: list[tuple[str, np.ndarray]], context: int, fps: float) -> None:
-    """The truth's row of windows first, then a row for every cell."""
-    from ahriuwu_cli.data.video import compose_grid, write_mp4
+def _identity(weights: str, plan: Ready, config: Any, world: World) -> dict[str, Any]:
+    """What makes this sweep another one. That write-back adds the checkpoint's own settings does not."""
+    from ahriuwu_cli.evaluation.sweep import check_grid
 
-    columns, height = len(clips[0][1]), clips[0][1].shape[2]
-    scale = max(1, min(4, 1600 // (len(clips) * height)))
-    cells = [(title, window) for title, windows in clips for window in windows]
-    write_mp4(path, compose_grid(cells, columns=columns, scale=scale, context=context), fps)
+    return {
+        "checkpoint": weights,
+        "windows": plan.manifest.hash,
+        "grid": [asdict(cell) for cell in check_grid(world, config, world.generation)],
+        "seed": config.seed,
+        "delta": config.delta,
+    }
+
+
+def _write_back(world: World, result: dict[str, Any], allow_nan: bool) -> bool:
+    """Store the new tau_ctx when everything was measured and it should change; whether that was done."""
+    from ahriuwu_cli.evaluation.sweep_verdict import evidence
+    from ahriuwu_cli.training.checkpoint import write_tau_ctx
+
+    fine = result["status"] == "ok" or allow_nan
+    if not (result["write_back"]["changed"] and result["complete"] and fine):
+        return False
+    write_tau_ctx(world.path, result["write_back"]["tau_ctx"], evidence(result))
+    return True
+
+
+def _write_files(out: Path, found: Sweep, plan: Ready, fps: float | None) -> dict[str, str]:
+    """Everything but sweep.json, which states these paths. fps None: no video."""
+    from ahriuwu_cli.evaluation import report, sweep_plots, sweep_report
+
+    names = ["sweep.json", "sweep.csv", "sweep-windows.csv", "sweep.md", "gain.png", "curves.png", "map.png"]
+    files = {name: out / name for name in [*names, "windows.json"]}
+    if plan.test:
+        files["windows-test.json"] = out / "windows-test.json"
+        plan.test.save(files["windows-test.json"])
+    report.write_text(files["sweep-windows.csv"], report.as_csv(sweep_report.window_rows(found.windows)))
+    report.write_text(files["sweep.md"], sweep_report.sweep_markdown(found.result))
+    sweep_plots.plot_gain_by_tau(found.result, files["gain.png"])
+    sweep_plots.plot_sweep_curves(found.result, files["curves.png"])
+    sweep_plots.plot_gain_map(found.result, files["map.png"])
+    if fps:
+        files["sweep.mp4"] = out / "sweep.mp4"
+        _write_video(files["sweep.mp4"], found, plan.manifest.context, fps)
+    return {name: str(path) for name, path in files.items()}
+
+
+def _write_video(path: Path, found: Sweep, context: int, fps: float) -> None:
+    """The truth's row of windows first, then a row for every tau of the best cell's K, sampler, mode and label."""
+    from ahriuwu_cli.data.video import compose_grid, write_mp4
+    from ahriuwu_cli.evaluation.sweep_grid import OTHERS
+
+    cells, best = found.result["cells"], found.result["best"]
+    shown = best or cells[0]
+    clips = [
+        clip for cell, clip in zip(cells, found.clips[1:], strict=True) if all(cell[n] == shown[n] for n in OTHERS)
+    ]
+    rows = [found.clips[0], *clips]
+    columns, height = len(rows[0][1]), rows[0][1].shape[2]
+    scale = max(1, min(4, 1600 // (len(rows) * height)))
+    panels = [(title, window) for title, windows in rows for window in windows]
+    write_mp4(path, compose_grid(panels, columns=columns, scale=scale, context=context), fps)
+
+
+def _say(sentence: str) -> None:
+    """A line on stderr that does not break a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(sentence, file=sys.stderr)

@@ -143,55 +143,6 @@ def evaluation_rows(result: Row) -> list[Row]:
     return rows
 
 
-def sweep_text(result: Row) -> str:
-    """The table of `sweep` by cell, the best with the set that cannot be told from it, and warnings."""
-    h, ref = str(result["compared_at"]), result["reference"]
-    shown = [str(x) for x in result["reported"]]
-    header = ["tau", "K", *(f"gain@{x}" for x in shown), f"@{h} minus tau {ref['tau_ctx']:g} [95 %]"]
-    header += ["motion", "sharp", "delta", "not finite", "frames/s"]
-    rows = []
-    for cell in result["cells"]:
-        delta = cell["action_delta_db"]
-        rows.append(
-            [
-                f"{cell['tau_ctx']:g}" + (f" ({cell['tau_end']:g})" if cell["tau_end"] != cell["tau_ctx"] else ""),
-                f"{cell['steps']}" + (f" ({cell['passes']})" if cell["passes"] != cell["steps"] else ""),
-                *(number(cell["gain_db"][x]["value"], sign=True) for x in shown),
-                interval(cell["difference_db"]),
-                number(cell["motion_ratio"]),
-                number(cell["sharpness_ratio"]),
-                "-" if delta is None else number(delta["value"], sign=True),
-                str(cell["not_finite_frames"]),
-                number(cell["frames_per_s"], 0),
-            ]
-        )
-    n, how = result["n"], result["settings"]["generation"]
-    lines = [
-        table(header, rows),
-        "",
-        f"gain over persistence in dB by generated frame; {LABEL}; in brackets what the sampler really did. "
-        f"{n['windows']} windows of {n['episodes']} episodes ({result['settings']['split']}), same noise in all cells; "
-        f"sampler {how['sampler']}, {how['ctx_mode']}",
-    ]
-    if result["best"]:
-        best = result["best"]
-        same = ", ".join(f"{c['tau_ctx']:g} (K = {c['steps']})" for c in best["not_told_apart"]) or "none"
-        lines.append(
-            f"best at frame {h}: tau {best['tau_ctx']:g} (K = {best['steps']}); cannot be told from it: {same}"
-        )
-    return "\n".join(lines + _cautions(result))
-
-
-def sweep_row(cell: Row) -> Row:
-    """One line of sweep.csv."""
-    row = {f"tau_ctx {LABEL}": cell["tau_ctx"], f"tau_end {LABEL}": cell["tau_end"]}
-    row |= {name: cell[name] for name in ("steps", "passes", "difference_db")}
-    row |= {f"gain_db_{h}": value for h, value in cell["gain_db"].items()}
-    row |= {f"psnr_{h}": value for h, value in cell["psnr"].items()}
-    row |= {name: cell[name] for name in ("motion_ratio", "sharpness_ratio", "not_finite_frames", "frames_per_s")}
-    return row | {"action_delta_db": cell["action_delta_db"] or {"value": None, "lo": None, "hi": None}}
-
-
 def _cautions(result: Row) -> list[str]:
     lines = [f"note: {warning}" for warning in result["warnings"]]
     if result["status"] == "nan":

@@ -1,119 +1,62 @@
-"""The sweep over tau_ctx (and K): the same windows and the same noise in every cell, so that cells can be paired.
+"""The sweep over tau_ctx (and K, sampler, context mode and label): common windows and noise, so that cells are paired.
 
-Says which cell is best and, as important, which cannot be told from it on these windows.
+Chosen on val, reported on test: the best cell, its reference and the world's own settings run once more on fresh
+windows. Says which cell is best and, as important, which cannot be told from it on these windows.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from ahriuwu_cli.data.episodes import EpisodeStore
-from ahriuwu_cli.diffusion.samplers import SAMPLERS
-from ahriuwu_cli.errors import UserError
-from ahriuwu_cli.evaluation.generate import generate
-from ahriuwu_cli.evaluation.measure import Progress, batches, wrong_actions
-from ahriuwu_cli.evaluation.metrics import ratio
-from ahriuwu_cli.evaluation.prepare import EvaluationConfig, prepare, settings, warnings
-from ahriuwu_cli.evaluation.protocol import Interval, WindowManifest, paired_bootstrap
-from ahriuwu_cli.evaluation.scores import Table, join, references, score
-from ahriuwu_cli.evaluation.summary import delta, gain, jsonable, pick_horizons
+from ahriuwu_cli.data.windows import enumerate_windows
+from ahriuwu_cli.errors import DataError, UserError
+from ahriuwu_cli.evaluation import sweep_verdict as verdict
+from ahriuwu_cli.evaluation.prepare import prepare, settings
+from ahriuwu_cli.evaluation.prepare import warnings as reading_warnings
+from ahriuwu_cli.evaluation.protocol import WindowManifest, make_manifest
+from ahriuwu_cli.evaluation.summary import jsonable, pick_horizons
+from ahriuwu_cli.evaluation.sweep_grid import (
+    OTHERS,
+    SweepConfig,
+    check_grid,
+    evaluation_config,
+    reference_of,
+    walked,
+    with_default,
+)
+from ahriuwu_cli.evaluation.sweep_rows import Rows
+from ahriuwu_cli.evaluation.sweep_run import Bar, Budget, Runner, Say, Storage
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
-FROZEN = 0.3  # motion ratio below which a rollout is called frozen
+__all__ = ["Ready", "Storage", "Sweep", "SweepConfig", "check_grid", "ready", "sweep", "walked"]
 
 
 @dataclass(frozen=True)
-class SweepConfig:
-    """The grid and the windows. steps empty: the K of the rollout configuration that is given."""
+class Ready:
+    """What is going to be run: the cells, and the windows of choice and report (None: no report on test)."""
 
-    taus: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9)  # tau_ctx: 0 clean, 1 noise
-    steps: tuple[int, ...] = ()
-    windows: int = 32
-    context: int = 8
-    horizon: int = 16
-    horizons: tuple[int, ...] = (1, 4, 16)
-    seed: int = 0
-    batch: int = 32
-    split: str = "val"  # choose on val, report on test
-    delta: bool = False  # also the action delta against shuffled actions: twice the work
-    delta_at: int = 4
-    shown: int = 3  # windows kept for the comparison video
+    grid: list[RolloutConfig]
+    manifest: WindowManifest
+    test: WindowManifest | None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """result: JSON-able. clips: (title, uint8 (shown, T, H, W, 3)) of the truth and of every cell, context included."""
+    """result: JSON-able. clips: (title, uint8 (shown, T, H, W, 3)) of the truth and of every cell, context included.
+
+    windows: one row for each cell, window and reported frame.
+    """
 
     result: dict[str, Any]
     clips: list[tuple[str, np.ndarray]]
-
-
-def sweep(
-    world: World,
-    store: EpisodeStore,
-    config: SweepConfig,
-    rollout_config: RolloutConfig,
-    manifest: WindowManifest | None = None,
-    progress: Progress | None = None,
-    on_cell: Callable[[dict[str, Any]], None] | None = None,
-    budget_s: float | None = None,
-) -> Sweep:
-    """Measure every (K, tau_ctx). on_cell gets each finished row; after budget_s seconds no further cell is begun.
-
-    The reference, tau_ctx = 0 or else the smallest, of the first K, runs first. Errors as `evaluate`.
-    """
-    started = time.monotonic()
-    manifest = ready(world, store, config, rollout_config, manifest)
-    grid = check_grid(world, config, rollout_config)
-    evaluation, _ = prepare(world, store, _evaluation(config), grid[0], manifest)
-    use_delta = config.delta and store.action_space.width > 0
-    runner = _Runner(world, store, manifest, config, use_delta, progress, len(grid))
-    horizons = pick_horizons(config.horizons, manifest.horizon)
-    at = 16 if 16 in horizons else manifest.horizon
-    cells: list[dict[str, Any]] = []
-    tables: list[dict[str, Table]] = []
-    for cell_config in grid:
-        if cells and budget_s is not None and time.monotonic() - started > budget_s:
-            break
-        found, seconds, broken = runner.run(cell_config)
-        tables.append(found)
-        cells.append(_row(world, cell_config, found, tables[0], manifest, horizons, at, config, seconds, broken))
-        if on_cell:
-            on_cell(jsonable(cells[-1]))
-    best = _best(cells, tables, manifest.episodes, at)
-    notes = warnings(world, store, manifest.episodes) + _warnings(cells, config, best, at)
-    if len(cells) < len(grid):
-        notes.append(f"the budget ended after {len(cells)} of {len(grid)} cells")
-    if config.delta and not use_delta:
-        notes.append("no action delta: the action space is empty")
-    not_finite = sum(c["not_finite_frames"] for c in cells)
-    everything = settings(world, store, evaluation, rollout_config, manifest)
-    floor, ceiling = ({h: runner.fixed[who]["psnr"][:, h - 1].mean() for h in horizons} for who in ("floor", "ceiling"))
-    result = {
-        "kind": "sweep-tau",
-        "status": "nan" if not_finite else "ok",
-        "not_finite_frames": not_finite,
-        "settings": everything | {"taus": config.taus, "steps": config.steps or (rollout_config.steps,)},
-        "n": {"windows": len(manifest.windows), "episodes": len(set(manifest.episodes)), "noise_seeds": 1},
-        "reported": horizons,
-        "compared_at": at,
-        "reference": {"tau_ctx": grid[0].tau_ctx, "steps": grid[0].steps},
-        "floor": floor,
-        "ceiling": ceiling,
-        "cells": cells,
-        "best": best,
-        "curves": _curves(cells, tables),
-        "warnings": notes,
-        "timing": {"seconds": time.monotonic() - started},
-    }
-    return Sweep(jsonable(result), runner.clips)
+    windows: list[dict[str, Any]]
 
 
 def ready(
@@ -122,161 +65,157 @@ def ready(
     config: SweepConfig,
     rollout_config: RolloutConfig,
     manifest: WindowManifest | None = None,
-) -> WindowManifest:
-    """Every check that can be made before the first rollout; the windows, drawn unless they are given."""
+    write_back: bool = False,
+) -> Ready:
+    """Every check that can be made before the first rollout; the windows, drawn unless they are given.
+
+    With write_back the world's own settings are a cell as well. Errors as `evaluate`.
+    """
     grid = check_grid(world, config, rollout_config)
-    _, manifest = prepare(world, store, _evaluation(config), grid[0], manifest)
+    _, manifest = prepare(world, store, evaluation_config(config), grid[0], manifest)
+    if write_back:
+        grid = with_default(grid, world.generation)
+        world.check_generation(world.generation)
     if config.delta and store.action_space.width and len(manifest.windows) < 2:
-        raise UserError("1 window leaves nobody to borrow actions from: give --windows 2 or more, or leave out --delta")
-    return manifest
+        raise UserError("1 window leaves nobody to borrow actions from: give --windows 2 or more, or --no-delta")
+    test = _test_windows(store, manifest, config.seed) if config.test and manifest.split != "test" else None
+    if test:
+        world.check_generation(world.generation)  # it is reported on test
+    return Ready(grid, manifest, test)
 
 
-def check_grid(world: World, config: SweepConfig, rollout_config: RolloutConfig) -> list[RolloutConfig]:
-    """Every cell's settings, the reference first. UserError for an empty, repeated or impossible grid."""
-    steps = config.steps or (rollout_config.steps,)
-    for name, values in (("--taus", config.taus), ("--steps", steps)):
-        if not values or len(set(values)) != len(values):
-            raise UserError(
-                f"{name} {', '.join(map(str, values)) or '(nothing)'} must be different values, at least one"
-            )
-    grid = [replace(rollout_config, tau_ctx=tau, steps=k) for k in steps for tau in sorted(config.taus)]
-    for cell in grid:
-        world.check_generation(cell)
-    return grid
+def sweep(
+    world: World,
+    store: EpisodeStore,
+    config: SweepConfig,
+    rollout_config: RolloutConfig,
+    manifest: WindowManifest | None = None,
+    *,
+    storage: Storage | None = None,
+    write_back: bool = False,
+    bar: Bar | None = None,
+    on_cell: Callable[[dict[str, Any]], None] | None = None,
+    say: Say = lambda _: None,
+    complain: Say = lambda _: None,
+    budget_s: float | None = None,
+) -> Sweep:
+    """Measure every cell, choose, and report the choice on test. Errors as `evaluate`.
 
-
-def _evaluation(config: SweepConfig) -> EvaluationConfig:
-    shared = {f.name for f in fields(EvaluationConfig)} & {f.name for f in fields(SweepConfig)}
-    return EvaluationConfig(**{name: getattr(config, name) for name in shared})
-
-
-def walked(config: RolloutConfig, k_max: int) -> tuple[float, int]:
-    """(tau at which a sampler really stops, model passes it really takes), found by walking it once on nothing."""
-    passes = 0
-
-    def denoise(z: torch.Tensor, tau: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-        nonlocal passes
-        passes += 1
-        return z
-
-    sampler = SAMPLERS[config.sampler]
-    _, _, end = sampler(
-        denoise, torch.zeros(1, 1, 1, 1), config.steps, tau_ctx=config.tau_ctx, k_max=k_max, generator=None
-    )
-    return round(float(end), 9), passes
-
-
-class _Runner:
-    """Runs cells on common windows: floor and ceiling are measured once, with the first cell."""
-
-    def __init__(self, world, store, manifest, config, use_delta, progress, cells: int) -> None:
-        self.world, self.store, self.manifest, self.config = world, store, manifest, config
-        self.wrong = wrong_actions(store, manifest, config.seed)["shuffled"] if use_delta else None
-        self.fixed: dict[str, Table] = {}
-        self.starts: list[np.ndarray] = []
-        self.clips: list[tuple[str, np.ndarray]] = []
-        self.progress = progress
-        self.done, self.total = 0, cells * len(manifest.windows) * manifest.horizon * (2 if use_delta else 1)
-
-    def run(self, rollout_config: RolloutConfig) -> tuple[dict[str, Table], float, int]:
-        """Tables of floor, ceiling, truth, model (and shuffled), seconds of rollout, frames that were not finite."""
-        context, seed = self.manifest.context, self.config.seed
-        parts, fixed, clip, seconds, broken = [], [], [], 0.0, 0
-        for i, (here, frames, actions) in enumerate(batches(self.store, self.manifest, self.config.batch)):
-            keys, truth, part = self.manifest.keys[here], frames[:, context:], {}
-            if not self.fixed:
-                tables, before = references(self.world, frames, context, self.config.batch)
-                fixed.append(tables)
-                self.starts.append(before)
-            for who, acts in (("model", actions), ("shuffled", None if self.wrong is None else self.wrong[here])):
-                if acts is None:
-                    continue
-                made = generate(
-                    self.world, frames, acts, keys, rollout_config,
-                    seed=seed, context=context, batch=self.config.batch, tick=self._tick,
-                )  # fmt: skip
-                broken += int((~made.finite).sum())
-                part[who] = score(made.frames, truth, before=self.starts[i], finite=made.finite)
-                if who == "model":
-                    seconds += made.seconds
-                    clip.append(np.concatenate([frames[:, :context], made.frames], axis=1))
-            parts.append(part)
-            if not self.fixed and i == 0:
-                self.clips.append(("truth", frames[: self.config.shown]))
-        self.fixed = self.fixed or join(fixed)
-        title = f"tau {rollout_config.tau_ctx:g}, K {rollout_config.steps}"
-        self.clips.append((title, np.concatenate(clip)[: self.config.shown]))
-        return self.fixed | join(parts), seconds, broken
-
-    def _tick(self, frames: int) -> None:
-        self.done += frames
-        if self.progress:
-            self.progress(self.done, self.total)
-
-
-def _row(world, cell, found, reference, manifest, horizons, at, config, seconds, not_finite) -> dict[str, Any]:
-    episodes, model, truth = manifest.episodes, found["model"], found["truth"]
-    end, passes = walked(cell, world.k_max)
-    return {
-        "tau_ctx": cell.tau_ctx,
-        "tau_end": end,
-        "steps": cell.steps,
-        "passes": passes,
-        "psnr": {h: model["psnr"][:, h - 1].mean() for h in horizons},
-        "gain_db": {h: gain(found, episodes, h) for h in horizons},
-        "difference_db": _difference(found, reference, episodes, at),
-        "motion_ratio": ratio(model["motion"][:, :at].mean(), truth["motion"][:, :at].mean()),
-        "sharpness_ratio": ratio(model["energy"][:, at - 1].mean(), truth["energy"][:, at - 1].mean()),
-        "action_delta_db": (
-            delta(found, "shuffled", episodes, min(config.delta_at, manifest.horizon)) if "shuffled" in found else None
-        ),
+    on_cell gets each finished row; no cell is begun that would not end within budget_s seconds, and test is not looked
+    at before the grid is finished. storage: where finished cells are kept and found again. write_back: decide as well
+    whether the world's default tau_ctx should change (`result["write_back"]`); nothing is written here.
+    """
+    began, plan = time.monotonic(), ready(world, store, config, rollout_config, manifest, write_back)
+    manifest, budget = plan.manifest, Budget(budget_s)
+    runner = Runner(world, store, manifest, config, storage, complain)
+    about = Rows(world, manifest, pick_horizons(config.horizons, manifest.horizon), runner.delta_at, plan.grid)
+    done, rows = [], []
+    for d in runner.run_all(plan.grid, budget, bar, say):
+        done.append(d)
+        rows.append(about.of_cell(d, done))
+        if on_cell:
+            on_cell(jsonable(rows[-1]))
+    best, complete = verdict.find_best(done, manifest.episodes, about.at), len(done) == len(plan.grid)
+    notes = reading_warnings(world, store, manifest.episodes)
+    notes += verdict.warnings(world, done, best, manifest.episodes, about.at)
+    notes += _notes(config, plan, runner, len(done))
+    if write_back and not complete:
+        notes.append("nothing was written back: the grid is not finished")
+    decision = verdict.decide(done, world.generation, manifest.episodes, about.at) if write_back and complete else None
+    test, tested, test_windows = None, [], []
+    if plan.test and best and complete:
+        roles = {"best": best.cell.cell, "reference": reference_of(plan.grid, best.cell.cell), "own": world.generation}
+        if decision and decision["changed"]:
+            roles["chosen"] = replace(world.generation, tau_ctx=decision["tau_ctx"])
+        test, tested, test_windows = _report(world, store, config, plan, roles, storage, budget, bar, say, complain)
+        notes += test.pop("warnings") + verdict.check_on_test(test, about.at, decision)
+    not_finite = sum(d.scores.not_finite for d in [*done, *tested])
+    evaluation, _ = prepare(world, store, evaluation_config(config), plan.grid[0], manifest)
+    base = settings(world, store, evaluation, rollout_config, manifest)
+    base.pop("generation")  # each cell has its own
+    how = {"sweep": asdict(config), "grid": [asdict(c) for c in plan.grid], "own": asdict(world.generation)}
+    result = {
+        "kind": "sweep-tau",
+        "status": "nan" if not_finite else "ok",
+        "complete": complete and (not plan.test or not best or test["complete"]),
         "not_finite_frames": not_finite,
-        "frames_per_s": len(episodes) * manifest.horizon / max(seconds, 1e-9),
+        "settings": base | how | {"checkpoint_hash": storage.weights if storage else None},
+        "n": _counts(manifest),
+        "cells_asked": len(plan.grid),
+        "common": {n: getattr(plan.grid[0], n) for n in OTHERS if n not in about.varying},
+        "varying": about.varying,
+        "reported": about.horizons,
+        "compared_at": about.at,
+        "reference": {"tau_ctx": plan.grid[0].tau_ctx},
+        **about.references(runner),
+        "cells": rows,
+        "best": best.to_json(about.at) if best else None,
+        "test": test,
+        "write_back": decision,
+        "warnings": notes,
+        "timing": {"seconds": time.monotonic() - began},
     }
+    clips = [("truth", runner.truth_clip()), *((about.title(d.cell), d.scores.clip) for d in done)]
+    windows = [row for d in done for row in about.by_window(d)]
+    return Sweep(jsonable(result), clips, jsonable(windows + test_windows))
 
 
-def _difference(a: dict[str, Table], b: dict[str, Table], episodes: Sequence[str], h: int) -> Interval:
-    return paired_bootstrap(a["model"]["psnr"][:, h - 1] - b["model"]["psnr"][:, h - 1], episodes)
+def _report(world, store, config, plan: Ready, roles: dict[str, RolloutConfig], storage, budget, bar, say, complain):
+    """Cells by their roles (best, reference, own, chosen) on the windows of test: (facts, cells, rows)."""
+    runner = Runner(world, store, plan.test, config, storage, complain)
+    cells = list(dict.fromkeys(roles.values()))
+    about = Rows(
+        world, plan.test, pick_horizons(config.horizons, plan.test.horizon), runner.delta_at, [*plan.grid, *cells]
+    )
+    done = list(runner.run_all(cells, budget, bar, say))
+    by_cell, episodes = {d.cell: d for d in done}, plan.test.episodes
+    rows = {}
+    for role, cell in roles.items():
+        if cell in by_cell:
+            rows[role] = about.of_cell(by_cell[cell], done)
+            rows[role].pop("difference_db")  # to whom is said below
+            rows[role].pop("curve")
+    differences = {}
+    for a, b in (("best", "reference"), ("best", "own"), ("chosen", "own")):
+        pair = [by_cell.get(roles.get(role)) for role in (a, b)]
+        if all(pair):
+            differences[f"{a}_minus_{b}_db"] = {h: verdict.difference(*pair, episodes, h) for h in about.horizons}
+    complete = len(done) == len(cells)
+    facts = {
+        "complete": complete,
+        "split": plan.test.split,
+        "manifest_hash": plan.test.hash,
+        "n": _counts(plan.test),
+        "cells": rows,
+        **differences,
+        "warnings": [f"on test: {w}" for w in reading_warnings(world, store, episodes)]
+        + ([] if complete else ["the budget ended before test: the same command goes on where it stopped"]),
+    }
+    return facts, done, [row for d in done for row in about.by_window(d)]
 
 
-def _best(cells, tables, episodes, at: int) -> dict[str, Any] | None:
-    """The finite cell of highest PSNR at frame `at`, and every other one whose distance to it may be nothing."""
-    finite = [i for i, c in enumerate(cells) if np.isfinite(c["psnr"][at])]
-    if not finite:
-        return None
-    top = max(finite, key=lambda i: cells[i]["psnr"][at])
-    same = []
-    for i in finite:
-        gap = _difference(tables[top], tables[i], episodes, at)
-        if i != top and not gap.lo > 0:  # with one episode there is no interval, and nothing can be told apart
-            same.append({"tau_ctx": cells[i]["tau_ctx"], "steps": cells[i]["steps"], "behind_db": gap})
-    return {"tau_ctx": cells[top]["tau_ctx"], "steps": cells[top]["steps"], "at": at, "not_told_apart": same}
-
-
-def _warnings(cells, config: SweepConfig, best, at: int) -> list[str]:
+def _notes(config: SweepConfig, plan: Ready, runner: Runner, done: int) -> list[str]:
     found = []
-    if best and len(config.taus) > 1 and best["tau_ctx"] in (min(config.taus), max(config.taus)):
-        found.append(f"the best tau {best['tau_ctx']:g} lies at the grid's edge: widen --taus if it can be widened")
-    if best is None:
-        found.append("no cell is finite, so there is no best")
-
-    def name(cell) -> str:
-        return f"{cell['tau_ctx']:g} (K = {cell['steps']})"
-
-    below = [name(c) for c in cells if c["gain_db"][at].value < 0]
-    frozen = [name(c) for c in cells if c["motion_ratio"] < FROZEN]
-    if below:
-        found.append(f"below persistence at frame {at}: tau {', '.join(below)}")
-    if frozen:
-        found.append(f"frozen (motion ratio below {FROZEN}): tau {', '.join(frozen)}")
+    if done < len(plan.grid):
+        found.append(f"the budget ended after {done} of {len(plan.grid)} cells")
+    if config.delta and not runner.delta_at:
+        found.append("no action delta: the action space is empty")
+    if config.test and plan.test is None:
+        found.append("chosen on the test split itself, so there are no fresh windows to report the choice on")
+    elif plan.test is None:
+        found.append("not reported on test: the best of several is flattered by the windows that it was chosen on")
     return found
 
 
-def _curves(cells, tables) -> list[dict[str, Any]]:
-    """PSNR in dB by generated frame of floor, ceiling and every cell."""
-    rows = [{"name": who, "psnr": list(tables[0][who]["psnr"].mean(0))} for who in ("floor", "ceiling")]
-    for cell, found in zip(cells, tables, strict=True):
-        rows.append(
-            {"name": f"tau {cell['tau_ctx']:g}, K {cell['steps']}", "psnr": list(found["model"]["psnr"].mean(0))}
-        )
-    return rows
+def _test_windows(store: EpisodeStore, manifest: WindowManifest, seed: int) -> WindowManifest:
+    """As many windows of the test split as were chosen on, or all that there are."""
+    lengths = {e.id: e.frames for e in store.episodes("test") if e.labelled or not store.action_space.width}
+    try:
+        count = min(len(manifest.windows), len(enumerate_windows(lengths, manifest.length)))
+        return make_manifest(store, "test", manifest.context, manifest.horizon, count, seed)
+    except DataError as error:
+        raise DataError(f"the choice cannot be reported on test ({error}): give --no-test") from None
+
+
+def _counts(manifest: WindowManifest) -> dict[str, int]:
+    return {"windows": len(manifest.windows), "episodes": len(set(manifest.episodes)), "noise_seeds": 1}

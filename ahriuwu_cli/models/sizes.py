@@ -2,8 +2,8 @@
 
 Small sizes add the conditioning to their tokens, look back over time in every second layer, and there at all tokens of
 past frames, so that what moves sideways is found where it was: measured, on two cores tokens cost more than parameters,
-and only across frames did the view turn (docs/log.md). From medium on the layout is the paper's: tokens for (tau, d) and
-the action, four registers, time attention in every fourth layer, grouped-query attention.
+and only across frames did the view turn (docs/log.md). From medium on the layout is the paper's: tokens for (tau, d)
+and the action, four registers, time attention in every fourth layer, grouped-query attention.
 """
 
 from __future__ import annotations
