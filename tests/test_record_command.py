@@ -90,7 +90,13 @@ def test_ctrl_c_while_recording_exits_130_and_leaves_nothing(here):
     (here / "temporary").mkdir()
     command = [sys.executable, "-m", "ahriuwu_cli", "record", "defend_the_center", "--out", "d", "--episodes", "9999"]
     environment = os.environ | {"TMPDIR": str(here / "temporary")}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
     deadline = time.monotonic() + 60
     while not list(here.glob(".d.partial*/episodes/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
