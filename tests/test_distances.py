@@ -127,17 +127,18 @@ def test_kernel_distance_is_the_slow_sum_over_pairs():
     assert float(kernel_distance(x, y)) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_kernel_distance_is_unbiased_for_clips_that_share_episodes_only_when_it_knows_them():
+@pytest.mark.parametrize("same_episodes", [False, True])
+def test_kernel_distance_is_unbiased_for_clips_that_share_episodes_only_when_it_knows_them(same_episodes):
     with_groups, without = [], []
     groups = torch.arange(6).repeat_interleave(4)
     for i in range(600):
-        draw = normal(2, 6, 4, 3, seed=i) * 0.3 + normal(2, 6, 1, 3, seed=10_000 + i)
+        episode = normal(2, 6, 1, 3, seed=10_000 + i)
+        draw = normal(2, 6, 4, 3, seed=i) * 0.3 + (episode[:1] if same_episodes else episode)
         x, y = draw.reshape(2, 24, 3)
-        with_groups.append(float(kernel_distance(x, y, groups, groups + 6)))
+        with_groups.append(float(kernel_distance(x, y, groups, groups if same_episodes else groups + 6)))
         without.append(float(kernel_distance(x, y)))
-    error = np.std(with_groups) / np.sqrt(len(with_groups))
-    assert abs(np.mean(with_groups)) < 3 * error
-    assert np.mean(without) > 5 * error
+    assert abs(np.mean(with_groups)) < 3 * np.std(with_groups) / np.sqrt(len(with_groups))
+    assert abs(np.mean(without)) > 5 * np.std(without) / np.sqrt(len(without))
 
 
 def test_kernel_distance_without_two_episodes_is_nan():
@@ -152,8 +153,8 @@ def test_the_swap_test_calls_a_perfect_model_different_in_one_case_of_twenty_and
     groups = torch.arange(8).repeat_interleave(3)
     chances = []
     for i in range(150):
-        episode = normal(1, 8, 1, 4, seed=5000 + i)
-        x, truth, other = (normal(3, 8, 3, 4, seed=i) + episode).reshape(3, 24, 4)
+        episode = normal(3, 8, 1, 4, seed=5000 + i)  # what happens in an episode is shared by its clips
+        x, truth, other = (normal(3, 8, 3, 4, seed=i) * 0.3 + episode).reshape(3, 24, 4)
         chances.append(swap_test(measure, x, truth, other, groups, groups))
         if i < 5:
             assert swap_test(measure, x + 2, truth, other, groups, groups) < 0.05

@@ -64,8 +64,7 @@ def latent_distances(
     """
     other_clips, other_episodes = others
     truth = frames[:, context:]
-    sets = {"generated": generated, "truth": truth, "other": other_clips, "reference": reference}
-    for name, clips in sets.items():
+    for name, clips in {"generated": generated, "other": other_clips, "reference": reference}.items():
         _check_clips(name, clips)
     if generated.shape != truth.shape or len(episodes) != len(truth) or len(other_episodes) != len(other_clips):
         raise ValueError(f"generated {generated.shape}, truth {truth.shape}, {len(episodes)}, {len(other_episodes)}")
