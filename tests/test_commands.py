@@ -138,7 +138,7 @@ def test_info_lists_sizes_from_one_million_to_one_point_six_billion(run):
     code, out, _ = run("info", "--json")
     sizes = {row["size"]: row["parameters"] for row in json.loads(out)["sizes"]}
     assert code == 0
-    assert list(sizes) == ["nano", "tiny", "small", "medium", "large", "xlarge"]
+    assert list(sizes) == ["nano", "mini", "tiny", "small", "medium", "large", "xlarge"]
     assert 0.5e6 < sizes["nano"] < 1.5e6
     assert 1.5e9 < sizes["xlarge"] < 1.7e9
 

@@ -13,6 +13,7 @@ _PAPER = {"conditioning": "token", "registers": 4, "time_every": 4, "linear_skip
 
 SIZES: dict[str, dict] = {
     "nano": {"width": 128, "depth": 4, "heads": 4, "kv_heads": 4, "mlp_hidden": 256, "window": 12, **_SMALL},
+    "mini": {"width": 192, "depth": 6, "heads": 4, "kv_heads": 4, "mlp_hidden": 448, "window": 12, **_SMALL},
     "tiny": {"width": 256, "depth": 6, "heads": 4, "kv_heads": 4, "mlp_hidden": 640, "window": 16, **_SMALL},
     "small": {"width": 384, "depth": 8, "heads": 6, "kv_heads": 6, "mlp_hidden": 1024, "window": 24, **_SMALL},
     "medium": {"width": 768, "depth": 12, "heads": 12, "kv_heads": 4, "mlp_hidden": 2048, "window": 64, **_PAPER},
