@@ -109,7 +109,7 @@ def train_dynamics(
     long_frames: int = typer.Option(0, help="Frames of a long clip, at equal frames a step."),
     long_every: int = typer.Option(0, help="Every how many steps the clips are long ones."),
     accumulate: int = typer.Option(1, help="Micro-batches a step."),
-    forcing: str = typer.Option("independent", help="How tau and d are drawn: independent, context, horizon or prefix."),
+    forcing: str = typer.Option("independent", help="Draws of tau and d: independent, context, horizon or prefix."),
     tau_ctx: float = typer.Option(0.1, help="Noise of context frames, tau (0 clean, 1 noise)."),
     ramp: str = typer.Option("paper", help="Loss weight over tau: paper, inverted or flat."),
     bootstrap_share: float = typer.Option(0.125, help="Share of clips that train larger step sizes d (eq. 7)."),
