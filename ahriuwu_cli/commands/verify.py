@@ -24,18 +24,23 @@ def verify(
     dataset: Annotated[
         Path | None, typer.Option("--dataset", help="Question the model on this dataset's val split.")
     ] = None,
+    metrics: Annotated[
+        bool, typer.Option(help="Run every metric on models and videos whose order is known (ten seconds).")
+    ] = True,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Check the mathematics, and a checkpoint's sensitivity to d, tau (0 clean, 1 noise), action and context.
+    """Check the mathematics, the metrics, and what a checkpoint hears of d, tau (0 clean, 1 noise), action and context.
 
-    Exit code 1 when a check fails.
+    With --dataset, also whether the metrics tell the checkpoint from its own blind copies. Exit code 1 when a check
+    fails.
     """
     if dataset is not None and checkpoint is None:
         raise UserError("--dataset is for questioning a model: give a checkpoint too, or leave --dataset out")
     if dataset is not None and not dataset.exists():
         raise DataError(f"{dataset} does not exist: give a dataset folder")
 
+    from ahriuwu_cli.evaluation.summary import jsonable
     from ahriuwu_cli.evaluation.verify import as_table, verify_mathematics, verify_world
 
     world = store = None
@@ -46,13 +51,24 @@ def verify(
         world = load_world(checkpoint, device)
         store = None if dataset is None else EpisodeStore.open(dataset)
     checks = verify_mathematics()
+    controls = None
+    if metrics:
+        from ahriuwu_cli.evaluation import selftest
+
+        controls = selftest.self_test()
+        checks += controls.checks
     if world is not None:
         checks += verify_world(world, store)
+        if metrics and store is not None:
+            checks += selftest.question_metrics(world, store)
     failed = sum(not c.ok for c in checks)
     if as_json:
         lines = [{**vars(c), "measured": c.measured if c.measured == c.measured else None} for c in checks]
-        typer.echo(json.dumps({"ok": not failed, "failed": failed, "checks": lines}))
+        document = {"ok": not failed, "failed": failed, "checks": lines}
+        typer.echo(json.dumps(document | ({} if controls is None else {"controls": jsonable(controls.rows)})))
     else:
+        if controls is not None:
+            typer.echo(f"{controls.as_table()}\n")
         typer.echo(as_table(checks))
         typer.echo(f"\n{len(checks) - failed} of {len(checks)} checks hold")
     if failed:

@@ -1,0 +1,98 @@
+"""The metrics' self-test: every metric on models and videos whose order is known beforehand, good ones and broken.
+
+What they are run on is in `selftest_bench`, what must come out in `selftest_lines`; `ahriuwu verify` calls this.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.evaluation import evaluate, selftest_lines, step_sizes
+from ahriuwu_cli.evaluation.blind import blind_copy
+from ahriuwu_cli.evaluation.checks import Check, above, near
+from ahriuwu_cli.evaluation.prepare import EvaluationConfig
+from ahriuwu_cli.evaluation.protocol import make_manifest
+from ahriuwu_cli.evaluation.selftest_bench import CONTEXT, HORIZON, Bench, Row
+from ahriuwu_cli.world import World
+
+COLUMNS = {  # of the table: heading and format
+    "gain": "{:+.2f}", "psnr": "{:.2f}", "ssim": "{:.2f}", "motion": "{:.2f}", "cosine": "{:.2f}", "sharp": "{:.2f}",
+    "colour": "{:.3f}", "drift": "{:+.2f}", "delta": "{:+.2f}", "spread": "{:.2f}", "energy": "{:.4f}",
+    "frechet": "{:.2f}", "p": "{:.3f}",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """checks: the lines of `ahriuwu verify`. rows: every metric (see COLUMNS) of every control, NaN where not asked."""
+
+    checks: list[Check]
+    rows: dict[str, Row]
+
+    def as_table(self) -> str:
+        """Aligned text, a line a control: at generated frame 16, with the action delta at frame 4."""
+        lines = [("control", *COLUMNS)]
+        for name, row in self.rows.items():
+            shown = (f.format(row[c]) if math.isfinite(row.get(c, math.nan)) else "-" for c, f in COLUMNS.items())
+            lines.append((name, *shown))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        return "\n".join(
+            "  ".join(
+                (c.rjust if i else c.ljust)(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def self_test(seed: int = 0) -> SelfTest:
+    """Run every metric on every control; about ten seconds on one core."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        bench = Bench.build(Path(folder) / "data", seed)
+        rows = bench.videos() | bench.models()
+        checks = []
+        for part in selftest_lines.PARTS:
+            try:
+                checks.extend(Check("metrics", *line) for line in part(bench, rows))
+            except Exception as error:  # a metric that breaks on a control has failed; the others still count
+                broke = f"{part.__name__} broke with {type(error).__name__}: {' '.join(str(error).split())[:60]}"
+                checks.append(Check("metrics", broke, math.nan, "no error", False))
+    return SelfTest(checks, rows)
+
+
+def question_metrics(world: World, store: EpisodeStore, seed: int = 0, windows: int = 16) -> list[Check]:
+    """The same question on a trained world's own blind copies, on val windows: do the metrics tell them apart?
+
+    What fails here is either the metric or the world: a world that does no better than its context-blind or tau-blind
+    copy is nothing to evaluate. DataError when the split has no such windows.
+    """
+    context = min(CONTEXT, max(1, world.dynamics.config.window - 1))
+    manifest = make_manifest(store, "val", context, HORIZON, windows, seed)
+    config, checks = EvaluationConfig(seed=seed), []
+
+    def ask(who: World) -> dict[str, Any]:
+        return evaluate.evaluate(who, store, config, world.generation, manifest)
+
+    own = ask(world)
+    for sense in ("context", "tau"):
+        other = ask(blind_copy(world, sense))
+        gained = own["horizons"]["1"]["psnr"]["value"] - other["horizons"]["1"]["psnr"]["value"]
+        checks.append(above(f"PSNR at 1, own minus the {sense}-blind copy's (dB)", gained, 0))
+    if world.action_space.width:
+        other = ask(blind_copy(world, "action"))
+        worst = max(abs(at["value"]) for by in other["action_delta_db"].values() for at in by.values())
+        checks.append(near("action delta of the action-blind copy (dB)", worst, 0, 0))
+        own_delta = own["action_delta_db"]["shuffled"]["4"]["value"]
+        checks.append(above("action delta at 4 of the world itself (dB)", own_delta, 0))
+    if len(world.trained_d) > 1:
+        verdict = step_sizes.consistency(blind_copy(world, "d"), store, manifest, windows=8, seed=seed)["verdict"]
+        checks.append(
+            ("consistency of the d-blind copy: called ok", float(verdict["ok"] is True), "0", not verdict["ok"])
+        )
+    return [Check("blind copies", *line) for line in checks]
