@@ -46,6 +46,9 @@ def _add_commands() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 1 a check failed, 2 usage, 3 data, 4 checkpoint, 130 interrupted."""
+    # Threads that wait for each other must sleep, not spin: beside one other busy process spinning made a rollout forty
+    # times slower. OpenMP reads this when torch is imported; whoever set it already is right.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments or bool(os.environ.get("AHRIUWU_DEBUG"))
     arguments = [a for a in arguments if a != "--debug"]

@@ -76,6 +76,16 @@ class Prompt:
     same_actions: bool
 
 
+def shipped_prompt(checkpoint: Path) -> Path:
+    """The prompts inside a world that was exported with some. UserError where there are none."""
+    if not checkpoint.exists():
+        raise CheckpointError(f"there is no checkpoint at {checkpoint}")
+    folder = checkpoint / "prompt"
+    if not (folder / "dataset.json").is_file():
+        raise UserError(f"{checkpoint} brings no prompts of its own: name a dataset, video or image after it")
+    return folder
+
+
 def read_prompts(world: World, request: Request) -> list[Prompt]:
     """A prompt for each source of actions, all of one window. DataError or CheckpointError when it does not fit."""
     sources = request.actions or (None,)

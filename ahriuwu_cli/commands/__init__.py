@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from ahriuwu_cli.commands import eval, import_, info, record, rollout, sweep_tau, train, verify
+from ahriuwu_cli.commands import eval, export, import_, info, record, rollout, sweep_tau, train, verify
 
 # One line a verb, in the order that `ahriuwu --help` shows.
 ALL: tuple[Callable[[typer.Typer], None], ...] = (
@@ -15,5 +15,6 @@ ALL: tuple[Callable[[typer.Typer], None], ...] = (
     eval.register,
     sweep_tau.register,
     verify.register,
+    export.register,
     info.register,
 )

@@ -16,7 +16,10 @@ def register(app: typer.Typer) -> None:
 
 def rollout(
     checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
-    prompt: Path = typer.Argument(..., help="Where the context frames come from: dataset, video file or image."),
+    prompt: Path = typer.Argument(
+        None,
+        help="Where the context frames come from: dataset, video file or image (default: the world's own prompts).",
+    ),
     out: Path = typer.Option(..., "--out", help="Folder to write; must be new or empty unless --overwrite."),
     episode: str = typer.Option(None, help="Dataset prompt: episode id (default: drawn from --split by --seed)."),
     start: int = typer.Option(None, help="First context frame (default: drawn; 0 for a video)."),
@@ -45,9 +48,11 @@ def rollout(
     """Imagine video: writes rollout.mp4 (truth | rollout | difference), a GIF, a PNG strip and the raw arrays."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.imagine import Request, imagine
+    from ahriuwu_cli.prompts import shipped_prompt
     from ahriuwu_cli.training.checkpoint import load_world
     from ahriuwu_cli.training.run import refuse_used
 
+    prompt = shipped_prompt(checkpoint) if prompt is None else prompt
     request = Request(prompt, episode, start, split, pick, context, length, tuple(actions), samples, seed)
     request.check()
     refuse_used(out, overwrite)

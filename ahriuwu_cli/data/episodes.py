@@ -177,9 +177,10 @@ class EpisodeWriter:
     def __enter__(self) -> EpisodeWriter:
         return self
 
-    def add(self, frames: np.ndarray, actions: np.ndarray | None, source: str = "") -> str:
+    def add(self, frames: np.ndarray, actions: np.ndarray | None, source: str = "", split: str | None = None) -> str:
         """Write one episode, frames uint8 (T, H, W, 3) and actions float32 (T-1, A) or None; returns its id.
 
+        split: train, val or test; left out, it is drawn from the writer's fractions at the end.
         Raises DataError on a wrong shape, a wrong count of actions, or actions outside the action space.
         """
         import numpy as np
@@ -204,7 +205,8 @@ class EpisodeWriter:
         save_file(tensors, file)
         with open(file, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        episode = Episode(episode_id, "train", len(frames), actions is not None, digest, source)
+        assert split is None or split in SPLITS, split
+        episode = Episode(episode_id, split or "", len(frames), actions is not None, digest, source)
         self._episodes.append(dict(vars(episode)))
         return episode_id
 
@@ -220,8 +222,11 @@ class EpisodeWriter:
     def _finish(self) -> None:
         if not self._episodes:
             raise DataError(f"no episode was written, so {self.path} was not made")
-        unique = list(dict.fromkeys(e["sha256"] for e in self._episodes))  # identical episodes share one split
-        splits = dict(zip(unique, split_episodes(len(unique), self._fractions, self._facts["seed"]), strict=True))
+        given = {e["sha256"]: e["split"] for e in self._episodes if e["split"]}
+        unique = list(dict.fromkeys(e["sha256"] for e in self._episodes if e["sha256"] not in given))
+        # identical episodes share one split
+        drawn = split_episodes(len(unique), self._fractions, self._facts["seed"]) if unique else []
+        splits = given | dict(zip(unique, drawn, strict=True))
         for episode in self._episodes:
             episode["split"] = splits[episode["sha256"]]
         document = self._facts | {"episodes": self._episodes}

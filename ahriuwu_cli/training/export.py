@@ -1,0 +1,160 @@
+"""A world made ready to ship: weights in 16 bits, a few prompts to start from, and a model card, in one small folder.
+
+world/            a checkpoint as `training.checkpoint` writes it, weights in bfloat16 (read back as float32)
+  prompt/         a dataset of a few short clips, all of the split `test`; `ahriuwu rollout WORLD` starts from them
+  README.md       the model card: what it is, how it was made, what it scores, what it cannot do
+"""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.windows import draw_windows
+from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.models.dynamics import count_parameters
+from ahriuwu_cli.training.checkpoint import load_world, save_world
+from ahriuwu_cli.world import World
+
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROMPT, CARD = "prompt", "README.md"
+
+
+def export(
+    world: World,
+    out: Path,
+    *,
+    weights: str = "bfloat16",
+    prompts: EpisodeStore | None = None,
+    clips: int = 3,
+    frames: int = 40,
+    split: str = "test",
+    seed: int = 0,
+    evidence: Path | None = None,
+    notes: str = "",
+) -> dict[str, Any]:
+    """Write the folder and return its facts. The tokenizer stays in float32: it is small.
+
+    prompts: a dataset from which `clips` clips of `frames` frames of a split are taken. evidence: a folder of
+    `ahriuwu eval` on the exported world's own data, whose table goes into the card. UserError or DataError.
+    """
+    if weights not in FORMATS:
+        raise UserError(f"unknown --weights {weights!r}: {did_you_mean(weights, tuple(FORMATS))}")
+    scores = None if evidence is None else _scores(evidence)
+    windows = [] if prompts is None else _windows(world, prompts, clips, frames, split, seed)
+    before = {name: tensor.cpu().clone() for name, tensor in world.dynamics.state_dict().items()}
+    slim = replace(
+        world, dynamics=deepcopy(world.dynamics).to(FORMATS[weights]), facts=world.facts | {"weights": weights}
+    )
+    save_world(slim, out)
+    if windows:
+        _write_prompts(out / PROMPT, prompts, windows, frames)
+    (out / CARD).write_text(card(out.name, world, weights, scores, notes))
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    again = load_world(out, "cpu")
+    after = again.dynamics.state_dict()
+    rounding = max(float((after[n].double() - t.double()).abs().max()) for n, t in before.items() if t.numel())
+    return {
+        "world": str(out),
+        "weights": weights,
+        "megabytes": round(size / 1e6, 2),
+        "parameters": count_parameters(again.dynamics.requires_grad_(True)),
+        "prompts": len(windows),
+        "largest_rounding": rounding,
+    }
+
+
+def card(name: str, world: World, weights: str, scores: dict[str, Any] | None, notes: str) -> str:
+    """The model card, Markdown. scores: an eval.json's object."""
+    facts, train, tokenizer = world.facts, world.facts.get("train", {}), world.tokenizer
+    parameters = sum(p.numel() for p in world.dynamics.parameters())
+    threads, minutes = train.get("threads") or "all", facts.get("train_seconds", 0) / 60
+    rows = {
+        "frames": f"{tokenizer.height} x {tokenizer.width}, {world.fps:g} a second",
+        "actions": ", ".join(world.action_space.column_names) or "none",
+        "tokenizer": f"{tokenizer.kind}, {tokenizer.tokens} tokens of {tokenizer.latent_dim} channels",
+        "dynamics": f"{parameters / 1e6:.2f}M parameters, weights in {weights}",
+        "trained": f"{facts.get('step', '?')} steps in {minutes:.0f} minutes on {threads} thread(s)",
+        "command": f"`{facts.get('command', 'not recorded')}`",
+        "data": f"{facts.get('dataset', '?')}, fingerprint {str(facts.get('dataset_fingerprint', '?'))[:12]}",
+        "made by": ", ".join(f"{what} {str(facts.get(what, '?'))[:12]}" for what in ("ahriuwu", "torch", "git")),
+    }
+    lines = [f"# {name}", "", notes.strip() or "A world model trained with ahriuwu.", "", "| | |", "|---|---|"]
+    lines += [f"| {what} | {value} |" for what, value in rows.items()]
+    if scores:
+        lines += ["", *_table(scores)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(scores: dict[str, Any]) -> list[str]:
+    """Scores by horizon with 95 % intervals over episodes."""
+
+    def cell(value: Any, form: str = "{:.2f}") -> str:
+        if isinstance(value, dict) and value["lo"] is not None:
+            return f"{form.format(value['value'])} [{form.format(value['lo'])}, {form.format(value['hi'])}]"
+        return form.format(value["value"] if isinstance(value, dict) else value)
+
+    s, n, g = scores["settings"], scores["n"], scores["settings"]["generation"]
+    columns = {
+        "gain over persistence, dB": ("gain_db", "{:+.2f}"),
+        "PSNR, dB": ("psnr", "{:.2f}"),
+        "floor": ("floor", "{:.2f}"),
+        "ceiling": ("ceiling", "{:.2f}"),
+        "SSIM": ("ssim", "{:.2f}"),
+        "motion": ("motion_ratio", "{:.2f}"),
+        "sharpness": ("sharpness_ratio", "{:.2f}"),
+    }
+    lines = [
+        f"Held out: {n['windows']} windows of {n['episodes']} episodes (split {s['split']}), "
+        f"{s['evaluation']['context']} context frames; {g['sampler']}, K = {g['steps']}, tau_ctx {g['tau_ctx']} "
+        "(0 clean, 1 noise). 95 % intervals over episodes; they leave out training and noise seeds.",
+        "",
+        f"| frame | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for h, row in scores["horizons"].items():
+        lines.append(f"| {h} | {' | '.join(cell(row[key], form) for key, form in columns.values())} |")
+    for control, by in (scores["action_delta_db"] or {}).items():
+        told = ", ".join(f"{cell(value, '{:+.2f}')} at {h}" for h, value in by.items())
+        lines += ["", f"Action delta against {control} actions, dB: {told}."]
+    return lines
+
+
+def _scores(folder: Path) -> dict[str, Any]:
+    file = folder / "eval.json" if folder.is_dir() else folder
+    try:
+        scores = json.loads(file.read_bytes())
+        if scores["kind"] != "eval" or scores["status"] != "ok":
+            raise ValueError("it is not the result of an evaluation that went well")
+        _table(scores)
+    except FileNotFoundError:
+        raise DataError(f"there is no {file}: give a folder that `ahriuwu eval` wrote") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file} cannot be used ({error}): give a folder that `ahriuwu eval` wrote") from None
+    return scores
+
+
+def _windows(world: World, store: EpisodeStore, clips: int, frames: int, split: str, seed: int):
+    if clips < 1 or frames < 2:
+        raise UserError(f"--clips must be at least 1 and --frames at least 2, got {clips} and {frames}")
+    world.check_dataset(store)
+    lengths = {e.id: e.frames for e in store.episodes(split) if e.labelled or not store.action_space.width}
+    return draw_windows(lengths, frames, clips, seed)
+
+
+def _write_prompts(path: Path, store: EpisodeStore, windows: list[tuple[str, int]], frames: int) -> None:
+    with EpisodeWriter(
+        path, height=store.height, width=store.width, fps=store.fps, frame_skip=store.frame_skip,
+        action_space=store.action_space, source=store.source, seed=0,
+    ) as writer:  # fmt: skip
+        for episode, start in windows:
+            actions = store.actions(episode, start, start + frames - 1) if store.action_space.width else None
+            writer.add(
+                store.frames(episode, start, start + frames), actions, f"{store.name} {episode}:{start}", split="test"
+            )

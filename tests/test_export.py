@@ -1,0 +1,124 @@
+"""A world that ships: small weights that load everywhere, prompts of its own, a card that says what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from small import small_dataset, small_world
+
+from ahriuwu_cli.cli import main
+from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.training.checkpoint import load_world, read_tensors, save_world
+
+
+@pytest.fixture
+def place(tmp_path):
+    save_world(small_world(), tmp_path / "world")
+    small_dataset(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            raise SystemExit(main([str(a) for a in arguments]))
+        shown = capsys.readouterr()
+        return stopped.value.code or 0, shown.out, shown.err
+
+    return call
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("bfloat16", 8), ("float16", 11), ("float32", 24)])
+def test_weights_are_rounded_to_their_format_and_no_further(place, run, weights, bits):
+    code, out, _ = run("export", place / "world", "--out", place / "small", "--weights", weights, "--json")
+    assert code == 0
+    stored = read_tensors(place / "small" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {getattr(torch, weights)}
+    exact, shipped = small_world().dynamics.state_dict(), load_world(place / "small").dynamics.state_dict()
+    for name, tensor in exact.items():
+        assert shipped[name].dtype == torch.float32
+        assert bool(((shipped[name] - tensor).abs() <= tensor.abs() * 2.0**-bits + 1e-7).all())
+    assert json.loads(out)["largest_rounding"] == pytest.approx(
+        max(float((shipped[n] - t).abs().max()) for n, t in exact.items() if t.numel())
+    )
+    assert (json.loads(out)["largest_rounding"] == 0) == (weights == "float32")
+
+
+def test_the_world_that_was_exported_is_not_changed(place, run):
+    before = read_tensors(place / "world" / "model.safetensors")
+    run("export", place / "world", "--out", place / "small")
+    after = read_tensors(place / "world" / "model.safetensors")
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_rollout_needs_no_dataset_and_starts_from_the_prompts(place, run):
+    asked = ("--prompts", place / "data", "--clips", 2, "--frames", 12)
+    assert run("export", place / "world", "--out", place / "small", *asked)[0] == 0
+    store, whole = EpisodeStore.open(place / "small" / "prompt"), EpisodeStore.open(place / "data")
+    assert [(e.split, e.frames) for e in store.episodes()] == [("test", 12), ("test", 12)]
+    for clip in store.episodes():
+        episode, start = clip.source.split()[1].split(":")
+        assert whole.episode(episode).split == "test"
+        assert (store.frames(clip.id) == whole.frames(episode, int(start), int(start) + 12)).all()
+        assert (store.actions(clip.id) == whole.actions(episode, int(start), int(start) + 11)).all()
+    code, out, _ = run("rollout", place / "small", "--out", place / "ro", "--context", 4, "--length", 8, "--json")
+    assert code == 0
+    assert json.loads(out)["psnr_frames"] == 8
+    code, _, err = run("rollout", place / "world", "--out", place / "ro2")
+    assert code == 2
+    assert "brings no prompts" in err
+
+
+def test_the_card_holds_the_scores_of_the_evaluation(place, run):
+    asked = ("--windows", 4, "--context", 4, "--horizon", 4, "--looks", "none", "--out", place / "ev")
+    assert run("eval", place / "world", place / "data", *asked)[0] == 0
+    (place / "notes.txt").write_text("The art is nobody's.\n")
+    asked = ("--evidence", place / "ev", "--notes", place / "notes.txt")
+    assert run("export", place / "world", "--out", place / "small", *asked)[0] == 0
+    card = (place / "small" / "README.md").read_text()
+    row = json.loads((place / "ev" / "eval.json").read_text())["horizons"]["4"]
+    assert f"{row['gain_db']['value']:+.2f}" in card
+    assert f"{row['sharpness_ratio']:.2f}" in card
+    assert "The art is nobody's." in card
+    assert "4 windows" in card
+    assert "bfloat16" in card
+
+
+BAD = [
+    (("--weights", "bfloat61"), 2, "did you mean 'bfloat16'"),
+    (("--prompts", "{data}", "--frames", "1"), 2, "--frames"),
+    (("--prompts", "{data}", "--clips", "0"), 2, "--clips"),
+    (("--prompts", "{data}", "--frames", "4000"), 3, "4000"),
+    (("--prompts", "{data}", "--split", "tets"), 2, "test"),
+    (("--prompts", "{world}"), 3, "dataset"),
+    (("--evidence", "{data}"), 3, "ahriuwu eval"),
+    (("--evidence", "{broken}"), 3, "ahriuwu eval"),
+    (("--notes", "{data}"), 2, "text"),
+]
+
+
+@pytest.mark.parametrize(("options", "code", "words"), BAD)
+def test_a_bad_request_is_one_sentence_and_writes_nothing(place, run, options, code, words):
+    (place / "eval.json").write_text('{"kind": "eval", "status": "nan"}')
+    names = {"data": place / "data", "world": place / "world", "broken": place / "eval.json"}
+    found, _, err = run("export", place / "world", "--out", place / "small", *(o.format(**names) for o in options))
+    assert found == code, err
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (place / "small").exists()
+
+
+def test_an_episode_keeps_the_split_that_it_was_given(tmp_path):
+    import numpy as np
+    from small import SPACE
+
+    with EpisodeWriter(tmp_path / "d", height=16, width=16, fps=1.0, action_space=SPACE) as writer:
+        for i in range(9):
+            frames = np.full((3, 16, 16, 3), i, np.uint8)
+            writer.add(frames, np.zeros((2, 2), np.float32), split="test" if i < 4 else None)
+    splits = [e.split for e in EpisodeStore.open(tmp_path / "d").episodes()]
+    assert splits[:4] == ["test"] * 4
+    assert set(splits[4:]) == {"train", "val", "test"}
