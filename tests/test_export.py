@@ -87,7 +87,31 @@ def test_the_card_holds_the_scores_of_the_evaluation(place, run):
     assert "bfloat16" in card
 
 
+def test_the_busiest_prompts_have_the_most_edges_and_come_from_different_episodes(place, run):
+    from ahriuwu_cli.evaluation.metrics import gradient_energy
+
+    energies = {}
+    for pick in ("random", "busiest"):
+        asked = ("--prompts", place / "data", "--clips", 1, "--frames", 12, "--pick", pick, "--split", "train")
+        assert run("export", place / "world", "--out", place / pick, *asked)[0] == 0
+        store = EpisodeStore.open(place / pick / "prompt")
+        energies[pick] = float(gradient_energy(store.frames("000000", 7, 8))[0])
+    assert energies["busiest"] > energies["random"]
+    asked = ("--prompts", place / "data", "--clips", 3, "--frames", 12, "--pick", "busiest", "--split", "train")
+    assert run("export", place / "world", "--out", place / "three", *asked)[0] == 0
+    clips = EpisodeStore.open(place / "three" / "prompt").episodes()
+    assert len({c.source.split()[1].split(":")[0] for c in clips}) == 3
+
+
+def test_other_defaults_for_rollouts_are_stored_and_refused_where_they_cannot_be(place, run):
+    assert run("export", place / "world", "--out", place / "a", "--sampler", "euler", "--steps", 3)[0] == 0
+    assert load_world(place / "a").generation.steps == 3
+    assert run("export", place / "world", "--out", place / "b", "--sampler", "shortcut", "--steps", 3)[0] == 2
+    assert not (place / "b").exists()
+
+
 BAD = [
+    (("--prompts", "{data}", "--pick", "busyest"), 2, "did you mean 'busiest'"),
     (("--weights", "bfloat61"), 2, "did you mean 'bfloat16'"),
     (("--prompts", "{data}", "--frames", "1"), 2, "--frames"),
     (("--prompts", "{data}", "--clips", "0"), 2, "--clips"),

@@ -21,6 +21,9 @@ def export(
     clips: int = typer.Option(3, help="Prompt clips."),
     frames: int = typer.Option(40, help="Frames of a prompt clip."),
     split: str = typer.Option("test", help="Split of the prompts."),
+    pick: str = typer.Option("random", help="Prompts at random, or the busiest (most edges in view) of 64."),
+    steps: int = typer.Option(None, help="Another default K, model passes a frame."),
+    sampler: str = typer.Option(None, help="Another default sampler: shortcut, euler or renoise."),
     seed: int = typer.Option(0, help="Seed by which prompts are drawn."),
     evidence: Path = typer.Option(None, help="Folder of `ahriuwu eval`, whose scores go into the model card."),
     notes: Path = typer.Option(
@@ -44,7 +47,7 @@ def export(
     store = None if prompts is None else EpisodeStore.open(prompts)
     facts = write(
         load_world(checkpoint, "cpu"), out, weights=weights, prompts=store, clips=clips, frames=frames, split=split,
-        seed=seed, evidence=evidence, notes=words,
+        pick=pick, seed=seed, generation={"steps": steps, "sampler": sampler}, evidence=evidence, notes=words,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts))

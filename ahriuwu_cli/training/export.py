@@ -18,7 +18,9 @@ import torch
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.evaluation.metrics import gradient_energy
 from ahriuwu_cli.models.dynamics import count_parameters
+from ahriuwu_cli.prompts import CANDIDATES, PICKS
 from ahriuwu_cli.training.checkpoint import load_world, save_world
 from ahriuwu_cli.world import World
 
@@ -35,19 +37,24 @@ def export(
     clips: int = 3,
     frames: int = 40,
     split: str = "test",
+    pick: str = "random",
     seed: int = 0,
+    generation: dict[str, Any] | None = None,
     evidence: Path | None = None,
     notes: str = "",
 ) -> dict[str, Any]:
     """Write the folder and return its facts. The tokenizer stays in float32: it is small.
 
-    prompts: a dataset from which `clips` clips of `frames` frames of a split are taken. evidence: a folder of
-    `ahriuwu eval` on the exported world's own data, whose table goes into the card. UserError or DataError.
+    prompts: a dataset from which `clips` clips of `frames` frames of a split are taken, at random or those with most
+    edges in view (`busiest`). generation: other defaults for rollouts, such as {"sampler": "shortcut"}. evidence: a
+    folder of `ahriuwu eval`, whose table goes into the card. notes: the card's first words. UserError or DataError.
     """
     if weights not in FORMATS:
         raise UserError(f"unknown --weights {weights!r}: {did_you_mean(weights, tuple(FORMATS))}")
+    world = replace(world, generation=world.generation_with(generation or {}))
+    world.check_generation(world.generation)
     scores = None if evidence is None else _scores(evidence)
-    windows = [] if prompts is None else _windows(world, prompts, clips, frames, split, seed)
+    windows = [] if prompts is None else _windows(world, prompts, clips, frames, split, pick, seed)
     before = {name: tensor.cpu().clone() for name, tensor in world.dynamics.state_dict().items()}
     slim = replace(
         world, dynamics=deepcopy(world.dynamics).to(FORMATS[weights]), facts=world.facts | {"weights": weights}
@@ -140,12 +147,27 @@ def _scores(folder: Path) -> dict[str, Any]:
     return scores
 
 
-def _windows(world: World, store: EpisodeStore, clips: int, frames: int, split: str, seed: int):
+def _windows(
+    world: World, store: EpisodeStore, clips: int, frames: int, split: str, pick: str, seed: int
+) -> list[tuple[str, int]]:
+    """(episode, first frame) of every prompt clip."""
     if clips < 1 or frames < 2:
         raise UserError(f"--clips must be at least 1 and --frames at least 2, got {clips} and {frames}")
+    if pick not in PICKS:
+        raise UserError(f"unknown --pick {pick!r}: {did_you_mean(pick, PICKS)}")
     world.check_dataset(store)
     lengths = {e.id: e.frames for e in store.episodes(split) if e.labelled or not store.action_space.width}
-    return draw_windows(lengths, frames, clips, seed)
+    room = sum(max(0, n - frames + 1) for n in lengths.values())
+    drawn = draw_windows(lengths, frames, clips if pick == "random" else max(clips, min(CANDIDATES, room)), seed)
+    if pick == "random":
+        return drawn
+    at = min(8, frames) - 1  # the last context frame of a rollout's default
+    energy = {w: float(gradient_energy(store.frames(w[0], w[1] + at, w[1] + at + 1))[0]) for w in drawn}
+    chosen: dict[str, tuple[str, int]] = {}  # of every episode the busiest one, so that the clips differ
+    for window in sorted(drawn, key=lambda w: -energy[w]):
+        chosen.setdefault(window[0], window)
+    rest = [w for w in drawn if w not in chosen.values()]
+    return [*chosen.values(), *rest][:clips]
 
 
 def _write_prompts(path: Path, store: EpisodeStore, windows: list[tuple[str, int]], frames: int) -> None:
