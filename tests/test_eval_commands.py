@@ -254,3 +254,19 @@ def test_looks_are_chosen_by_name_and_one_that_cannot_be_taken_says_why(places, 
     assert code == 2
     assert "did you mean 'spread'?" in err
     assert not (tmp_path / "g").exists()
+
+
+def test_a_clean_label_on_noisy_context_changes_the_scores_and_is_written_down(places, run, tmp_path):
+    results = {}
+    for label in ("honest", "clean"):
+        asked = (*QUICK, "--tau-ctx", "0.5", "--ctx-label", label, "--json")
+        code, printed, _ = run("eval", places / "world", places / "data", "--out", tmp_path / label, *asked)
+        assert code == 0
+        results[label] = json.loads(printed)
+        assert results[label]["settings"]["generation"]["ctx_label"] == label
+    assert results["honest"]["curves"]["psnr"] != results["clean"]["curves"]["psnr"]
+    code, _, err = run(
+        "eval", places / "world", places / "data", "--out", tmp_path / "x", *QUICK, "--ctx-label", "cleen"
+    )
+    assert code == 2
+    assert "clean" in err

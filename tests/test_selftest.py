@@ -148,7 +148,7 @@ def _other_noise(monkeypatch):
     monkeypatch.setattr(measure._Task, "run", changed)
 
 
-def _whole_window_shuffled(monkeypatch):
+def _true_actions_after_all(monkeypatch):
     monkeypatch.setattr(measure, "with_future", lambda true, other, context: true)  # the true actions after all
 
 
@@ -203,7 +203,7 @@ def _at_clean(monkeypatch):
 
 BROKEN_MODELS = [
     ("actions", "action- and context-blind", ("perfect model", "action-blind", "context-blind"), _other_noise),
-    ("actions", "of the perfect model", ("perfect model",), _whole_window_shuffled),
+    ("actions", "of the perfect model", ("perfect model",), _true_actions_after_all),
     ("samples", "spread ratio of the perfect", ("perfect model",), _same_pairs),
     ("samples", "energy score", ("perfect model", "mean forecast", "d-blind"), _no_spread_term),
     ("not_finite", "no mean", (), _dropped),

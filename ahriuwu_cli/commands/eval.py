@@ -42,6 +42,7 @@ def evaluate(
     ctx_mode: str = typer.Option(
         None, help="stop: the state at tau_ctx becomes context; renoise: z_hat with fresh noise."
     ),
+    ctx_label: str = typer.Option(None, help="Label of context frames: honest, its level; clean, a lie for ablation."),
     seed: int = typer.Option(0, help="Seed of the windows, the noise and the random actions."),
     noise_seeds: int = typer.Option(1, help="Rollouts of every window with different noise, averaged."),
     batch: int = typer.Option(32, help="Windows at a time; changes the speed, not the numbers."),
@@ -73,7 +74,7 @@ def evaluate(
     report.check_folder(out, overwrite)
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
-    given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode}
+    given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
     generation = world.generation_with(given)
     asked = {"split": split, "windows": windows, "context": context, "horizon": horizon}
     config = EvaluationConfig(seed=seed, batch=batch, noise_seeds=noise_seeds)

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ahriuwu_cli.commands import eval_saved
 from ahriuwu_cli.commands.options import Device
 from ahriuwu_cli.errors import UserError
 
@@ -46,6 +47,8 @@ def register(app: typer.Typer, name: str, default: Callable[..., None]) -> None:
     group.command(name, cls=DefaultCommand, hidden=True)(default)
     group.command("plan")(plan)
     group.command("merge")(merge)
+    group.command("generate")(eval_saved.generate)
+    group.command("score")(eval_saved.score)
     app.add_typer(group, name=name)
 
 
@@ -61,8 +64,8 @@ def plan(
 ) -> None:
     """Evaluate many checkpoints and settings: one JSON file a cell, several processes if you like.
 
-    A cell names checkpoint and dataset, and any of steps, sampler, tau_ctx, ctx_mode, split, windows, context, horizon,
-    manifest, seed, noise_seeds. Paths are relative to the plan's folder.
+    A cell names checkpoint and dataset, and any of steps, sampler, tau_ctx, ctx_mode, ctx_label, split, windows,
+    context, horizon, manifest, seed, noise_seeds. Paths are relative to the plan's folder.
 
     Exit 1 when a rollout is not finite; under torchrun, which would end the other processes, `merge` does that.
     """

@@ -39,6 +39,7 @@ def rollout(
     ctx_mode: str = typer.Option(
         None, help="stop: the state at tau_ctx is the context; renoise: z_hat with fresh noise."
     ),
+    ctx_label: str = typer.Option(None, help="Label of context frames: honest, its level; clean, a lie for ablation."),
     seed: int = typer.Option(0, help="Seed of the noise, of the drawn window and of random actions."),
     scale: int = typer.Option(0, help="Enlargement of the video (default: to about 256 pixels high)."),
     device: str = Device,
@@ -57,7 +58,7 @@ def rollout(
     request.check()
     refuse_used(out, overwrite)
     world = load_world(checkpoint, device)
-    given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode}
+    given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
     with bar("rollout", "frame", quiet=as_json) as progress:
         result = imagine(world, request, given, out, scale, progress)
     if as_json:

@@ -13,7 +13,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import TrainingError, UserError
 from ahriuwu_cli.evaluation.controls import partners
 from ahriuwu_cli.evaluation.generate import generate
-from ahriuwu_cli.evaluation.measure import CONTROLS, Measured, Progress, batches, measure
+from ahriuwu_cli.evaluation.measure import CONTROLS, Measured, Progress, Source, batches, measure
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig, prepare, settings, warnings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.scores import join, references, score
@@ -75,10 +75,11 @@ def measure_share(
     manifest: WindowManifest,
     progress: Progress | None = None,
     share: range | None = None,
+    source: Source | None = None,
 ) -> Measured:
     """`measure` at the horizons of the configuration, on these windows alone (default: all)."""
     horizons = pick_horizons(config.horizons, manifest.horizon)
-    return measure(world, store, config, rollout_config, manifest, horizons, progress, share)
+    return measure(world, store, config, rollout_config, manifest, horizons, progress, share, source)
 
 
 def summarise(

@@ -12,7 +12,7 @@ import numpy as np
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.evaluation.controls import partners, random_actions, with_future
-from ahriuwu_cli.evaluation.generate import Generated, Tick, generate
+from ahriuwu_cli.evaluation.generate import Generated, Tick, generate, reconstruct
 from ahriuwu_cli.evaluation.metrics import psnr_per_frame
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
 from ahriuwu_cli.evaluation.protocol import WindowManifest, read_actions, read_windows
@@ -92,8 +92,20 @@ def wrong_actions(store: EpisodeStore, manifest: WindowManifest, seed: int) -> d
     return {name: with_future(true, other[name], manifest.context) for name in CONTROLS}
 
 
+@dataclass(frozen=True)
+class Made:
+    """What is scored of some windows W of one world: `again` uint8 (W, T, H, W, 3), the reconstructions, and for
+    "model", every control and `forced_h` (frame h alone) one Generated a noise seed."""
+
+    again: np.ndarray
+    rollouts: dict[str, list[Generated]]
+
+
+Source = Callable[[slice], Made]  # of windows
+
+
 def measure(
-    world: World,
+    world: World | None,
     store: EpisodeStore,
     config: EvaluationConfig,
     rollout_config: RolloutConfig,
@@ -101,47 +113,93 @@ def measure(
     horizons: Sequence[int],
     progress: Progress | None = None,
     share: range | None = None,
+    source: Source | None = None,
 ) -> Measured:
     """Run and score everything. Controls only where the world has actions; the noise of a window is the same in all.
 
-    share: these windows alone (default: all); wrong actions are borrowed from among all of them nevertheless.
+    share: these windows alone (default: all); wrong actions are borrowed from among all of them nevertheless. source:
+    where rollouts come from that were made before (`evaluation.saved`); no world is needed then.
     """
     share = range(len(manifest.windows)) if share is None else share
-    wrong = wrong_actions(store, manifest, config.seed) if store.action_space.width else {}
-    steps = manifest.horizon * (1 + len(wrong)) + sum(h > 1 for h in horizons)
-    tally = _Tally(len(share) * steps * config.noise_seeds, progress)
-    task = _Task(world, rollout_config, manifest.context, config.batch, tally.tick)
-    seeds = [config.seed + i for i in range(config.noise_seeds)]
+    make = Maker(world, store, config, rollout_config, manifest, horizons, len(share), progress)
     mean, parts = mean_frame(store), []
     for here, frames, actions in batches(store, manifest, config.batch, share):
-        windows, truth, last = manifest.windows[here], frames[:, manifest.context :], frames[:, manifest.context - 1]
-        part, before = references(world, frames, manifest.context, config.batch, mean=mean)
-        for name, acts in ({"model": actions} | {n: rows[here] for n, rows in wrong.items()}).items():
-            tables = []
-            for seed in seeds:
-                made = task.run(frames, acts, windows, seed)
-                tally.note(name, made)
-                shared = {"before": before, "true_before": last, "finite": made.finite, "full": name == "model"}
-                tables.append(score(made.frames, truth, **shared))
-            part[name] = mean_over_seeds(tables)
-        for h in horizons:
-            part[f"forced_{h}"] = _forced(task, tally, frames, actions, windows, seeds, h, part["model"])
-        parts.append(part)
+        if source is None:
+            made = make(here, frames, actions)
+        else:
+            made = source(here)
+            make.count(made)
+        parts.append(score_made(made, frames, manifest.context, horizons, config.batch, mean))
     count = len(share) * manifest.horizon * config.noise_seeds
-    return Measured(join(parts), tally.not_finite, count, tally.seconds)
+    return Measured(join(parts), make.tally.not_finite, count, make.tally.seconds)
 
 
-def _forced(task: _Task, tally: _Tally, frames, actions, windows, seeds, h: int, model: Table) -> Table:
-    """psnr (W, 1) of frame h when all frames before it are true, and the floor that repeats the one before."""
-    first, at = h - 1, task.context + h - 1
-    floor = psnr_per_frame(frames[:, at - 1], frames[:, at])[:, None]
-    if h == 1:  # the free rollout's own first frame
-        return {"psnr": model["psnr"][:, :1], "floor": floor}
-    shifted = [(episode, start + first) for episode, start in windows]
-    tables = []
-    for seed in seeds:
-        made = task.run(frames[:, first:at], actions[:, first:at], shifted, seed)
-        tally.note("teacher_forced", made)
-        psnr = psnr_per_frame(made.frames[:, 0], frames[:, at])[:, None]
-        tables.append({"psnr": np.where(made.finite, psnr, np.nan), "floor": floor})
-    return mean_over_seeds(tables)
+class Maker:
+    """Rolls out all that is scored: `maker(which windows, their frames, their actions)` gives `Made`."""
+
+    def __init__(
+        self,
+        world: World | None,
+        store: EpisodeStore,
+        config: EvaluationConfig,
+        rollout_config: RolloutConfig,
+        manifest: WindowManifest,
+        horizons: Sequence[int],
+        windows: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self.manifest, self.horizons = manifest, horizons
+        self.wrong = wrong_actions(store, manifest, config.seed) if store.action_space.width else {}
+        self.seeds = [config.seed + i for i in range(config.noise_seeds)]
+        steps = manifest.horizon * (1 + len(self.wrong)) + sum(h > 1 for h in horizons)
+        self.tally = _Tally(windows * steps * config.noise_seeds, progress)
+        self.task = _Task(world, rollout_config, manifest.context, config.batch, self.tally.tick)
+
+    def __call__(self, here: slice, frames: np.ndarray, actions: np.ndarray) -> Made:
+        windows, context = self.manifest.windows[here], self.manifest.context
+        given = {"model": actions} | {name: rows[here] for name, rows in self.wrong.items()}
+        rollouts = {
+            name: [self.task.run(frames, acts, windows, seed) for seed in self.seeds] for name, acts in given.items()
+        }
+        for h in self.horizons:
+            if h > 1:  # frame 1 of the free rollout is its own step from true context
+                shifted = [(episode, start + h - 1) for episode, start in windows]
+                past = slice(h - 1, context + h - 1)
+                rollouts[f"forced_{h}"] = [
+                    self.task.run(frames[:, past], actions[:, past], shifted, seed) for seed in self.seeds
+                ]
+        made = Made(reconstruct(self.task.world, frames, self.task.batch), rollouts)
+        self.count(made)
+        return made
+
+    def count(self, made: Made) -> None:
+        """Note what is not finite, and the seconds of the true actions' rollouts."""
+        for name, rollouts in made.rollouts.items():
+            for each in rollouts:
+                self.tally.note("teacher_forced" if name.startswith("forced_") else name, each)
+
+
+def score_made(
+    made: Made, frames: np.ndarray, context: int, horizons: Sequence[int], batch: int, mean: np.ndarray
+) -> dict[str, Table]:
+    """Every table of some windows, averaged over noise seeds: floor, ceiling, mean_frame, truth, model, controls,
+    forced_h."""
+    truth, last = frames[:, context:], frames[:, context - 1]
+    part, before = references(None, frames, context, batch, mean=mean, again=made.again)
+    for name, rollouts in made.rollouts.items():
+        if name.startswith("forced_"):
+            continue
+        shared = {"before": before, "true_before": last, "full": name == "model"}
+        part[name] = mean_over_seeds([score(r.frames, truth, finite=r.finite, **shared) for r in rollouts])
+    for h in horizons:
+        at = context + h - 1
+        floor = psnr_per_frame(frames[:, at - 1], frames[:, at])[:, None]
+        if h == 1:
+            part["forced_1"] = {"psnr": part["model"]["psnr"][:, :1], "floor": floor}
+            continue
+        tables = []
+        for r in made.rollouts[f"forced_{h}"]:
+            psnr = psnr_per_frame(r.frames[:, 0], frames[:, at])[:, None]
+            tables.append({"psnr": np.where(r.finite, psnr, np.nan), "floor": floor})
+        part[f"forced_{h}"] = mean_over_seeds(tables)
+    return part

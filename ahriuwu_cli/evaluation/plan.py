@@ -21,11 +21,11 @@ from typing import Any
 
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 
-GENERATION = ("steps", "sampler", "tau_ctx", "ctx_mode")
+GENERATION = ("steps", "sampler", "tau_ctx", "ctx_mode", "ctx_label")
 WINDOWS = ("split", "windows", "context", "horizon")  # of windows still to be drawn; a manifest has its own
 _KINDS = {
     "checkpoint": str, "dataset": str, "manifest": str,
-    "steps": int, "sampler": str, "tau_ctx": float, "ctx_mode": str,
+    "steps": int, "sampler": str, "tau_ctx": float, "ctx_mode": str, "ctx_label": str,
     "split": str, "windows": int, "context": int, "horizon": int,
     "seed": int, "noise_seeds": int,
 }  # fmt: skip
@@ -44,6 +44,7 @@ class Cell:
     sampler: str | None = None
     tau_ctx: float | None = None  # noise of context frames: 0 clean, 1 noise
     ctx_mode: str | None = None
+    ctx_label: str | None = None
     split: str | None = None
     windows: int | None = None
     context: int | None = None  # frames given

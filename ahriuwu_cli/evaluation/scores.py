@@ -64,13 +64,20 @@ def mean_frame(store: EpisodeStore, frames: int = 512) -> np.ndarray:
 
 
 def references(
-    world: World, frames: np.ndarray, context: int, batch: int, full: bool = True, mean: np.ndarray | None = None
+    world: World | None,
+    frames: np.ndarray,
+    context: int,
+    batch: int,
+    full: bool = True,
+    mean: np.ndarray | None = None,
+    again: np.ndarray | None = None,
 ) -> tuple[dict[str, Table], np.ndarray]:
     """Tables of `floor`, `ceiling` (with `full` of `truth`, with a mean frame (H, W, 3) of `mean_frame`) for windows
     uint8 (W, T, H, W, 3), and the reconstruction of the last context frame (W, H, W, 3): the start from which a frozen
-    rollout moves by 0."""
+    rollout moves by 0. again (W, T, H, W, 3): the reconstructions, where they are known already; no world is needed
+    then."""
     truth, last = frames[:, context:], frames[:, context - 1]
-    again = reconstruct(world, frames, batch)
+    again = reconstruct(world, frames, batch) if again is None else again
     tables = {
         "floor": score(persist(frames, context), truth, before=last, full=full),
         "ceiling": score(again[:, context:], truth, before=again[:, context - 1], true_before=last, full=full),

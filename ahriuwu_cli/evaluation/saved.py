@@ -1,0 +1,245 @@
+"""Saved rollouts: generated once on the machine that has the GPU, scored many times anywhere, to the same numbers.
+
+    folder/
+      saved.json                  settings, hashes, the windows, and what world and dataset it was
+      part-000000-000032.safetensors   of windows 0..31: reconstructions, and frames and finite flags of every rollout
+
+Parts are written whole or not at all; those that are there are skipped, so the same command goes on. Scoring needs the
+dataset, for the truth, but neither the world nor its tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.tensors import read_header
+from ahriuwu_cli.errors import DataError, UserError
+from ahriuwu_cli.evaluation.cells import identity, weights_hash
+from ahriuwu_cli.evaluation.evaluate import measure_share, summarise
+from ahriuwu_cli.evaluation.generate import Generated
+from ahriuwu_cli.evaluation.measure import CONTROLS, Made, Maker, Progress, batches
+from ahriuwu_cli.evaluation.prepare import EvaluationConfig, settings
+from ahriuwu_cli.evaluation.protocol import WindowManifest
+from ahriuwu_cli.evaluation.shards import join_measured, set_aside, write_whole
+from ahriuwu_cli.evaluation.summary import pick_horizons
+from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.world import World
+
+FORMAT = "ahriuwu-rollouts/1"
+INDEX = "saved.json"
+_NEEDED = {"format", "identity", "generation", "evaluation", "manifest", "world"}
+
+
+def save_rollouts(
+    world: World,
+    store: EpisodeStore,
+    config: EvaluationConfig,
+    generation: RolloutConfig,
+    manifest: WindowManifest,
+    out: Path,
+    progress: Progress | None = None,
+    share: range | None = None,
+) -> dict[str, Any]:
+    """Roll out all that `evaluate` scores and write it; {"written", "skipped"} parts. `ready` must have been called.
+
+    UserError when the folder holds rollouts of other settings.
+    """
+    index = _index(world, store, config, generation, manifest)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / INDEX).exists():
+        if _read_index(out)["identity"] != index["identity"]:
+            raise UserError(f"{out} holds rollouts of other settings: choose another --out")
+    else:
+        write_whole(out / INDEX, (json.dumps(index, indent=1, allow_nan=False) + "\n").encode())
+        manifest.save(out / "windows.json")
+    share = range(len(manifest.windows)) if share is None else share
+    horizons = pick_horizons(config.horizons, manifest.horizon)
+    todo = [range(i, min(i + config.batch, share.stop)) for i in range(share.start, share.stop, config.batch)]
+    missing = [part for part in todo if not _is_there(out, part)]
+    windows = sum(len(part) for part in missing)
+    maker = Maker(world, store, config, generation, manifest, horizons, windows, progress)
+    for part in missing:
+        for here, frames, actions in batches(store, manifest, config.batch, part):
+            _write_part(_part_file(out, part), maker(here, frames, actions))
+    return {"written": len(missing), "skipped": len(todo) - len(missing)}
+
+
+def score_rollouts(
+    folder: Path, store: EpisodeStore, delta_at: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """What `evaluate` returns for the world that made these rollouts, to the bit but for times.
+
+    DataError for another dataset, damaged parts, or windows that are missing.
+    """
+    index = _read_index(folder)
+    if index["identity"]["dataset_fingerprint"] != store.fingerprint:
+        raise DataError(f"{folder} was made from another dataset than {store.path}: name that one")
+    manifest = WindowManifest.load(folder / "windows.json", store)
+    if manifest.hash != index["manifest"]:
+        raise DataError(f"{folder / 'windows.json'} lists other windows than {INDEX} says: generate again")
+    config = EvaluationConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in index["evaluation"].items()})
+    if delta_at is not None:
+        if delta_at < 1:
+            raise UserError(f"--delta-at must be at least 1, got {delta_at}")
+        config = replace(config, delta_at=delta_at)
+    generation, parts = RolloutConfig(**index["generation"]), []
+    horizons = pick_horizons(config.horizons, manifest.horizon)
+    for part in _parts(folder, len(manifest.windows)):
+        made = _read_part(_part_file(folder, part), len(part), manifest, store, config.noise_seeds, horizons)
+        here = replace(config, batch=len(part))
+        parts.append(
+            measure_share(None, store, here, generation, manifest, share=part, source=lambda _, made=made: made)
+        )
+        if progress:
+            progress(part.stop, len(manifest.windows))
+    measured = join_measured(parts)
+    measured.seconds = sum(p.seconds for p in parts)
+    return summarise(_stand_in(index["world"], store), store, config, generation, manifest, measured, measured.seconds)
+
+
+def _index(world, store, config, generation, manifest) -> dict[str, Any]:
+    """saved.json. `identity` is what the numbers depend on; the rest is what a result must be able to say."""
+    everything = settings(world, store, config, generation, manifest)
+    return json.loads(
+        json.dumps(
+            {
+                "format": FORMAT,
+                "identity": identity(everything, weights_hash(world)),
+                "generation": asdict(generation),
+                "evaluation": asdict(config),
+                "manifest": manifest.hash,
+                "world": {
+                    "path": None if world.path is None else str(world.path),
+                    "git": world.facts.get("git"),
+                    "tokenizer": world.tokenizer.fingerprint(),
+                    "k_max": world.k_max,
+                    "fps": world.fps,
+                    "frame_skip": world.frame_skip,
+                    "device": str(world.device),
+                },
+            }
+        )
+    )
+
+
+def _stand_in(about: dict[str, Any], store: EpisodeStore) -> Any:
+    """What `summarise` asks of a world: facts alone. The actions are the dataset's, or it would have been refused."""
+    return SimpleNamespace(
+        path=about["path"], facts={"git": about["git"]}, k_max=about["k_max"], fps=about["fps"],
+        frame_skip=about["frame_skip"], device=about["device"], action_space=store.action_space,
+        tokenizer=SimpleNamespace(fingerprint=lambda: about["tokenizer"]),
+    )  # fmt: skip
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    file = folder / INDEX
+    try:
+        if file.stat().st_size > 10_000_000:
+            raise ValueError("it is larger than 10 MB")
+        document = json.loads(file.read_bytes())
+        if not isinstance(document, dict) or document.get("format") != FORMAT or set(document) != _NEEDED:
+            raise ValueError(f"it is not of the format {FORMAT!r}")
+        EvaluationConfig(**document["evaluation"]), RolloutConfig(**document["generation"])
+        if set(document["world"]) != {"path", "git", "tokenizer", "k_max", "fps", "frame_skip", "device"}:
+            raise ValueError("its entry `world` is not complete")
+        document["identity"]["dataset_fingerprint"]
+    except FileNotFoundError:
+        raise DataError(f"{folder} holds no rollouts: give the --out of `ahriuwu eval generate`") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{file} cannot be used ({error}): generate the rollouts again") from None
+    return document
+
+
+def _part_file(folder: Path, part: range) -> Path:
+    return folder / f"part-{part.start:06d}-{part.stop:06d}.safetensors"
+
+
+def _parts(folder: Path, windows: int) -> list[range]:
+    """Parts that cover all windows, in order. DataError when some are missing."""
+    found = {}
+    for file in folder.glob("part-*-*.safetensors"):
+        ends = file.stem.split("-")[1:]
+        if len(ends) == 2 and all(e.isdigit() for e in ends) and int(ends[0]) < int(ends[1]):
+            found.setdefault(int(ends[0]), range(int(ends[0]), int(ends[1])))
+    at, parts = 0, []
+    while at in found:
+        parts.append(found[at])
+        at = found[at].stop
+    if at != windows:
+        raise DataError(
+            f"{folder} lacks the rollouts of windows {at}..{windows - 1}: run the same `ahriuwu eval generate` again"
+        )
+    return parts
+
+
+def _tensors(made: Made) -> dict[str, np.ndarray]:
+    tensors = {"again": made.again}
+    for name, rollouts in made.rollouts.items():
+        for i, each in enumerate(rollouts):
+            tensors |= {f"{name}.{i}.frames": each.frames, f"{name}.{i}.finite": each.finite.astype(np.uint8)}
+    return tensors
+
+
+def _write_part(path: Path, made: Made) -> None:
+    from safetensors.numpy import save
+
+    seconds = {name: [each.seconds for each in rollouts] for name, rollouts in made.rollouts.items()}
+    tensors = {name: np.ascontiguousarray(value) for name, value in _tensors(made).items()}
+    write_whole(path, save(tensors, {"format": FORMAT, "seconds": json.dumps(seconds)}))
+
+
+def _is_there(folder: Path, part: range) -> bool:
+    """Whether a part is there and whole; a damaged one is set aside."""
+    path = _part_file(folder, part)
+    if not path.exists():
+        return False
+    try:
+        read_header(path)
+    except DataError:
+        set_aside(path)
+        return False
+    return True
+
+
+def _read_part(
+    path: Path, windows: int, manifest: WindowManifest, store: EpisodeStore, seeds: int, horizons: list[int]
+) -> Made:
+    """One part, its shapes checked against what the settings say before anything is read. DataError when damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    size = (store.height, store.width, 3)
+    names = {"model": manifest.horizon} | {f"forced_{h}": 1 for h in horizons if h > 1}
+    names |= dict.fromkeys(CONTROLS if store.action_space.width else (), manifest.horizon)
+    expected = {"again": ("U8", (windows, manifest.length, *size))}
+    for name, frames in names.items():
+        for i in range(seeds):
+            expected[f"{name}.{i}.frames"] = ("U8", (windows, frames, *size))
+            expected[f"{name}.{i}.finite"] = ("U8", (windows, frames))
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in read_header(path).items()}
+    if found != expected:
+        wrong = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+        raise DataError(f"{path} does not hold what {INDEX} says ({wrong[0]} differs): delete it and generate again")
+    try:
+        with safe_open(path, framework="np") as file:
+            seconds = json.loads((file.metadata() or {})["seconds"])
+            rollouts = {
+                name: [
+                    Generated(
+                        file.get_tensor(f"{name}.{i}.frames"), file.get_tensor(f"{name}.{i}.finite") != 0,
+                        float(seconds[name][i]),
+                    )
+                    for i in range(seeds)
+                ]
+                for name in names
+            }  # fmt: skip
+            return Made(file.get_tensor("again"), rollouts)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path} is damaged ({error}): delete it and generate again") from None

@@ -1,0 +1,177 @@
+"""Rollouts saved once and scored many times give what `eval` gives, to the bit; damaged or foreign ones are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.numpy import load_file, save_file
+from worlds import NO_ACTIONS, breaks_at, moving_pictures, puppet_world, tiny_world
+
+from ahriuwu_cli.cli import main
+from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, ready
+from ahriuwu_cli.evaluation.saved import save_rollouts, score_rollouts
+from ahriuwu_cli.training.checkpoint import save_world
+
+QUICK = ("--windows", 7, "--context", 4, "--horizon", 5, "--batch", 3)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("saved")
+    store = moving_pictures(root / "data")
+    moving_pictures(root / "other", seed=1)
+    save_world(tiny_world(store), root / "world")
+    return root
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+def without_times(result: dict) -> dict:
+    kept = {k: v for k, v in result.items() if k not in ("timing", "files", "settings")}
+    return kept | {"settings": {k: v for k, v in result["settings"].items() if k != "evaluation"}}
+
+
+def without_looks(result: dict) -> dict:
+    return {k: v for k, v in result.items() if k not in ("step_sizes", "consistency", "spread", "distances", "levels")}
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_scores_of_saved_rollouts_are_those_of_eval_to_the_bit(place, run, tmp_path, seeds):
+    both = (*QUICK, "--noise-seeds", seeds)
+    code, whole, err = run(
+        "eval", place / "world", place / "data", "--out", tmp_path / "e", *both, "--looks", "none", "--json"
+    )
+    assert code == 0, err
+    assert run("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *both)[0] == 0
+    code, scored, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s", "--json")
+    assert code == 0, err
+    assert without_times(json.loads(scored)) == without_looks(without_times(json.loads(whole)))
+    assert json.loads(scored)["settings"]["evaluation"] == json.loads(whole)["settings"]["evaluation"]
+
+
+def test_scoring_needs_no_world_and_can_ask_for_another_delta(place, run, tmp_path):
+    run("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK)
+    (place / "world").rename(place / "gone")
+    try:
+        asked = ("--delta-at", 2, "--json")
+        code, out, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s", *asked)
+    finally:
+        (place / "gone").rename(place / "world")
+    assert code == 0, err
+    assert set(json.loads(out)["action_delta_db"]["shuffled"]) == {"2", "5"}
+
+
+def test_a_world_without_actions_is_saved_and_scored_too(tmp_path):
+    store = moving_pictures(tmp_path / "data", space=NO_ACTIONS)
+    world = tiny_world(store)
+    config, manifest = ready(world, store, EvaluationConfig(windows=4, context=4, horizon=5), world.generation)
+    save_rollouts(world, store, config, world.generation, manifest, tmp_path / "r")
+    whole = evaluate(world, store, config, world.generation, manifest)
+    assert without_times(score_rollouts(tmp_path / "r", store)) == without_times(whole)
+
+
+def test_two_shards_write_what_one_process_writes_and_finished_parts_are_skipped(place, run, tmp_path):
+    ask = ("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK, "--json", "--shard")
+    said = [json.loads(run(*ask, share)[1]) for share in ("2/2", "1/2", "1/2")]
+    assert [(s["windows"], s["written"], s["skipped"]) for s in said] == [(4, 2, 0), (3, 1, 0), (3, 0, 1)]
+    run("eval", "generate", place / "world", place / "data", "--out", tmp_path / "one", *QUICK)
+    a, b = (
+        json.loads(run("eval", "score", tmp_path / r, place / "data", "--out", tmp_path / f"s{r}", "--json")[1])
+        for r in ("r", "one")
+    )
+    assert without_times(a) == without_times(b)
+
+
+def test_frames_that_are_not_finite_are_counted_from_the_saved_ones_as_well(tmp_path):
+    store = moving_pictures(tmp_path / "data")
+    world = puppet_world(store, breaks_at(6))
+    config, manifest = ready(world, store, EvaluationConfig(windows=4, context=4, horizon=5), world.generation)
+    whole = evaluate(world, store, config, world.generation, manifest)
+    from ahriuwu_cli.evaluation import saved
+
+    saved.weights_hash, kept = (lambda world: "puppet"), saved.weights_hash
+    try:
+        save_rollouts(world, store, config, world.generation, manifest, tmp_path / "r")
+    finally:
+        saved.weights_hash = kept
+    found = score_rollouts(tmp_path / "r", store)
+    assert found["status"] == "nan"
+    assert without_times(found) == without_times(whole)
+
+
+def _truncate(folder):
+    file = sorted(folder.glob("part-*"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _misshape(folder):
+    file = sorted(folder.glob("part-*"))[0]
+    tensors = load_file(file)
+    tensors["model.0.frames"] = tensors["model.0.frames"][:, :-1].copy()
+    save_file(tensors, file, {"format": "ahriuwu-rollouts/1", "seconds": "{}"})
+
+
+def _lose(folder):
+    sorted(folder.glob("part-*"))[1].unlink()
+
+
+def _no_seconds(folder):
+    file = sorted(folder.glob("part-*"))[0]
+    save_file(load_file(file), file)
+
+
+def _index(text):
+    return lambda folder: (folder / "saved.json").write_text(text)
+
+
+DAMAGE = [
+    (_truncate, "part-000003"), (_misshape, "model.0.frames differs"),
+    (_lose, "windows 3..6"), (_no_seconds, "damaged"),
+    (_index("{"), "cannot be used"), (_index("[" * 5000), "cannot be used"), (_index('{"format": 1}'), "format"),
+    (lambda folder: (folder / "windows.json").unlink(), "windows.json"),
+    (lambda folder: (folder / "saved.json").unlink(), "holds no rollouts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE)
+def test_damaged_rollouts_are_one_sentence_and_exit_3(place, run, tmp_path, damage, words):
+    run("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK)
+    damage(tmp_path / "r")
+    code, out, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s", "--json")
+    assert (code, out) == (3, "")
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_truncated_part_is_set_aside_and_made_again(place, run, tmp_path):
+    ask = ("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK, "--json")
+    run(*ask)
+    _truncate(tmp_path / "r")
+    assert json.loads(run(*ask)[1])["written"] == 1
+    assert list((tmp_path / "r").glob("*.damaged-1"))
+    assert run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s")[0] == 0
+
+
+def test_rollouts_of_other_settings_or_data_are_refused(place, run, tmp_path):
+    ask = ("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK)
+    run(*ask)
+    code, _, err = run(*ask, "--steps", 1)
+    assert code == 2
+    assert "other settings" in err
+    code, _, err = run("eval", "score", tmp_path / "r", place / "other", "--out", tmp_path / "s")
+    assert code == 3
+    assert "another dataset" in err
