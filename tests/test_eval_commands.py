@@ -270,3 +270,27 @@ def test_a_clean_label_on_noisy_context_changes_the_scores_and_is_written_down(p
     )
     assert code == 2
     assert "clean" in err
+
+
+WRONG_WEIGHTS = [
+    (("--features-weights", "{out}/none"), 4, "EfficientNet-Lite0"),
+    (("--features-weights", "{world}/model.safetensors"), 4, "other tensors"),
+    (("--lpips-weights", "{world}/model.safetensors"), 2, "belong together"),
+    (("--fvd-weights", "{world}/model.safetensors", "--fvd-hash", "12"), 2, "sha256"),
+    (("--fvd-weights", "{world}/model.safetensors", "--fvd-hash", "0" * 64), 4, "has the sha256"),
+    (("--lpips-weights", "{world}/model.safetensors", "--lpips-hash", "0" * 64), 4, "has the sha256"),
+]
+
+
+@pytest.mark.parametrize(("options", "code", "words"), WRONG_WEIGHTS)
+def test_wrong_weights_are_refused_before_anything_is_generated(
+    places, run, tmp_path, monkeypatch, options, code, words
+):
+    monkeypatch.setattr("ahriuwu_cli.evaluation.measure.generate", None)
+    names = {"world": places / "world", "out": tmp_path}
+    asked = [o.format(**names) for o in options]
+    found, _, err = run("eval", places / "world", places / "data", "--out", tmp_path / "x", *QUICK, *asked)
+    assert found == code
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "x").exists()

@@ -49,6 +49,11 @@ def evaluate(
     looks: str = typer.Option(
         "all", help="Closer looks: all, none, or of step_sizes,consistency,spread,distances,levels by commas."
     ),
+    features_weights: Path = typer.Option(None, help="EfficientNet-Lite0 (safetensors): adds the look `features`."),
+    lpips_weights: Path = typer.Option(None, help="LPIPS v0.1, backbone and heads (safetensors): adds `lpips`."),
+    lpips_hash: str = typer.Option(None, help="sha256 of --lpips-weights."),
+    fvd_weights: Path = typer.Option(None, help="I3D of Kinetics-400 (safetensors): adds `fvd`."),
+    fvd_hash: str = typer.Option(None, help="sha256 of --fvd-weights."),
     report_page: bool = typer.Option(False, "--report", help="Also write report.html: one page, with films."),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
     device: str = Device,
@@ -65,12 +70,13 @@ def evaluate(
     from ahriuwu_cli.evaluation import plot_levels, plots, report
     from ahriuwu_cli.evaluation.evaluate import EvaluationConfig
     from ahriuwu_cli.evaluation.evaluate import evaluate as run
-    from ahriuwu_cli.evaluation.looks import look_closer, parse_looks
+    from ahriuwu_cli.evaluation.looks import look_closer, optional_looks, parse_looks
     from ahriuwu_cli.evaluation.looks_text import looks_text
     from ahriuwu_cli.evaluation.prepare import prepare
     from ahriuwu_cli.training.checkpoint import load_world
 
     wanted = parse_looks(looks)
+    extra = optional_looks(features_weights, (lpips_weights, lpips_hash), (fvd_weights, fvd_hash))
     report.check_folder(out, overwrite)
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
@@ -83,7 +89,7 @@ def evaluate(
     with bar("eval", "frame", quiet=as_json) as progress:
         result = run(world, store, config, generation, stored, progress)
     say = None if as_json else lambda name: typer.echo(f"looking closer: {name}", err=True)
-    closer = look_closer(world, store, config, generation, stored, wanted, say)
+    closer = look_closer(world, store, config, generation, stored, wanted, say, extra)
     result["timing"]["looks"] = closer.pop("look_seconds")
     result |= closer
 

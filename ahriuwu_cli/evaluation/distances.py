@@ -65,7 +65,7 @@ def latent_distances(
     other_clips, other_episodes = others
     truth = frames[:, context:]
     for name, clips in {"generated": generated, "other": other_clips, "reference": reference}.items():
-        _check_clips(name, clips)
+        check_clips(name, clips)
     if generated.shape != truth.shape or len(episodes) != len(truth) or len(other_episodes) != len(other_clips):
         raise ValueError(f"generated {generated.shape}, truth {truth.shape}, {len(episodes)}, {len(other_episodes)}")
     clips = {
@@ -80,7 +80,7 @@ def latent_distances(
     broken = np.zeros(len(generated), bool) if finite is None else ~finite[:, -CLIP_FRAMES:].all(axis=1)
     phi["generated"][torch.from_numpy(broken)] = torch.nan
     other = basis.features(clip_latents(world, other_clips, batch))
-    groups, other_groups = _numbered(episodes, other_episodes)
+    groups, other_groups = numbered(episodes, other_episodes)
     measures: dict[str, Measure] = {
         "latent_frechet": lambda x, y, a, b: frechet_distance(x, y),
         "latent_kernel": kernel_distance,
@@ -99,7 +99,7 @@ def latent_distances(
     }
     for name, measure in measures.items():
         found[name] = {who: float(measure(x, other, groups, other_groups)) for who, x in phi.items()}
-        found[name] |= _excess(measure, phi["generated"], phi["ceiling"], other, groups, other_groups)
+        found[name] |= excess(measure, phi["generated"], phi["ceiling"], other, groups, other_groups)
     return jsonable(found)
 
 
@@ -247,7 +247,7 @@ def _describe(latents: Tensor, mean: Tensor, components: Tensor, scale: float) -
     return torch.cat([scores, torch.stack([left_out, moved, moved / (away + 1e-3 * scale)], dim=1)], dim=1)
 
 
-def _excess(measure: Measure, x, perfect, other, groups, other_groups) -> dict[str, Any]:
+def excess(measure: Measure, x, perfect, other, groups, other_groups) -> dict[str, Any]:
     """Distance of x minus that of `perfect`, with a jackknife interval over episodes, and the swap test's p."""
 
     def gap(keep: Tensor, keep_other: Tensor) -> float:
@@ -275,13 +275,13 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, apart.mT @ apart / (x.shape[-2] - 1)
 
 
-def _numbered(*names: Sequence[str]) -> list[Tensor]:
+def numbered(*names: Sequence[str]) -> list[Tensor]:
     """Every list of names as whole numbers (n,), equal where the names are."""
     numbers = {name: i for i, name in enumerate(sorted({n for row in names for n in row}))}
     return [torch.tensor([numbers[name] for name in row]) for row in names]
 
 
-def _check_clips(name: str, clips: np.ndarray) -> None:
+def check_clips(name: str, clips: np.ndarray) -> None:
     if len(clips) < MIN_CLIPS:
         raise UserError(f"{len(clips)} {name} clips say nothing about a distribution: give at least {MIN_CLIPS}")
     if clips.shape[1] < CLIP_FRAMES:

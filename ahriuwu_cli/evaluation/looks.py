@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ahriuwu_cli.data.episodes import EpisodeStore
@@ -35,19 +36,24 @@ def look_closer(
     manifest: WindowManifest,
     names: Sequence[str],
     say: Callable[[str], None] | None = None,
+    extra: dict[str, Look] | None = None,
 ) -> dict[str, Any]:
-    """{look: its result} for these names of LOOKS; say is told each before it begins.
+    """{look: its result} for these names of LOOKS and of `extra`; say is told each before it begins.
 
-    A look that these windows or this world do not allow (too few clips, no step size but one, ...) is {"skipped": why}.
+    A look that these windows or this world do not allow (too few clips, no step size but one, ...) is {"skipped": why};
+    one of `extra`, which somebody asked for by name, is an error then.
     """
+    extra = extra or {}
     found, seconds = {}, {}
-    for name in names:
+    for name in (*names, *extra):
         if say:
             say(name)
         started = time.monotonic()
         try:
-            found[name] = LOOKS[name](world, store, config, rollout_config, manifest)
+            found[name] = (LOOKS | extra)[name](world, store, config, rollout_config, manifest)
         except UserError as error:
+            if name in extra:
+                raise
             found[name] = {"skipped": str(error)}
         seconds[name] = time.monotonic() - started
     return found | {"look_seconds": seconds}
@@ -62,6 +68,35 @@ def parse_looks(text: str) -> tuple[str, ...]:
         if name not in LOOKS:
             raise UserError(f"unknown look {name!r}: {did_you_mean(name, ('all', 'none', *LOOKS))}")
     return tuple(name for name in LOOKS if name in names)
+
+
+def optional_looks(
+    features: Path | None, lpips: tuple[Path | None, str | None], fvd: tuple[Path | None, str | None]
+) -> dict[str, Look]:
+    """The looks that need networks: `features` of a weights file, `lpips` and `fvd` of (weights file, its sha256).
+
+    Every file is read once now: a wrong one is refused before anything is generated. UserError, CheckpointError.
+    """
+    from functools import partial
+
+    from ahriuwu_cli.evaluation import perceptual, standard
+
+    looks: dict[str, Look] = {}
+    if features is not None:
+        perceptual.load_efficientnet_lite0(features)
+        looks["features"] = partial(perceptual.perceptual_look, weights=features)
+    for name, given, load in (("lpips", lpips, standard.load_lpips), ("fvd", fvd, standard.load_i3d)):
+        weights = standard.Weights.given(name, *given)
+        if weights is not None:
+            load(weights)
+            looks[name] = partial(_standard, name=name, weights=weights)
+    return looks
+
+
+def _standard(world, store, config, rollout_config, manifest, name, weights) -> dict[str, Any]:
+    from ahriuwu_cli.evaluation.standard import standard_distances
+
+    return standard_distances(world, store, config, rollout_config, manifest, **{name: weights})[name]
 
 
 def _step_sizes(world, store, config, rollout_config, manifest) -> dict[str, Any]:

@@ -66,10 +66,38 @@ def _levels(look: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _features(look: dict[str, Any]) -> Iterator[str]:
+    network = look["network"]
+    for h, row in look[f"{network}_distance"].items():
+        yield f"{network}_distance at {h}: {_beside(row)}"
+    for name in (f"{network}_frechet", f"{network}_kernel"):
+        row = {who: look[name][who] for who in ("generated", "real_floor", "ceiling", "persistence")}
+        yield f"{name}, {look['clips']} clips of {look['clip_frames']} frames: {_beside(row)}"
+
+
+def _lpips(look: dict[str, Any]) -> Iterator[str]:
+    for h, row in look["horizons"].items():
+        of = f"{look['backbone']}, {look['weights_hash'][:8]}, {look['windows']} windows"
+        yield f"lpips ({of}) at {h}: {_beside(row)}"
+
+
+def _fvd(look: dict[str, Any]) -> Iterator[str]:
+    row = {who: look[who] for who in ("generated", "real_floor", "ceiling", "persistence")}
+    yield f"fvd ({look['backbone']}, {look['weights_hash'][:8]}, {look['clips']} clips): {_beside(row)}"
+    yield from (f"warning: {sentence}" for sentence in look["warnings"])
+
+
+def _beside(row: dict[str, Any]) -> str:
+    return ", ".join(f"{who} {number(value, 3)}" for who, value in row.items())
+
+
 DESCRIBE = {
     "step_sizes": _step_sizes,
     "consistency": _consistency,
     "spread": _spread,
     "distances": _distances,
     "levels": _levels,
+    "features": _features,
+    "lpips": _lpips,
+    "fvd": _fvd,
 }
