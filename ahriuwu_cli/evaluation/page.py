@@ -60,6 +60,12 @@ BLOCKS = {  # an optional part of the result -> its title, and what it is
                   "what the tokenizer allows. Compare only numbers of equally many clips."),
     "levels": ("Error by noise level", f"How well the world predicts the clean latents from noisy ones; {LABEL}. Where "
                "training has shown few noisy frames, the error is high."),
+    "features": ("Seen by EfficientNet-Lite0", "Distances where a small ImageNet network looks; lower is nearer. "
+                 "Numbers on another network do not compare."),
+    "lpips": ("LPIPS", "Perceptual distance of frames (Zhang 2018) on the weights whose hash stands here; lower is "
+              "nearer."),
+    "fvd": ("FVD", "Frechet distance between clips on I3D (Unterthiner 2018), with the weights whose hash stands here. "
+            "Compare it with the real floor, and only with numbers of equally many clips."),
 }  # fmt: skip
 SETTINGS = {  # what a setting means, where its name does not say it
     "tau": "how noise levels are written on this page",
