@@ -20,11 +20,11 @@ from test_distances import bars, controls, names
 import ahriuwu_cli
 from ahriuwu_cli.errors import CheckpointError, UserError
 from ahriuwu_cli.evaluation import perceptual
+from ahriuwu_cli.evaluation.distances import clip_distances
 from ahriuwu_cli.evaluation.perceptual import (
     EfficientNetLite0,
     efficientnet_lite0_distance,
     efficientnet_lite0_features,
-    feature_distances,
     load_efficientnet_lite0,
     pad_same,
     perceptual_look,
@@ -87,9 +87,10 @@ def measured(network, windows):
     def measure(generated, finite=None, **others):
         truth = windows[:, CONTEXT:]
         others = {"others": (bars(CLIPS, 16, seed=2), [f"o{i}" for i in range(CLIPS)])} | others
-        return feature_distances(
-            embed, {"generated": generated, "real_floor": truth, "ceiling": truth}, episodes=names(CLIPS),
-            reference=bars(64, 16, seed=3), finite=finite, **others,
+        clips = {"generated": generated, "real_floor": truth, "ceiling": truth}
+        return clip_distances(
+            embed, clips, name="efficientnet_lite0", episodes=names(CLIPS), reference=bars(64, 16, seed=3),
+            finite=finite, **others,
         )  # fmt: skip
 
     return measure

@@ -62,44 +62,64 @@ def latent_distances(
     compare them with the floor beside them, never with a number at another N. What a clip with a frame that is not
     finite touches is NaN (null). UserError for too few clips or frames.
     """
-    other_clips, other_episodes = others
     truth = frames[:, context:]
-    for name, clips in {"generated": generated, "other": other_clips, "reference": reference}.items():
-        check_clips(name, clips)
-    if generated.shape != truth.shape or len(episodes) != len(truth) or len(other_episodes) != len(other_clips):
-        raise ValueError(f"generated {generated.shape}, truth {truth.shape}, {len(episodes)}, {len(other_episodes)}")
+    if generated.shape != truth.shape or len(episodes) != len(truth):
+        raise ValueError(f"generated {generated.shape}, truth {truth.shape}, {len(episodes)} episodes")
     clips = {
         "generated": generated,
         "real_floor": truth,
         "ceiling": reconstruct(world, frames, batch)[:, context:],
         "persistence": persist(frames, context),
     }
-    few = min(len(truth), len(other_clips))
-    basis = fit_basis(clip_latents(world, reference, batch), most=few // 4)
-    phi = {name: basis.features(clip_latents(world, values, batch)) for name, values in clips.items()}
-    broken = np.zeros(len(generated), bool) if finite is None else ~finite[:, -CLIP_FRAMES:].all(axis=1)
+    found = clip_distances(
+        lambda values: clip_latents(world, values, batch), clips,
+        name="latent", episodes=episodes, others=others, reference=reference, finite=finite,
+    )  # fmt: skip
+    return {"measured_on": MEASURED_ON, "tokenizer_fingerprint": world.tokenizer.fingerprint()} | found
+
+
+def clip_distances(
+    embed: Callable[[np.ndarray], Tensor],
+    clips: dict[str, np.ndarray],
+    *,
+    name: str,
+    episodes: Sequence[str],
+    others: tuple[np.ndarray, Sequence[str]],
+    reference: np.ndarray,
+    finite: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Frechet and kernel distance of clips to other real clips, on an embedding: {name_frechet, name_kernel, ...}.
+
+    clips: uint8 (W, L, H, W, 3), L >= 16, under "generated", "real_floor" (the truth of the same windows), "ceiling"
+    and "persistence"; embed makes (W, 16, N, D) of them. The rest, the units and the p-values are `latent_distances`'.
+    """
+    other, other_episodes = others
+    for who, values in (clips | {"other": other, "reference": reference}).items():
+        check_clips(who, values)
+    if len(other_episodes) != len(other):
+        raise ValueError(f"{len(other)} other clips of {len(other_episodes)} episodes")
+    basis = fit_basis(embed(reference), most=min(len(episodes), len(other)) // 4)
+    phi = {who: basis.features(embed(values)) for who, values in clips.items()}
+    broken = np.zeros(len(episodes), bool) if finite is None else ~finite[:, -CLIP_FRAMES:].all(axis=1)
     phi["generated"][torch.from_numpy(broken)] = torch.nan
-    other = basis.features(clip_latents(world, other_clips, batch))
-    groups, other_groups = numbered(episodes, other_episodes)
+    beside, (groups, other_groups) = basis.features(embed(other)), _numbered(episodes, other_episodes)
     measures: dict[str, Measure] = {
-        "latent_frechet": lambda x, y, a, b: frechet_distance(x, y),
-        "latent_kernel": kernel_distance,
+        f"{name}_frechet": lambda x, y, a, b: frechet_distance(x, y),
+        f"{name}_kernel": kernel_distance,
     }
     found: dict[str, Any] = {
-        "measured_on": MEASURED_ON,
-        "clips": len(generated),
-        "other_clips": len(other_clips),
+        "clips": len(episodes),
+        "other_clips": len(other),
         "reference_clips": len(reference),
         "episodes": len(set(episodes)),
         "clip_frames": CLIP_FRAMES,
         "components": basis.components.shape[1],
         "components_share": basis.share,
-        "tokenizer_fingerprint": world.tokenizer.fingerprint(),
         "not_finite_clips": int(broken.sum()),
     }
-    for name, measure in measures.items():
-        found[name] = {who: float(measure(x, other, groups, other_groups)) for who, x in phi.items()}
-        found[name] |= excess(measure, phi["generated"], phi["ceiling"], other, groups, other_groups)
+    for key, measure in measures.items():
+        found[key] = {who: float(measure(x, beside, groups, other_groups)) for who, x in phi.items()}
+        found[key] |= _excess(measure, phi["generated"], phi["ceiling"], beside, groups, other_groups)
     return jsonable(found)
 
 
@@ -247,7 +267,7 @@ def _describe(latents: Tensor, mean: Tensor, components: Tensor, scale: float) -
     return torch.cat([scores, torch.stack([left_out, moved, moved / (away + 1e-3 * scale)], dim=1)], dim=1)
 
 
-def excess(measure: Measure, x, perfect, other, groups, other_groups) -> dict[str, Any]:
+def _excess(measure: Measure, x, perfect, other, groups, other_groups) -> dict[str, Any]:
     """Distance of x minus that of `perfect`, with a jackknife interval over episodes, and the swap test's p."""
 
     def gap(keep: Tensor, keep_other: Tensor) -> float:
@@ -275,7 +295,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, apart.mT @ apart / (x.shape[-2] - 1)
 
 
-def numbered(*names: Sequence[str]) -> list[Tensor]:
+def _numbered(*names: Sequence[str]) -> list[Tensor]:
     """Every list of names as whole numbers (n,), equal where the names are."""
     numbers = {name: i for i, name in enumerate(sorted({n for row in names for n in row}))}
     return [torch.tensor([numbers[name] for name in row]) for row in names]

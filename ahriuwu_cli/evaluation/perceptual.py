@@ -7,7 +7,7 @@ Every number bears the network's name, since numbers on another network do not c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,7 @@ from torch import Tensor, nn
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, UserError
-from ahriuwu_cli.evaluation.distances import (
-    CLIP_FRAMES,
-    REFERENCE_CLIPS,
-    Measure,
-    check_clips,
-    excess,
-    fit_basis,
-    frechet_distance,
-    kernel_distance,
-    numbered,
-    reference_clips,
-)
+from ahriuwu_cli.evaluation.distances import CLIP_FRAMES, REFERENCE_CLIPS, clip_distances, reference_clips
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
 from ahriuwu_cli.evaluation.protocol import WindowManifest, read_windows
@@ -175,49 +164,6 @@ def efficientnet_lite0_features(network: EfficientNetLite0, clips: np.ndarray, b
     return pooled.reshape(len(clips), CLIP_FRAMES, 1, -1)
 
 
-def feature_distances(
-    embed: Callable[[np.ndarray], Tensor],
-    clips: dict[str, np.ndarray],
-    *,
-    episodes: Sequence[str],
-    others: tuple[np.ndarray, Sequence[str]],
-    reference: np.ndarray,
-    finite: np.ndarray | None = None,
-    name: str = NETWORK,
-) -> dict[str, Any]:
-    """Frechet and kernel distance of clips to other real clips, on an embedding: {name_frechet, name_kernel, ...}.
-
-    clips: uint8 (W, L, H, W, 3), L >= 16, under "generated", "real_floor" (the truth of the same windows), "ceiling"
-    and "persistence"; embed makes (W, 16, N, D) of them. The rest, the units and the p-values are `latent_distances`'.
-    """
-    other, other_episodes = others
-    for who, values in (clips | {"other": other, "reference": reference}).items():
-        check_clips(who, values)
-    basis = fit_basis(embed(reference), most=min(len(clips["generated"]), len(other)) // 4)
-    phi = {who: basis.features(embed(values)) for who, values in clips.items()}
-    broken = np.zeros(len(episodes), bool) if finite is None else ~finite[:, -CLIP_FRAMES:].all(axis=1)
-    phi["generated"][torch.from_numpy(broken)] = torch.nan
-    beside, (groups, other_groups) = basis.features(embed(other)), numbered(episodes, other_episodes)
-    measures: dict[str, Measure] = {
-        f"{name}_frechet": lambda x, y, a, b: frechet_distance(x, y),
-        f"{name}_kernel": kernel_distance,
-    }
-    found: dict[str, Any] = {
-        "clips": len(episodes),
-        "other_clips": len(other),
-        "reference_clips": len(reference),
-        "episodes": len(set(episodes)),
-        "clip_frames": CLIP_FRAMES,
-        "components": basis.components.shape[1],
-        "components_share": basis.share,
-        "not_finite_clips": int(broken.sum()),
-    }
-    for key, measure in measures.items():
-        found[key] = {who: float(measure(x, beside, groups, other_groups)) for who, x in phi.items()}
-        found[key] |= excess(measure, phi["generated"], phi["ceiling"], beside, groups, other_groups)
-    return jsonable(found)
-
-
 def perceptual_look(
     world: World,
     store: EpisodeStore,
@@ -253,9 +199,9 @@ def perceptual_look(
         for who, values in shown.items()
     }
     apart["model"] = np.where(made.finite[:, at], apart["model"], np.nan)
-    between = feature_distances(
+    between = clip_distances(
         lambda clips: efficientnet_lite0_features(network, clips, config.batch),
-        {"generated": shown.pop("model"), "real_floor": truth} | shown,
+        {"generated": shown.pop("model"), "real_floor": truth} | shown, name=NETWORK,
         episodes=manifest.episodes, others=others, reference=reference, finite=made.finite,
     )  # fmt: skip
     by_frame = {f"{h + 1}": {who: rows[:, i].mean() for who, rows in apart.items()} for i, h in enumerate(at)}
