@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.evaluation.oracles import paper_level
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
@@ -122,7 +123,7 @@ class ExactDynamics:
     ) -> Tensor:
         belief, predictions = cache, []
         for t in range(z_tau.shape[1]):
-            z, signal = z_tau[:, t].double(), 1 - tau[:, t].double()[:, None, None]
+            z, signal = z_tau[:, t].double(), paper_level(tau[:, t].double())[:, None, None]
             mean, variance = self._next(belief, z, actions[:, t].double())
             predictions.append(self._answer(z, signal, d[:, t].double()[:, None, None], mean, variance))
             gain = variance * signal / (signal**2 * variance + (1 - signal) ** 2)
@@ -166,7 +167,7 @@ def settled_variance(tau_ctx: float) -> float:
     """Variance of a latent given many frames before it, all at tau_ctx: the fixed point of the Riccati recursion."""
     variance = 1.0
     for _ in range(200):
-        variance = KEPT**2 * exact_error(1 - tau_ctx, variance) + 1 - KEPT**2
+        variance = KEPT**2 * exact_error(paper_level(tau_ctx), variance) + 1 - KEPT**2
     return variance
 
 

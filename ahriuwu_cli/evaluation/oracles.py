@@ -126,9 +126,14 @@ class PerfectDynamics:
         return worst
 
 
+def paper_level(tau):
+    """The paper's tau (signal: 0 noise, 1 clean) of ours, a tensor or a number."""
+    return 1 - tau
+
+
 def _signal(tau: Tensor, like: Tensor) -> Tensor:
     """The paper's tau of ours, shaped to broadcast over latents."""
-    return _over(1 - tau, like)
+    return _over(paper_level(tau), like)
 
 
 def _over(level: Tensor, like: Tensor) -> Tensor:

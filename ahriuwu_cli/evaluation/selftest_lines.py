@@ -17,6 +17,7 @@ import torch
 from ahriuwu_cli.evaluation import evaluate, gaussian_world, levels, question, step_sizes
 from ahriuwu_cli.evaluation.blind import SENSES
 from ahriuwu_cli.evaluation.checks import Line, above, below, near
+from ahriuwu_cli.evaluation.oracles import paper_level
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
 from ahriuwu_cli.evaluation.selftest_bench import AT, CONTEXT, DISTANT, HORIZON, TINT, WINDOWS, Bench, Row
 
@@ -163,7 +164,8 @@ def by_tau(bench: Bench, rows: dict[str, Row]) -> Iterator[Line]:
     }
     variance = gaussian_world.settled_variance(bench.perfect.generation.tau_ctx)
     last = np.array(found["perfect model"]["error"])[CONTEXT:].mean(axis=0)
-    floor = np.array([gaussian_world.exact_error(1 - level, variance) for level in found["perfect model"]["levels"]])
+    signals = [paper_level(level) for level in found["perfect model"]["levels"]]
+    floor = np.array([gaussian_world.exact_error(signal, variance) for signal in signals])
     yield near("error by tau, perfect model against the closed form: ratio", (last / floor).mean(), 1, 0.1)
     mean = {name: np.array([b["value"] for b in table["by_bin"]]) for name, table in found.items()}
     for name in ("tau-blind", "context-blind", "action-blind"):
