@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, fields
 
 from ahriuwu_cli.diffusion.tau import TAU_CTX
 
-OPTIMIZERS = ("muon", "adamw")
+OPTIMIZERS = ("muon", "adamw", "adafactor")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class TrainConfig:
     bootstrap_share: float = 0.125  # of the clips that draw d > d_min and aim at the bootstrap target (eq. 7)
     single_image_share: float = 0.0  # of the clips whose frames are seen as single images (paper: 0.3)
     optimizer: str = "muon"
+    optimizer_state: str = "float32"  # of Muon's momentum; or "bfloat16": half the bytes
     lr: float = 3e-3
     weight_decay: float = 0.0
     warmup: int = 20  # optimiser steps of linear warm-up
@@ -34,6 +36,7 @@ class TrainConfig:
     clip: float = 1.0  # gradient norm
     ema: float = 0.98  # decay of the averaged weights that are sampled from
     precision: str = "float32"  # or "bfloat16": autocast
+    checkpoint_activations: bool = False  # compute activations again in the backward pass instead of keeping them
     compile: bool = False
     threads: int = 0  # 0: PyTorch's own choice
     seed: int = 0
@@ -64,7 +67,15 @@ class TrainConfig:
             (self.batch % self.accumulate != 0, f"batch {self.batch} does not divide by accumulate {self.accumulate}"),
             (self.bootstrap_share + self.single_image_share > 1, "bootstrap_share and single_image_share exceed 1"),
             (self.optimizer not in OPTIMIZERS, f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"),
-            (self.precision not in ("float32", "bfloat16"), f"precision {self.precision!r} is not float32 or bfloat16"),
+            (self.precision not in PRECISIONS, f"precision {self.precision!r} is not float32 or bfloat16"),
+            (
+                self.optimizer_state not in PRECISIONS,
+                f"optimizer_state {self.optimizer_state!r} is not float32 or bfloat16",
+            ),
+            (
+                self.optimizer_state == "bfloat16" and self.optimizer != "muon",
+                f"optimizer_state bfloat16 is for muon's momentum; {self.optimizer} keeps its own (adafactor: least)",
+            ),
         ]
         for wrong, sentence in problems:
             if wrong:

@@ -114,7 +114,8 @@ def train_dynamics(
     ramp: str = typer.Option("paper", help="Loss weight over tau: paper, inverted or flat."),
     bootstrap_share: float = typer.Option(0.125, help="Share of clips that train larger step sizes d (eq. 7)."),
     single_image_share: float = typer.Option(0.0, help="Share of clips seen as single images."),
-    optimizer: str = typer.Option("muon", help="muon or adamw."),
+    optimizer: str = typer.Option("muon", help="muon, adamw, or adafactor (next to no state)."),
+    optimizer_state: str = typer.Option("float32", help="Number format of muon's momentum: float32 or bfloat16."),
     lr: float = typer.Option(3e-3, help="Learning rate."),
     weight_decay: float = typer.Option(0.0, help="Decoupled weight decay."),
     warmup: int = typer.Option(20, help="Steps of linear warm-up."),
@@ -122,6 +123,9 @@ def train_dynamics(
     clip: float = typer.Option(1.0, help="Largest gradient norm."),
     ema: float = typer.Option(0.98, help="Decay of the averaged weights that are sampled from."),
     precision: str = typer.Option("float32", help="float32, or bfloat16 autocast."),
+    checkpoint_activations: bool = typer.Option(
+        False, "--checkpoint-activations", help="Compute activations again instead of keeping them: less memory."
+    ),
     compile_model: bool = typer.Option(False, "--compile", help="torch.compile the model: a slow start, faster steps."),
     threads: int = typer.Option(0, help="CPU threads; 0 leaves it to PyTorch."),
     seed: int = typer.Option(0, help="Seed of everything drawn."),

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.models.cache import ContextCache
@@ -143,6 +144,7 @@ class Dynamics(nn.Module):
     def __init__(self, config: DynamicsConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # keep each block's input alone; its backward pass computes the rest again
         c = config
         self.embed = nn.Linear(c.latent_dim, c.width)
         self.places = nn.Parameter(torch.randn(c.tokens, c.width) * 0.5)  # a position in space for every latent token
@@ -221,8 +223,10 @@ class Dynamics(nn.Module):
             extra += [level[:, :, None], action[:, :, None]]
         if extra:
             x = torch.cat([x, *extra], dim=2)  # (B, T, S, C)
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, level + action, time)
+            inputs = (x, level + action, time)
+            x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
         z_hat = self.head(self.final_norm(x[:, :, : c.tokens]))
         if c.linear_skip:
             z_hat = z_hat + tau_.gaussian_gain(tau[..., None, None], self.channel_scale) * z_tau

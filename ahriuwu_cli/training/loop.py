@@ -39,6 +39,7 @@ class DynamicsTrainer:
         self.config = run.config
         self.average: Dynamics = world.dynamics
         self.model = copy.deepcopy(world.dynamics).train().requires_grad_(True)
+        self.model.checkpoint_activations = self.config.checkpoint_activations
         self.forward = torch.compile(self.model) if self.config.compile else self.model
         self.optimizers = build_optimizers(self.model, self.config)
         self.step = 0

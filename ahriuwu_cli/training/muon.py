@@ -2,13 +2,16 @@
 
 The method is Keller Jordan's (2024) with the scale of Liu et al. (arXiv 2502.16982). PyTorch's own `torch.optim.Muon`
 does the same in bfloat16 only, which costs 30 times a training step on a CPU without bfloat16 units (measured:
-docs/log.md). This one works in float32 on a CPU and bfloat16 on a GPU, and stacks matrices of one shape into one batch.
+docs/log.md). This one works in float32 on a CPU and bfloat16 on a GPU, and stacks matrices of one shape into batches.
+Its momentum can be kept in bfloat16: a step moves it by a twentieth of the way, well above bfloat16's 1/256.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+STACKED = 2**23  # elements of matrices that are made orthogonal at once; temporaries are about six times as many
 
 
 def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
@@ -26,10 +29,21 @@ def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over 2-D parameters with Nesterov momentum and decoupled weight decay. Update RMS is 0.2, as AdamW's."""
+    """Muon over 2-D parameters with Nesterov momentum and decoupled weight decay. Update RMS is 0.2, as AdamW's.
 
-    def __init__(self, params, lr: float = 3e-3, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    state: number format of the momentum, float32 or bfloat16; None: that of the parameters.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 3e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        state: torch.dtype | None = None,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.state_dtype = state
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -45,19 +59,27 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault((*p.shape, p.dtype), []).append(p)
             for matrices in by_shape.values():
-                self._update(matrices, group)
+                some = max(1, STACKED // matrices[0].numel())
+                for first in range(0, len(matrices), some):
+                    self._update(matrices[first : first + some], group)
 
     def _update(self, matrices: list[Tensor], group: dict) -> None:
         directions = []
         for p in matrices:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffer = state["momentum_buffer"]
-            buffer.lerp_(p.grad, 1 - group["momentum"])
-            directions.append(p.grad.lerp(buffer, group["momentum"]))
+            momentum = self._momentum(p).type_as(p).lerp_(p.grad, 1 - group["momentum"])
+            self._momentum(p).copy_(momentum)
+            directions.append(p.grad.lerp(momentum, group["momentum"]))
         scale = 0.2 * max(matrices[0].shape) ** 0.5
         updates = orthogonalise(torch.stack(directions))
         for p, update in zip(matrices, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-group["lr"] * scale)
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        """The momentum of a parameter, in its number format also after PyTorch's loading made it the parameter's."""
+        state, kind = self.state[p], self.state_dtype or p.dtype
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=kind)
+        elif state["momentum_buffer"].dtype != kind:
+            state["momentum_buffer"] = state["momentum_buffer"].to(kind)
+        return state["momentum_buffer"]

@@ -10,14 +10,21 @@ from ahriuwu_cli.training.muon import Muon
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all."""
+    """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all, or Adafactor for all.
+
+    Bytes of state a parameter: AdamW 8, Muon 4 (2 in bfloat16), Adafactor about 0: a row and a column of each matrix.
+    """
+    if config.optimizer == "adafactor":
+        return [torch.optim.Adafactor(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)]
     matrices: list[Tensor] = []
     if config.optimizer == "muon":
         matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     adamw = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    return [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay), adamw] if matrices else [adamw]
+    kind = getattr(torch, config.optimizer_state)
+    muon = [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, state=kind)] if matrices else []
+    return [*muon, adamw]
 
 
 def set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
