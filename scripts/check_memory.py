@@ -129,7 +129,7 @@ def step(trainer) -> None:
 
 
 def count_flops(work) -> int:
-    """FLOPs of one call by FlopCounterMode; its formula for attention is lent to the CPU's kernel, which it leaves out."""
+    """FLOPs of one call by FlopCounterMode, which is lent its own formula for the attention kernel of CPUs."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 

@@ -136,6 +136,11 @@ def train_dynamics(
     preview_windows: int = typer.Option(32, help="Windows of a preview."),
     resume: bool = typer.Option(False, "--resume", help="Go on with the run in --out, exactly."),
     init_from: Path = typer.Option(None, help="Start from the weights of this world."),
+    forecast: bool = typer.Option(
+        False,
+        "--dry-run",
+        help="Write nothing: forecast parameters, FLOPs and memory, and what fits on a card.",
+    ),
     device: str = Device,
     overwrite: bool = Overwrite,
     as_json: bool = AsJson,
@@ -156,6 +161,10 @@ def train_dynamics(
     except ValueError as error:
         raise UserError(f"bad training option: {error}") from None
     _check_names(config)
+    if forecast:
+        from ahriuwu_cli.commands.dry_run import dry_run
+
+        return dry_run(dataset, tokenizer, config, device, as_json)
 
     from ahriuwu_cli.commands.progress import bar, training_bar
     from ahriuwu_cli.data.episodes import EpisodeStore

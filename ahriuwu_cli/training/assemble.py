@@ -69,8 +69,7 @@ def assemble(
     progress: Progress | None = None,
 ) -> DynamicsTrainer:
     """A trainer for a new run in `out`, or for the run that is there. All is checked before anything is written."""
-    if config.size not in SIZES:
-        raise UserError(f"unknown size {config.size!r}: {did_you_mean(config.size, tuple(SIZES))}")
+    architecture = architecture_for(config.size, tokenizer, store)
     if (tokenizer.height, tokenizer.width) != (store.height, store.width):
         raise CheckpointError(
             f"the tokenizer is for frames of {tokenizer.height}x{tokenizer.width}, {store.path} has "
@@ -85,12 +84,6 @@ def assemble(
             f"no training episode of {store.path} has {max(config.frames, config.long_frames)} frames (longest: "
             f"{longest}): train with fewer --frames or record longer episodes"
         )
-    architecture = DynamicsConfig(
-        tokens=tokenizer.tokens,
-        latent_dim=tokenizer.latent_dim,
-        action_space=action_slots(store.action_space),
-        **SIZES[config.size],
-    )
     torch.manual_seed(config.seed)
     dynamics = Dynamics(architecture)
     every_d = config.bootstrap_share > 0 and config.forcing != "horizon"
@@ -124,6 +117,18 @@ def assemble(
     if resume:
         run.load(trainer)
     return trainer
+
+
+def architecture_for(size: str, tokenizer: Tokenizer, store: EpisodeStore) -> DynamicsConfig:
+    """The dynamics of a named size for this tokenizer's latents and this dataset's actions."""
+    if size not in SIZES:
+        raise UserError(f"unknown size {size!r}: {did_you_mean(size, tuple(SIZES))}")
+    return DynamicsConfig(
+        tokens=tokenizer.tokens,
+        latent_dim=tokenizer.latent_dim,
+        action_space=action_slots(store.action_space),
+        **SIZES[size],
+    )
 
 
 def _initialise_from(dynamics: Dynamics, path: Path) -> None:

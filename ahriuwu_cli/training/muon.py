@@ -66,8 +66,8 @@ class Muon(torch.optim.Optimizer):
     def _update(self, matrices: list[Tensor], group: dict) -> None:
         directions = []
         for p in matrices:
-            momentum = self._momentum(p).type_as(p).lerp_(p.grad, 1 - group["momentum"])
-            self._momentum(p).copy_(momentum)
+            momentum = self.momentum(p).type_as(p).lerp_(p.grad, 1 - group["momentum"])
+            self.momentum(p).copy_(momentum)
             directions.append(p.grad.lerp(momentum, group["momentum"]))
         scale = 0.2 * max(matrices[0].shape) ** 0.5
         updates = orthogonalise(torch.stack(directions))
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-group["lr"] * scale)
 
-    def _momentum(self, p: Tensor) -> Tensor:
+    def momentum(self, p: Tensor) -> Tensor:
         """The momentum of a parameter, in its number format also after PyTorch's loading made it the parameter's."""
         state, kind = self.state[p], self.state_dtype or p.dtype
         if "momentum_buffer" not in state:

@@ -25,6 +25,7 @@ from ahriuwu_cli.diffusion.objective import Denoise, shortcut_forcing_loss
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
 from ahriuwu_cli.training.batches import Batch
 from ahriuwu_cli.training.loop import denoiser
+from ahriuwu_cli.training.muon import Muon
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, update_average
 
 aten = torch.ops.aten
@@ -59,11 +60,10 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, tuple[str, int]] = {}  # storage -> part and bytes
+        self.born: dict[int, int] = {}  # storage -> the line it first stands in
         self.totals = dict.fromkeys(PARTS, 0)
-        self.lines: list[tuple[int, ...]] = []
-        self.flops = dict.fromkeys(PHASES, 0)
         self.phase = "optimizer"
-        self.largest = (0, "none")
+        self.start()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -80,7 +80,7 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._book(leaf, str(func._overloadpacket))
-        self.lines.append(tuple(self.totals.values()))
+        self.lines.append(list(self.totals.values()))
         return out
 
     def own(self, part: str, tensors: Iterable[Tensor | None]) -> None:
@@ -91,11 +91,28 @@ class Ledger(TorchDispatchMode):
                 self._move(tensor.untyped_storage()._cdata, part)
 
     def keep(self) -> int:
-        """Book all temporaries that are alive as activations: the forward pass has left them. Returns their bytes."""
-        for key, (part, _) in list(self.alive.items()):
+        """Book what the forward pass has left as activations, from their birth on. Returns their bytes."""
+        grown = np.zeros(len(self.lines) + 1)
+        for key, (part, size) in list(self.alive.items()):
             if part == "temporaries":
                 self._move(key, "activations")
+                grown[self.born.get(key, 0)] += size
+        for line, size in zip(self.lines, grown.cumsum(), strict=False):
+            line[PARTS.index("activations")] += size
+            line[PARTS.index("temporaries")] -= size
         return self.totals["activations"]
+
+    def start(self) -> None:
+        """Forget what was done so far, but not what is alive."""
+        self.lines: list[list[float]] = []
+        self.born.clear()
+        self.flops = dict.fromkeys(PHASES, 0)
+        self.largest = (0, "none")
+
+    def trace(self, kept: int, times: float = 1) -> Trace:
+        """What was done since `start`, with `times` the FLOPs."""
+        flops = {phase: round(n * times) for phase, n in self.flops.items()}
+        return Trace(np.array(self.lines, dtype=np.float64), flops, kept, self.largest)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -111,6 +128,7 @@ class Ledger(TorchDispatchMode):
             return
         self.alive[key] = ("temporaries", size)
         self.totals["temporaries"] += size
+        self.born[key] = len(self.lines)
         if origin not in PARTS:
             self.largest = max(self.largest, (size, origin))
         weakref.finalize(storage, self._forget, key)
@@ -127,67 +145,100 @@ class Ledger(TorchDispatchMode):
         self.totals[part] -= size
 
 
+class Shadow:
+    """A model, its average and its optimisers without storage, as they are once the first step is done.
+
+    Kernels are those that a CPU would choose, so this runs anywhere; for `cuda` PyTorch's own optimisers take all
+    parameters at once, as they do there.
+    """
+
+    def __init__(self, config: TrainConfig, architecture: DynamicsConfig, device: str) -> None:
+        self.config, self.architecture = config, architecture
+        self.fake, self.ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
+        with self.fake:
+            self.average = Dynamics(architecture).requires_grad_(False)
+            self.model = Dynamics(architecture).train()
+            self.optimizers = build_optimizers(self.model, config)
+            for p in self.model.parameters():
+                p.grad = torch.empty_like(p)
+        for group in (g for o in self.optimizers for g in o.param_groups if "foreach" in g):
+            group["foreach"] = device == "cuda"
+        with self.ledger:  # their state comes with the first step
+            for optimizer in self.optimizers:
+                if isinstance(optimizer, Muon):
+                    for p in (p for g in optimizer.param_groups for p in g["params"]):
+                        optimizer.momentum(p)
+                else:
+                    optimizer.step()
+        own = self.ledger.own
+        own("weights", self.model.state_dict().values())
+        own("averaged", self.average.state_dict().values())
+        for optimizer in self.optimizers:
+            own("optimizer", (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)))
+        for p in self.model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: own("gradients", [p.grad]))
+        self.seen: list[tuple[Batch, Tensor]] = []
+
+    def passes(self, clips: int, frames: int, checkpointed: bool) -> Trace:
+        """Forward and backward of all micro-batches of `clips` x `frames`; their gradients stay for `update`."""
+        config, ledger = self.config, self.ledger
+        self.model.checkpoint_activations = checkpointed
+        self.model.zero_grad()
+        self.seen = []
+        ledger.start()
+        micro, kept = min(config.accumulate, 2), 0  # the later ones are as the second
+        with ledger:
+            for _ in range(micro):
+                batch = _batch(config, self.architecture, clips, frames, self.fake)
+                ledger.own("batch", (batch.z_clean, batch.noise))
+                with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    loss = self._loss(batch)
+                kept = ledger.keep()
+                with ledger.during("backward"):
+                    (loss / config.accumulate).backward()
+                self.seen.append((batch, loss))  # the loop keeps what it has seen until the step is done
+        trace = ledger.trace(kept, config.accumulate / micro)
+        trace.bytes[:, PARTS.index("batch")] *= config.accumulate / micro
+        return trace
+
+    def update(self) -> Trace:
+        """The optimisers' step and the average's, after `passes`."""
+        self.ledger.start()
+        with self.ledger:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+            apply(self.optimizers)
+            update_average(self.average, self.model, self.config.ema, 0)
+        return self.ledger.trace(0)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The loss as the training loop asks for it, with the FLOPs of the teacher's passes told apart."""
+
+        def teacher(rows: int) -> Denoise:
+            inner = denoiser(self.model, batch, rows)
+
+            def told(*inputs: Tensor) -> Tensor:
+                with self.ledger.during("teacher"):
+                    return inner(*inputs)
+
+            return told
+
+        with self.ledger.during("forward"):
+            return shortcut_forcing_loss(
+                denoiser(self.model, batch), batch.z_clean, batch.noise, batch.tau, batch.d, teacher=teacher,
+                k_max=self.architecture.k_max, ramp=self.config.ramp, bootstrap_rows=batch.bootstrap_rows,
+            ).loss  # fmt: skip
+
+
 def trace_step(config: TrainConfig, architecture: DynamicsConfig, clips: int, frames: int, device: str) -> Trace:
-    """One whole optimiser step of micro-batches of `clips` x `frames`, once the optimisers have their state."""
-    fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
-    with fake, torch.device(device):
-        average = Dynamics(architecture).requires_grad_(False)
-        model = Dynamics(architecture).train()
-        model.checkpoint_activations = config.checkpoint_activations
-        optimizers = build_optimizers(model, config)
-        for p in model.parameters():
-            p.grad = torch.empty_like(p)
-    with ledger:
-        apply(optimizers)  # their state comes with the first step
-    ledger.own("weights", model.state_dict().values())
-    ledger.own("averaged", average.state_dict().values())
-    for optimizer in optimizers:
-        ledger.own("optimizer", (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)))
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: ledger.own("gradients", [p.grad]))
-    ledger.lines.clear()
-    ledger.flops, ledger.largest = dict.fromkeys(PHASES, 0), (0, "none")
-
-    micro = min(config.accumulate, 2)  # the later ones are as the second
-    seen, kept = [], 0
-    with ledger:
-        for _ in range(micro):
-            batch = _batch(config, architecture, clips, frames, fake, device)
-            ledger.own("batch", (batch.z_clean, batch.noise))
-            with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                loss = _loss(model, batch, config, architecture.k_max, ledger)
-            kept = ledger.keep()
-            with ledger.during("backward"):
-                (loss / config.accumulate).backward()
-            seen.append((batch, loss))
-        once = {p: config.accumulate * n // micro for p, n in ledger.flops.items()}
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        apply(optimizers)
-        update_average(average, model, config.ema, 0)
-    flops = {p: once[p] or ledger.flops[p] for p in PHASES}
-    lines = np.array(ledger.lines, dtype=np.float64)
-    waiting = (config.accumulate - micro) * _bytes(seen[0][0])  # the loop keeps what it has seen until the step is done
-    lines[:, PARTS.index("batch")] += waiting
-    return Trace(lines, flops, kept, ledger.largest)
-
-
-def _loss(model: Dynamics, batch: Batch, config: TrainConfig, k_max: int, ledger: Ledger) -> Tensor:
-    """The loss as the training loop asks for it, with the FLOPs of the teacher's passes told apart."""
-
-    def teacher(rows: int) -> Denoise:
-        inner = denoiser(model, batch, rows)
-
-        def told(*inputs: Tensor) -> Tensor:
-            with ledger.during("teacher"):
-                return inner(*inputs)
-
-        return told
-
-    with ledger.during("forward"):
-        return shortcut_forcing_loss(
-            denoiser(model, batch), batch.z_clean, batch.noise, batch.tau, batch.d, k_max=k_max, ramp=config.ramp,
-            teacher=teacher, bootstrap_rows=batch.bootstrap_rows,
-        ).loss  # fmt: skip
+    """One whole optimiser step on micro-batches of `clips` x `frames`."""
+    shadow = Shadow(config, architecture, device)
+    passes, update = shadow.passes(clips, frames, config.checkpoint_activations), shadow.update()
+    return Trace(
+        np.concatenate([passes.bytes, update.bytes]),
+        {p: passes.flops[p] + update.flops[p] for p in PHASES},
+        passes.kept,
+        max(passes.largest, update.largest),
+    )
 
 
 def bootstrap_rows(config: TrainConfig, clips: int) -> float:
@@ -195,7 +246,7 @@ def bootstrap_rows(config: TrainConfig, clips: int) -> float:
     return 0.0 if config.forcing == "horizon" else config.bootstrap_share * clips
 
 
-def _batch(config: TrainConfig, c: DynamicsConfig, clips: int, frames: int, fake: FakeTensorMode, device: str) -> Batch:
+def _batch(config: TrainConfig, c: DynamicsConfig, clips: int, frames: int, fake: FakeTensorMode) -> Batch:
     """Clips without contents; shares are rounded up, so that no step has more to do."""
     rows = math.ceil(bootstrap_rows(config, clips))
     images = min(math.ceil(config.single_image_share * clips), clips - rows)
@@ -204,12 +255,8 @@ def _batch(config: TrainConfig, c: DynamicsConfig, clips: int, frames: int, fake
     columns = sum(1 if kind == "discrete" else size for kind, size, _, _ in c.action_space)
     actions, known = torch.zeros(clips, frames, columns), torch.ones(clips, frames, dtype=torch.bool)
     with fake:
-        z_clean, noise = (torch.empty(clips, frames, c.tokens, c.latent_dim, device=device) for _ in range(2))
+        z_clean, noise = (torch.empty(clips, frames, c.tokens, c.latent_dim) for _ in range(2))
     return Batch(z_clean, noise, tau, d, actions, known, rows, images, ())
-
-
-def _bytes(batch: Batch) -> int:
-    return sum(t.untyped_storage().nbytes() for t in (batch.z_clean, batch.noise))
 
 
 def _places(index: Tensor | None) -> Tensor | None:
