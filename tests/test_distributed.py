@@ -9,15 +9,20 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from processes import RUNS, STEPS, everything, prepare, resumed
+from processes import CONFIG, RUNS, STEPS, everything, prepare, resumed, trainer_for
 from safetensors.torch import load_file
 
+from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.training.batches import check_shares, draw_batch
+from ahriuwu_cli.training.clip_loss import ClipLoss
 from ahriuwu_cli.training.distributed import PARALLEL, Group
+from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_state
 
 ALONE = Group(torch.device("cpu"))
@@ -145,6 +150,57 @@ def test_files_are_written_once_and_are_those_of_one_process(folder, mode):
     assert len(list((folder / "data" / "latents").iterdir())) == 1
 
 
+def test_sharded_processes_take_equally_many_forwards_whatever_clips_they_got(folder):
+    """Of four processes with one clip each, few have a bootstrap clip or single images; unequal forwards would hang."""
+    config = replace(CONFIG, batch=4, bootstrap_share=0.3, single_image_share=0.3)
+    trainer = trainer_for(folder, config, folder / "one" / "forwards", ALONE)
+    unequal = 0
+    for step in range(12):
+        counts = {True: set(), False: set()}
+        for lockstep, rank in product(counts, range(4)):
+            batch, calls = draw_batch(trainer.pack, config, 8, step, 0, rank, 4), []
+            hook = trainer.model.register_forward_pre_hook(lambda *_, c=calls: c.append(torch.is_grad_enabled()))
+            assert ClipLoss(trainer.model, 8, "paper", lockstep)(batch).loss.isfinite()
+            hook.remove()
+            counts[lockstep].add(tuple(calls))
+        assert len(counts[True]) == 1, (step, counts)
+        unequal += len(counts[False]) > 1
+    assert unequal  # or this test shows nothing
+
+
+def test_a_forward_that_only_keeps_step_changes_no_loss_and_no_gradient(folder):
+    config = replace(CONFIG, batch=4, bootstrap_share=0.3, single_image_share=0.3)
+    trainer = trainer_for(folder, config, folder / "one" / "dummies", ALONE)
+    for step, rank in product(range(3), range(4)):
+        found = []
+        for lockstep in (False, True):
+            trainer.model.zero_grad()
+            loss = ClipLoss(trainer.model, 8, "paper", lockstep)(
+                draw_batch(trainer.pack, config, 8, step, 0, rank, 4)
+            ).loss
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in trainer.model.parameters() if p.grad is not None)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_clips_that_cannot_be_dealt_out_evenly_are_refused():
+    check_shares(replace(CONFIG, batch=8, accumulate=2), 4)
+    with pytest.raises(UserError, match="--batch 8 does not divide by 3 processes x --accumulate 1 = 3 shares"):
+        check_shares(CONFIG, 3)
+    with pytest.raises(UserError, match="a step has 2 clips of --long-frames 24, which do not divide by 4 processes"):
+        check_shares(replace(CONFIG, long_frames=24, long_every=2), 4)
+
+
+def test_a_signal_that_a_launcher_repeats_is_one_request():
+    patient, plain = StopRequest(echo=60), StopRequest()
+    for _ in range(2):
+        patient._note(signal.SIGTERM, None)
+    assert patient.number == signal.SIGTERM
+    plain._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        plain._note(signal.SIGINT, None)
+
+
 def test_a_signal_to_one_process_ends_all_after_one_save_with_its_exit_code(folder, tmp_path):
     out = tmp_path / "run"
     command = ["-m", "ahriuwu_cli", "train", "dynamics", folder / "data", "--out", out, "--steps", "100000"]
@@ -155,6 +211,7 @@ def test_a_signal_to_one_process_ends_all_after_one_save_with_its_exit_code(fold
     outputs = [p.communicate(timeout=60)[0] for p in processes]
     assert [p.returncode for p in processes] == [143, 143], outputs
     assert "stopped by signal 15" in outputs[0]
+    assert "error" not in outputs[1]
     (state,) = (out / "state").iterdir()
     assert load_state(state)[1]["processes"] == 2
     lines = (out / "metrics.jsonl").read_text().splitlines()

@@ -52,9 +52,11 @@ def train_tokenizer(
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.checkpoint import pick_device, save_tokenizer
+    from ahriuwu_cli.training.distributed import refuse_several
     from ahriuwu_cli.training.run import refuse_used, versions
     from ahriuwu_cli.training.tokenizer_quality import reconstruction
 
+    refuse_several("train tokenizer")
     store = EpisodeStore.open(dataset)
     if not resume:
         refuse_used(out, overwrite)

@@ -147,8 +147,10 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
     control = dist.new_group(backend="gloo", timeout=LEAD_PATIENCE)
     try:
         yield Group(where, rank, world, parallel or "ddp", control)
-    except Interrupted:  # all of them, after the same step
+    except Interrupted as error:  # all of them, after the same step
         dist.destroy_process_group()
+        if rank:
+            raise SystemExit(error.exit_code) from None
         raise
     except UserError:
         raise
@@ -161,6 +163,12 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
         ) from error
     else:
         dist.destroy_process_group()
+
+
+def refuse_several(what: str) -> None:
+    """UserError under torchrun with several processes, for what one process does alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{what} runs as one process: start it without torchrun")
 
 
 def launcher() -> str:
@@ -179,12 +187,12 @@ def what_changed(before: dict, group: Group, config: TrainConfig) -> str | None:
     if before == now:
         return None
     count, parallel = before["processes"], before["parallel"]
-    kind = f" ({now['parallel']} instead of {parallel})" if parallel != now["parallel"] else ""
     clips = config.batch // group.world
-    if count == group.world:
-        processes = f"{count} process{'es' if count > 1 else ''}, now {now['parallel']}"
-    else:
-        processes = f"{group.world} process{'es' if group.world > 1 else ''} instead of {count}{kind}"
+    processes = f"{group.world} process{'es' if group.world > 1 else ''}"
+    if count != group.world:
+        processes += f" instead of {count}"
+    if "none" not in (parallel, now["parallel"]) and parallel != now["parallel"]:
+        processes += f" by {now['parallel']} instead of {parallel}"
     return f"resuming with {processes}: the global batch stays {config.batch}, each process takes {clips} clips"
 
 

@@ -22,7 +22,7 @@ def synchronised(loss: nn.Module, group: Group) -> nn.Module:
         return loss
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True)
 
 
 def keeping_apart(loss: nn.Module, apart: bool) -> AbstractContextManager:
