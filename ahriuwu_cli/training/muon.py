@@ -3,12 +3,20 @@
 The method is Keller Jordan's (2024) with the scale of Liu et al. (arXiv 2502.16982). PyTorch's own `torch.optim.Muon`
 does the same in bfloat16 only, which costs 30 times a training step on a CPU without bfloat16 units (measured:
 docs/log.md). This one works in float32 on a CPU and bfloat16 on a GPU, and stacks matrices of one shape into one batch.
+
+An orthogonal update needs the whole matrix. Where weights are sharded, momentum stays sharded, every process gathers
+the directions of a few matrices at a time, makes them all orthogonal, and keeps its rows: one all-gather of the
+matrices a step more than AdamW, and the same arithmetic on every process, as copies of the model would do.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ahriuwu_cli.training.sharding import is_sharded, local, placed, whole
+
+GATHERED = 8  # sharded matrices that are whole at a time
 
 
 def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
@@ -45,7 +53,9 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault((*p.shape, p.dtype), []).append(p)
             for matrices in by_shape.values():
-                self._update(matrices, group)
+                at_once = GATHERED if is_sharded(matrices[0]) else len(matrices)
+                for i in range(0, len(matrices), at_once):
+                    self._update(matrices[i : i + at_once], group)
 
     def _update(self, matrices: list[Tensor], group: dict) -> None:
         directions = []
@@ -54,10 +64,10 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             buffer = state["momentum_buffer"]
-            buffer.lerp_(p.grad, 1 - group["momentum"])
-            directions.append(p.grad.lerp(buffer, group["momentum"]))
+            local(buffer).lerp_(local(p.grad), 1 - group["momentum"])
+            directions.append(whole(torch.lerp(p.grad, buffer, group["momentum"])))
         scale = 0.2 * max(matrices[0].shape) ** 0.5
         updates = orthogonalise(torch.stack(directions))
         for p, update in zip(matrices, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-group["lr"] * scale)
+            p.add_(placed(update, p), alpha=-group["lr"] * scale)
