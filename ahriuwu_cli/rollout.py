@@ -41,7 +41,7 @@ class CachedDenoiser(Protocol):
 
     def new_cache(self, batch: int): ...
 
-    def extend(self, z_tau, tau, d, actions, known, cache, keep: int) -> Tensor: ...
+    def extend(self, z_tau, tau, d, actions, known, cache, keep: int, unread: int = 0) -> Tensor: ...
 
 
 class KeyedNoise:
@@ -111,7 +111,7 @@ def rollout(
             both = torch.cat([last, z], dim=1)
             taus = torch.cat([level(last_tau, 1), tau], dim=1)
             sizes = torch.cat([level(d_min, 1), d], dim=1)
-            return dynamics.extend(both, taus, sizes, *inputs(t - 1, t + 1), cache, keep=1)[:, 1:]
+            return dynamics.extend(both, taus, sizes, *inputs(t - 1, t + 1), cache, keep=1, unread=1)
 
         z_hat, z_end, tau_end = SAMPLERS[config.sampler](
             denoise,

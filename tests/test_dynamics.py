@@ -16,8 +16,10 @@ from ahriuwu_cli.models.dynamics import (
     TimeContext,
     count_parameters,
     incoming_actions,
+    time_tables,
 )
-from ahriuwu_cli.models.layers import Attention, rotary, rotate, window_mask
+from ahriuwu_cli.models.kernels import rotate
+from ahriuwu_cli.models.layers import Attention, as_bias, rotary, window_mask
 
 VARIANTS = [
     {},
@@ -143,7 +145,9 @@ def test_across_frames_a_token_sees_other_places_of_the_past(make_dynamics):
         h = torch.randn(1, 4, 4, 32, generator=torch.Generator().manual_seed(0))
         other = h.clone()
         other[:, 2, 2] += 1
-        time = TimeContext(model.config, torch.arange(4), window_mask(4, 5, h.device))
+        each = model.config.sequence // model.config.lines
+        mask = window_mask(4, 5, h.device).repeat_interleave(each, 0).repeat_interleave(each, 1)
+        time = TimeContext(model.config, time_tables(model.config, torch.arange(4)), as_bias(mask))
         attention = model.blocks[0].attention
         change = (time.attend(attention, h) - time.attend(attention, other)).abs().amax(dim=(0, 3))
         assert (change[3, 0] > 1e-3).item() is sees
@@ -153,9 +157,9 @@ def test_across_frames_a_token_sees_other_places_of_the_past(make_dynamics):
 
 def test_across_frames_the_rotary_places_depend_on_the_distance_between_tokens_alone(make_dynamics):
     config = make_dynamics(time_attention="frame", tokens=6).config
-    time = TimeContext(config, torch.arange(3), window_mask(3, 5, torch.device("cpu")))
+    tables = [table.flatten(0, 1) for table in time_tables(config, torch.arange(3))]
     q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 18, 8)
-    scores = (rotate(q, time.cos, time.sin) @ rotate(k, time.cos, time.sin).T).view(3, 6, 3, 6)
+    scores = (rotate(q, *tables) @ rotate(k, *tables).T).view(3, 6, 3, 6)
     torch.testing.assert_close(scores[1, 1, 0, 3], scores[2, 3, 1, 5])  # one frame back, two places on
     assert (scores[1, 1, 0, 3] - scores[1, 1, 0, 4]).abs() > 1e-3  # another place
     assert (scores[2, 1, 1, 3] - scores[2, 1, 0, 3]).abs() > 1e-3  # another frame
@@ -338,7 +342,7 @@ def test_rotary_positions_only_see_distances():
 def test_attention_is_softmax_over_normed_queries_and_keys_with_shared_groups():
     torch.manual_seed(0)
     attention = Attention(16, heads=4, kv_heads=2)
-    x = torch.randn(3, 5, 16)
+    x = torch.randn(3, 1, 5, 16)
     norm = lambda v: v / v.square().mean(-1, keepdim=True).sqrt()  # noqa: E731
     q = norm(attention.q(x).view(3, 5, 4, 4))
     k, v = attention.kv(x).view(3, 5, 2, 2, 4).unbind(2)
@@ -347,7 +351,7 @@ def test_attention_is_softmax_over_normed_queries_and_keys_with_shared_groups():
     for h in range(4):
         scores = q[:, :, h] @ k[:, :, h // 2].transpose(1, 2) / 2  # sqrt of head width 4
         heads.append(scores.softmax(-1) @ v[:, :, h // 2])
-    torch.testing.assert_close(attention(x), attention.out(torch.cat(heads, -1)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attention(x)[:, 0], attention.out(torch.cat(heads, -1)), atol=1e-5, rtol=1e-4)
 
 
 def test_blocks_add_to_the_residual_and_are_the_identity_when_their_outputs_are_silenced(make_dynamics, tiny_clip):
@@ -393,3 +397,16 @@ def test_time_layers_stand_at_every_time_every_th_place_from_the_first():
     assert [block.over_time for block in model.blocks] == [True, False, False, True, False, False]
     assert model.time_layers == 2
     assert count_parameters(model) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=named)
+def test_what_is_left_unread_changes_nothing_of_what_is_read(make_dynamics, fields):
+    model = make_dynamics(**fields)
+    frames = 2 * model.config.window
+    clip = make_clip(frames=frames)
+    whole, trimmed = model.new_cache(2), model.new_cache(2)
+    for t in range(frames - 1):
+        pair = [x[:, t : t + 2] for x in clip.inputs]
+        read = model.extend(*pair, trimmed, keep=1, unread=1)
+        torch.testing.assert_close(read, model.extend(*pair, whole, keep=1)[:, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(trimmed.keys[:, :, :, : -trimmed.each], whole.keys[:, :, :, : -whole.each])

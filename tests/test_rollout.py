@@ -8,6 +8,7 @@ from conftest import make_clip, random_actions
 
 from ahriuwu_cli.evaluation.oracles import PerfectDynamics
 from ahriuwu_cli.models.cache import ContextCache
+from ahriuwu_cli.models.layers import rotary
 from ahriuwu_cli.rollout import CTX_LABELS, CTX_MODES, KeyedNoise, RolloutConfig, rollout
 
 K_MAX = 8
@@ -23,11 +24,11 @@ class Recorder:
     def new_cache(self, batch):
         return self.model.new_cache(batch)
 
-    def extend(self, z_tau, tau, d, actions, known, cache, keep):
+    def extend(self, z_tau, tau, d, actions, known, cache, keep, unread=0):
         first = cache.frames
         z_hat = self.model.extend(z_tau, tau, d, actions, known, cache, keep)
         self.calls.append((first, (z_tau, tau, d, actions, known), keep, z_hat))
-        return z_hat
+        return z_hat[:, unread:]
 
 
 def generate(model, *, prompt_frames=3, length=8, config=None, noise=None, batch=2, prompt=None, actions=None):
@@ -143,8 +144,8 @@ class Mislabelling(PerfectDynamics):
         super().__init__(z_clean, window)
         self.change = change
 
-    def extend(self, z_tau, tau, d, actions, known, cache, keep):
-        return super().extend(*self.change(z_tau, tau, keep), d, actions, known, cache, keep)
+    def extend(self, z_tau, tau, d, actions, known, cache, keep, unread=0):
+        return super().extend(*self.change(z_tau, tau, keep), d, actions, known, cache, keep, unread)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_a_window_is_imagined_the_same_alone_and_in_a_batch(tiny_dynamics):
 
 @pytest.mark.parametrize("window", [2, 3, 5])
 def test_the_ring_shows_a_frame_exactly_the_window_that_ends_with_itself(window):
-    cache = ContextCache(1, window, 1, 1, 1, 1, 2, torch.zeros(1))
+    cache = ContextCache(window, 1, (1, 1, 1, 2), lambda positions: rotary(positions, 2), torch.zeros(1))
     holds = {}  # slot -> frame
     for now in range(4 * window):
         for count, keep in ((1, 0), (2, 1)):  # a pass over the next frame, then a commit with a frame riding behind
@@ -338,10 +339,12 @@ def test_the_ring_shows_a_frame_exactly_the_window_that_ends_with_itself(window)
             trial = dict(holds)
             for i, slot in enumerate(slots):
                 trial[slot] = now + i
-            mask = cache.mask(count, keep, torch.device("cpu"))
+            places, bias = cache.look(count, keep)
+            assert places.tolist() == slots
+            mask = bias == 0
             for i in range(count):
                 seen = sorted(trial[s] for s in range(window + 1) if mask[i, s])
                 assert seen == list(range(max(0, now + i - window + 1), now + i + 1)), (now, i, keep)
         holds[cache.slots(1, 1)[0]] = now
         cache.frames += 1
-    assert cache.keys.shape == (1, 1, 1, 1, window + 1, 1, 2)
+    assert cache.keys.shape == (1, 1, 1, window + 1, 2)

@@ -40,11 +40,11 @@ class HonestyTest:
         cache.tau = 0.0
         return cache
 
-    def extend(self, z_tau, tau, d, actions, known, cache, keep):
+    def extend(self, z_tau, tau, d, actions, known, cache, keep, unread=0):
         if cache.rows is None:  # the puppet finds its window by the clean first frame
             cache.tau = float(tau[0, 0])
             cache.rows = self.rows
-        z_hat = self.puppet.extend(z_tau, tau, d, actions, known, cache, keep)
+        z_hat = self.puppet.extend(z_tau, tau, d, actions, known, cache, keep, unread)
         return z_hat + self.error(cache.tau)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ahriuwu_cli.models import transformer_tokenizer
+from ahriuwu_cli.models.layers import as_bias
 from ahriuwu_cli.models.tokenizer import build_tokenizer
 from ahriuwu_cli.models.transformer_tokenizer import (
     TransformerTokenizer,
@@ -96,7 +97,12 @@ def test_encoder_patches_see_patches_only_and_decoder_latents_see_latents_only()
     def reached(mask: torch.Tensor, token: int) -> list[bool]:
         changed = x.clone()
         changed[:, :, token] += 1
-        return (space(changed, mask, None, None) != space(x, mask, None, None)).any(-1).flatten().tolist()
+        return (
+            (space(changed, as_bias(mask), None, None) != space(x, as_bias(mask), None, None))
+            .any(-1)
+            .flatten()
+            .tolist()
+        )
 
     assert reached(tokenizer.encoder_sees, 0) == [True] * 11
     assert reached(tokenizer.encoder_sees, 7) == [False] * 6 + [True] * 5

@@ -221,11 +221,11 @@ class Blind(nn.Module):
     def new_cache(self, batch):
         return self.model.new_cache(batch)
 
-    def extend(self, *inputs_and_cache, keep):
+    def extend(self, *inputs_and_cache, keep, unread=0):
         *inputs, cache = inputs_and_cache
         if self.ignores == "cache":
             cache = self.model.new_cache(len(inputs[0]))
-        return self.model.extend(*self.blinded(*inputs), cache, keep=keep)
+        return self.model.extend(*self.blinded(*inputs), cache, keep=keep, unread=unread)
 
 
 WORDS = {

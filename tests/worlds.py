@@ -99,14 +99,14 @@ class Puppet:
     def new_cache(self, batch: int):
         return SimpleNamespace(window=10**6, frames=0, rows=None)
 
-    def extend(self, z_tau, tau, d, actions, known, cache, keep: int) -> Tensor:
+    def extend(self, z_tau, tau, d, actions, known, cache, keep: int, unread: int = 0) -> Tensor:
         if cache.rows is None:
             distance = torch.cdist(z_tau[:, 0].flatten(1), self._all, compute_mode="donot_use_mm_for_euclid_dist")
             assert float(distance.min(dim=1).values.max()) < 1e-3
             cache.rows = [self._places[i] for i in distance.argmin(dim=1).tolist()]
         z_hat = self.answer(Scene(self, cache, cache.frames, z_tau, actions))
         cache.frames += keep
-        return z_hat
+        return z_hat[:, unread:]
 
 
 def puppet_world(store: EpisodeStore, answer: Answer) -> World:

@@ -20,8 +20,10 @@ def dry_run(dataset: Path, tokenizer: Path | None, config: TrainConfig, device: 
     from ahriuwu_cli.models.sizes import SIZES
     from ahriuwu_cli.training import cards, estimate
     from ahriuwu_cli.training.assemble import architecture_for
+    from ahriuwu_cli.training.batches import check_shares
     from ahriuwu_cli.training.checkpoint import load_tokenizer, pick_device
 
+    check_shares(config, 1)
     store, where = EpisodeStore.open(dataset), pick_device(device)
     encoder = load_tokenizer(tokenizer) if tokenizer else LinearTokenizer(store.height, store.width, 16, 16, 64)
     architecture = architecture_for(config.size, encoder, store)

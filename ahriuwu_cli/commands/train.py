@@ -13,6 +13,7 @@ from ahriuwu_cli.errors import UserError
 
 Out = typer.Option(..., "--out", help="Folder to write; must be new or empty unless --overwrite.")
 Overwrite = typer.Option(False, "--overwrite", help="Replace what is in --out.")
+ECHO = 5.0  # seconds in which torchrun may pass on a signal that its processes already got
 AsJson = typer.Option(False, "--json", help="Print one JSON object instead of text.")
 
 
@@ -51,9 +52,11 @@ def train_tokenizer(
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.checkpoint import pick_device, save_tokenizer
+    from ahriuwu_cli.training.distributed import refuse_several
     from ahriuwu_cli.training.run import refuse_used, versions
     from ahriuwu_cli.training.tokenizer_quality import reconstruction
 
+    refuse_several("train tokenizer")
     store = EpisodeStore.open(dataset)
     if not resume:
         refuse_used(out, overwrite)
@@ -104,11 +107,11 @@ def train_dynamics(
     size: str = typer.Option("nano", help="nano, mini, tiny, small, medium, large or xlarge; see `ahriuwu info`."),
     steps: int = typer.Option(None, help="Optimiser steps. Give this or --budget."),
     budget: str = typer.Option(None, help="Training time, such as 90s, 4m or 2h (default 4m)."),
-    batch: int = typer.Option(16, help="Clips a step."),
+    batch: int = typer.Option(16, help="Clips a step, of all micro-batches and processes together."),
     frames: int = typer.Option(12, help="Frames of a clip."),
     long_frames: int = typer.Option(0, help="Frames of a long clip, at equal frames a step."),
     long_every: int = typer.Option(0, help="Every how many steps the clips are long ones."),
-    accumulate: int = typer.Option(1, help="Micro-batches a step."),
+    accumulate: int = typer.Option(1, help="Micro-batches a step of a process; a resume may change it."),
     forcing: str = typer.Option("independent", help="Draws of tau and d: independent, context, horizon or prefix."),
     tau_ctx: float = typer.Option(0.1, help="Noise of context frames, tau (0 clean, 1 noise)."),
     ramp: str = typer.Option("paper", help="Loss weight over tau: paper, inverted or flat."),
@@ -141,6 +144,9 @@ def train_dynamics(
         "--dry-run",
         help="Write nothing: forecast parameters, FLOPs and memory, and what fits on a card.",
     ),
+    parallel: str = typer.Option(
+        None, help="Under torchrun: ddp (default), or fsdp for models that do not fit one GPU; a resume may change it."
+    ),
     device: str = Device,
     overwrite: bool = Overwrite,
     as_json: bool = AsJson,
@@ -166,48 +172,78 @@ def train_dynamics(
 
         return dry_run(dataset, tokenizer, config, device, as_json)
 
-    from ahriuwu_cli.commands.progress import bar, training_bar
-    from ahriuwu_cli.data.episodes import EpisodeStore
-    from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
-    from ahriuwu_cli.training.checkpoint import load_tokenizer, pick_device
-    from ahriuwu_cli.training.run import refuse_used
-    from ahriuwu_cli.training.signals import StopRequest
+    from ahriuwu_cli.training.distributed import join
 
     if threads:
         import torch
 
         torch.set_num_threads(threads)
-    store = EpisodeStore.open(dataset)
-    if not resume:
-        refuse_used(out, overwrite)
-    where = pick_device(device)
-    if tokenizer is not None:
-        encoder = load_tokenizer(tokenizer)
-    else:
-        with bar("fit tokenizer", "episode", quiet=as_json) as progress:
-            encoder = fit_linear_tokenizer(store, (16, 16), 64, 0.5, progress)
-    command = "ahriuwu " + " ".join(sys.argv[1:]).removesuffix(" --resume")
-    with bar("encode", "frame", quiet=as_json) as progress:
-        trainer = assemble(
-            store, encoder, config, out, command, device=where, resume=resume, overwrite=overwrite,
-            init_from=init_from, progress=progress,
+    with join(device, parallel) as group:
+        if parallel == "fsdp" and group.world == 1:
+            typer.echo("one process: --parallel fsdp has nothing to share out", err=True)
+        result = _train(
+            group, config, dataset, out, tokenizer, resume=resume, overwrite=overwrite, init_from=init_from,
+            quiet=as_json or not group.leads,
         )  # fmt: skip
-    with StopRequest() as stop, training_bar(config, quiet=as_json) as report:
+    if not group.leads:
+        return
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(
+        f"{result['steps']} steps in {result['seconds']:.0f} s; best free-running gain over persistence on val: "
+        f"{result['best_preview_gain_db']:+.2f} dB -> {result['world']}"
+    )
+
+
+def _train(
+    group,
+    config,
+    dataset: Path,
+    out: Path,
+    tokenizer: Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    init_from: Path | None,
+    quiet: bool,
+) -> dict:
+    """What every process of the group does, from the dataset to the end of the run."""
+    from ahriuwu_cli.commands.progress import bar, training_bar
+    from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.training.assemble import assemble, fit_for_all
+    from ahriuwu_cli.training.batches import check_shares
+    from ahriuwu_cli.training.checkpoint import load_tokenizer
+    from ahriuwu_cli.training.distributed import launcher
+    from ahriuwu_cli.training.run import refuse_used
+    from ahriuwu_cli.training.signals import StopRequest
+
+    def opened():
+        check_shares(config, group.world)
+        store = EpisodeStore.open(dataset)
+        if not resume:
+            refuse_used(out, overwrite)
+        return store, load_tokenizer(tokenizer) if tokenizer is not None else None
+
+    store, encoder = group.together(opened)
+    if encoder is None:
+        with bar("fit tokenizer", "episode", quiet=quiet) as progress:
+            encoder = fit_for_all(group, store, progress)
+    command = " ".join([launcher(), *sys.argv[1:]]).removesuffix(" --resume")
+    with bar("encode", "frame", quiet=quiet) as progress:
+        trainer = assemble(
+            store, encoder, config, out, command, device=group.device, resume=resume, overwrite=overwrite,
+            init_from=init_from, progress=progress, group=group, announce=lambda s: typer.echo(s, err=True),
+        )  # fmt: skip
+    with StopRequest(echo=ECHO if group.world > 1 else 0.0) as stop, training_bar(config, quiet=quiet) as report:
         trainer.train(report, stop)
-    result = {
+    return {
         "run": str(out),
         "world": str(out / "best"),
         "steps": trainer.step,
         "seconds": round(trainer.elapsed, 1),
         "best_preview_gain_db": trainer.best,
     }
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    typer.echo(
-        f"{trainer.step} steps in {trainer.elapsed:.0f} s; best free-running gain over persistence on val: "
-        f"{trainer.best:+.2f} dB -> {out / 'best'}"
-    )
 
 
 def _transformer_config(store, patch: tuple[int, int], *, tokens: int, latent_dim: int, frames: int, **settings):

@@ -90,19 +90,21 @@ def shortcut_forcing_loss(
     ramp: str = "paper",
     teacher: Callable[[int], Denoise] | None = None,
     bootstrap_rows: int | None = None,
+    always_teach: bool = False,
 ) -> ShortcutLoss:
     """Shortcut forcing (eq. 7, 8): frames at d_min aim at z_clean, the others at `bootstrap_target`.
 
     Latents (B, T, N, D), tau and d (B, T). Only the first `bootstrap_rows` clips may hold d > d_min (default: all);
     the two teacher passes run on those alone. `teacher(rows)` gives the denoiser for the first `rows` clips; without
-    it `denoise` itself teaches, which needs bootstrap_rows to cover all clips.
+    it `denoise` itself teaches, which needs bootstrap_rows to cover all clips. always_teach: the passes run even where
+    no frame needs them, so that processes which share a model take the same number of passes.
     """
     rows = z_clean.shape[0] if bootstrap_rows is None else bootstrap_rows
     z_tau = tau_.add_noise(z_clean, noise, tau)
     big = d > 1 / k_max
     assert not bool(big[rows:].any()), f"d > d_min in a clip after the first {rows}"
     target = z_clean.float()
-    if rows and bool(big.any()):
+    if rows and (always_teach or bool(big.any())):
         assert teacher is not None or rows == z_clean.shape[0], "a share of the clips needs its own teacher"
         teach = denoise if teacher is None else teacher(rows)
         boot = bootstrap_target(teach, z_tau[:rows], tau[:rows], d[:rows], big[:rows])

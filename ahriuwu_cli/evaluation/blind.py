@@ -36,11 +36,11 @@ class BlindDynamics:
     def new_cache(self, batch: int):
         return self.seeing.new_cache(batch)
 
-    def extend(self, z_tau, tau, d, actions, known, cache, keep: int) -> Tensor:
+    def extend(self, z_tau, tau, d, actions, known, cache, keep: int, unread: int = 0) -> Tensor:
         if self.sense == "context":
             cache.frames += keep
-            return self(z_tau, tau, d, actions, known)
-        return self.seeing.extend(z_tau, *self._told(tau, d, actions), known, cache, keep)
+            return self(z_tau, tau, d, actions, known)[:, unread:]
+        return self.seeing.extend(z_tau, *self._told(tau, d, actions), known, cache, keep, unread)
 
     def _told(self, tau: Tensor, d: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.sense == "tau":

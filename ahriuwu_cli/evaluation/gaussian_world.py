@@ -119,7 +119,15 @@ class ExactDynamics:
         return Belief(10**6)
 
     def extend(
-        self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor, cache: Belief, keep: int
+        self,
+        z_tau: Tensor,
+        tau: Tensor,
+        d: Tensor,
+        actions: Tensor,
+        known: Tensor,
+        cache: Belief,
+        keep: int,
+        unread: int = 0,
     ) -> Tensor:
         belief, predictions = cache, []
         for t in range(z_tau.shape[1]):
@@ -131,7 +139,7 @@ class ExactDynamics:
             belief = Belief(cache.window, belief.frames + 1, *heard)
             if t == keep - 1:
                 cache.frames, cache.mean, cache.variance = belief.frames, belief.mean, belief.variance
-        return torch.stack(predictions, dim=1).float()
+        return torch.stack(predictions[unread:], dim=1).float()
 
     def _answer(self, z: Tensor, signal: Tensor, d: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """z_hat of latents known to be N(mean, variance) before z = signal * z_clean + (1 - signal) * noise is seen."""

@@ -109,12 +109,20 @@ class PerfectDynamics:
         return PerfectCache(self.window)
 
     def extend(
-        self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor, cache: PerfectCache, keep: int
+        self,
+        z_tau: Tensor,
+        tau: Tensor,
+        d: Tensor,
+        actions: Tensor,
+        known: Tensor,
+        cache: PerfectCache,
+        keep: int,
+        unread: int = 0,
     ) -> Tensor:
         first, count = cache.frames, z_tau.shape[1]
         self.calls.append((first, z_tau.clone(), tau.clone(), d.clone(), keep))
         cache.frames += keep
-        return self.z_clean[:, first : first + count]
+        return self.z_clean[:, first + unread : first + count]
 
     def worst_label(self, noise_of: Callable[[int], Tensor]) -> float:
         """Largest difference between a state and its label's mixture; noise_of(frame) is (B, N, D)."""

@@ -207,11 +207,11 @@ class _Breaks:
     def new_cache(self, batch: int):
         return self.model.new_cache(batch)
 
-    def extend(self, z_tau, tau, d, actions, known, cache, keep):
+    def extend(self, z_tau, tau, d, actions, known, cache, keep, unread=0):
         first = cache.frames
         z_hat = self.model.extend(z_tau, tau, d, actions, known, cache, keep).clone()
         z_hat[0, max(0, self.position - first) :] = torch.nan
-        return z_hat
+        return z_hat[:, unread:]
 
 
 PARTS = (frames, actions, samples, distributions, steps, by_tau, senses, not_finite)

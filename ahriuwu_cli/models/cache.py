@@ -1,47 +1,88 @@
 """The context window of a rollout: keys and values of committed frames in a ring buffer, preallocated, never copied.
 
-Each time layer owns two tensors (B, lines, kv_heads, window + 1, S / lines, head_dim). A line is the tokens that attend
-to one another over time: one token place (S lines) or the whole frame (one line), so that keys are read in place. The
-first `window` slots are the ring, the last holds the frame that is being denoised. Keys are stored with their rotary
-position, so slot order does not matter.
-The position counter lives in Python: building the mask needs no synchronisation with the device.
+Every time layer owns keys and values (rows, heads, (window + 1) * each, head_dim), as attention reads them: `each` is
+the number of a frame's tokens in one line (all of them where tokens see across frames, else one). The first `window`
+places of `each` are the ring, the last holds the frame that is being denoised. Keys are stored with their rotary
+position, so that their order does not matter. The position counter lives in Python, and what a pass needs of positions
+and masks is made on the device once and kept: nothing in the frame loop waits for the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ahriuwu_cli.models.kernels import Tables
+
+AHEAD = 64  # positions whose rotary tables are made at a time
+
 
 class ContextCache:
-    """K and V of the last `window` committed frames of B rollouts, for `layers` time layers of S tokens a frame."""
+    """K and V of the last `window` committed frames of B rollouts, for `layers` time layers.
+
+    shape: (rows, heads, each, head_dim) of one frame's keys; rotary: positions (T,) -> tables.
+    """
 
     def __init__(
-        self, batch: int, window: int, layers: int, tokens: int, lines: int, kv_heads: int, head_dim: int, like: Tensor
+        self,
+        window: int,
+        layers: int,
+        shape: tuple[int, int, int, int],
+        rotary: Callable[[Tensor], Tables],
+        like: Tensor,
     ) -> None:
-        shape = (layers, batch, lines, kv_heads, window + 1, tokens // lines, head_dim)
+        rows, heads, self.each, head_dim = shape
         self.window = window
         self.frames = 0  # committed so far
-        self.keys = like.new_zeros(shape)
-        self.values = like.new_zeros(shape)
+        self.keys = like.new_zeros((layers, rows, heads, (window + 1) * self.each, head_dim))
+        self.values = torch.zeros_like(self.keys)
+        self._rotary = rotary
+        self._tables: tuple[int, Tables] | None = None  # (first position, tables of the AHEAD that follow)
+        self._places = torch.arange((window + 1) * self.each, device=like.device).view(window + 1, self.each)
+        self._known: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def slots(self, count: int, keep: int) -> list[int]:
         """Slots for `count` new frames of which the first `keep` are committed: ring places, then the scratch slot."""
         assert count - keep <= 1, count - keep
         return [(self.frames + i) % self.window for i in range(keep)] + [self.window] * (count - keep)
 
-    def mask(self, count: int, keep: int, device: torch.device) -> Tensor:
-        """(count, window + 1) bool: new frame i, at position frames + i, sees the window that ends with itself."""
-        rows = []
-        for i in range(count):
-            now = self.frames + i
-            rows.append([self._age_of(slot, now, keep, i) for slot in range(self.window + 1)])
-        age = torch.tensor(rows, device=device)
-        return (age >= 0) & (age < self.window)
+    def look(self, count: int, keep: int) -> tuple[Tensor, Tensor]:
+        """(places (count * each,) that the new frames are written to, bias (count * each, (window + 1) * each)).
 
-    def _age_of(self, slot: int, now: int, keep: int, i: int) -> int:
-        if slot == self.window:  # the scratch slot holds the frame being denoised, seen by itself alone
-            return 0 if i >= keep else -1
-        newest = self.frames + keep - 1  # after this call's commits
+        The bias is 0 where a new frame, at position frames + i, may look, and -inf elsewhere: it sees the window that
+        ends with itself. Once the ring is full this repeats with the window, so there are few of them.
+        """
+        turn = self.frames if self.frames < 2 * self.window else self.window + self.frames % self.window
+        if (turn, count, keep) not in self._known:
+            places = torch.cat([self._places[slot] for slot in self.slots(count, keep)])
+            age = self._ages(turn, count, keep).repeat_interleave(self.each, 0).repeat_interleave(self.each, 1)
+            seen = (age >= 0) & (age < self.window)
+            bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+            self._known[turn, count, keep] = places, bias.to(self.keys.dtype)
+        return self._known[turn, count, keep]
+
+    def tables(self, count: int) -> Tables:
+        """Rotary tables of the next `count` positions."""
+        first = self.frames
+        if self._tables is None or not self._tables[0] <= first <= first + count <= self._tables[0] + AHEAD:
+            ahead = torch.arange(first, first + max(AHEAD, count), device=self._places.device)
+            self._tables = (first, self._rotary(ahead))
+        skip = first - self._tables[0]
+        cos, sin = self._tables[1]
+        return cos[skip : skip + count], sin[skip : skip + count]
+
+    def store(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new frames' keys and values (rows, heads, count * each, head_dim); give all of the layer's."""
+        return self.keys[layer].index_copy_(2, places, k), self.values[layer].index_copy_(2, places, v)
+
+    def _ages(self, frames: int, count: int, keep: int) -> Tensor:
+        """(count, window + 1): how many frames before new frame i each slot's frame lies; -1 where it holds none."""
+        device = self._places.device
+        slot, i = torch.arange(self.window + 1, device=device), torch.arange(count, device=device)[:, None]
+        newest = frames + keep - 1  # after this call's commits
         held = newest - (newest - slot) % self.window
-        return now - held if held >= 0 else -1
+        age = torch.where(held >= 0, frames + i - held, -1)
+        scratch = torch.where(i >= keep, 0, -1)  # the scratch slot holds the frame being denoised, seen by itself alone
+        return torch.where(slot == self.window, scratch, age)

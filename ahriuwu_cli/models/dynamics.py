@@ -12,6 +12,7 @@ Dreamer 4 (arXiv 2509.24527), sections 3.2 and 3.4. `forward` sees whole clips; 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.models.cache import ContextCache
 from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
-from ahriuwu_cli.models.layers import Attention, SwiGLU, rotary, rotate, window_mask
+from ahriuwu_cli.models.kernels import Tables
+from ahriuwu_cli.models.layers import Attention, RMSNorm, SwiGLU, as_bias, rotary, window_mask
 
 CONDITIONINGS = ("add", "token", "modulate")
 TIME_ATTENTIONS = ("place", "frame")
@@ -79,63 +81,75 @@ class DynamicsConfig:
         return asdict(self)
 
 
+class TimeContext:
+    """What time layers need besides activations: rotary tables, a bias, and in a rollout the cache with its places."""
+
+    def __init__(self, config: DynamicsConfig, rotary: Tables, bias: Tensor | None = None) -> None:
+        """rotary: `time_tables` of the new frames; bias (T * each, slots * each), each = a line's tokens a frame."""
+        self.kind, self.rotary, self.bias = config.time_attention, rotary, bias
+        self.cache: ContextCache | None = None
+        self.places: Tensor | None = None
+        self.layer = 0  # which time layer comes next; counts up within one pass
+
+    def attend(self, attention: Attention, h: Tensor, asked: slice | None = None) -> Tensor:
+        """Attention of h (B, T, S, C) over T and over the tokens of a line, causal within the window."""
+        bias, store = self.bias, None
+        if asked is not None:
+            bias = bias.unflatten(0, (h.shape[1], -1))[asked].flatten(0, 1)
+        if self.cache is not None:
+            store = partial(self.cache.store, self.layer, self.places)
+            self.layer += 1
+        return attention(h, self.kind, self.rotary, bias, store, asked)
+
+
+def time_tables(config: DynamicsConfig, positions: Tensor) -> Tables:
+    """cos and sin of positions (T,): (T, head_dim / 2), or (T, S, head_dim / 2) where tokens see across frames.
+
+    Across frames half of the pairs turn with the frame's position and half with the token's index.
+    """
+    head_dim = config.width // config.heads
+    if config.time_attention == "place":
+        return rotary(positions, head_dim)
+    in_space = head_dim // 4
+    over_time = rotary(positions, head_dim - 2 * in_space)
+    over_space = rotary(torch.arange(config.sequence, device=positions.device), 2 * in_space)
+    cos, sin = (
+        torch.cat([a[:, None].expand(-1, len(b), -1), b.expand(len(a), -1, -1)], dim=-1)
+        for a, b in zip(over_time, over_space, strict=True)
+    )
+    return cos, sin
+
+
 class Block(nn.Module):
     """x + attention(norm x), then x + MLP(norm x); attention over space or over time. Modulation is optional."""
 
     def __init__(self, config: DynamicsConfig, over_time: bool) -> None:
         super().__init__()
         self.over_time = over_time
-        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.attention_norm = RMSNorm(config.width)
         self.attention = Attention(config.width, config.heads, config.kv_heads)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.mlp_norm = RMSNorm(config.width)
         self.mlp = SwiGLU(config.width, config.mlp_hidden)
         self.modulation = nn.Linear(config.width, 4 * config.width) if config.conditioning == "modulate" else None
 
-    def forward(self, x: Tensor, condition: Tensor | None, time: TimeContext) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None, time: TimeContext, asked: slice | None = None) -> Tensor:
+        """x (B, T, S, C) -> the same, or only what is asked for: frames of a time layer, tokens of a space layer."""
         scale1 = shift1 = scale2 = shift2 = None
         if self.modulation is not None:
-            scale1, shift1, scale2, shift2 = self.modulation(F.silu(condition))[:, :, None].chunk(4, dim=-1)
+            told = self.modulation(F.silu(condition))[:, :, None]
+            scale1, shift1, scale2, shift2 = told.chunk(4, dim=-1)
         h = _modulate(self.attention_norm(x), scale1, shift1)
-        x = x + (time.attend(self.attention, h) if self.over_time else self.attention(h))
+        h = time.attend(self.attention, h, asked) if self.over_time else self.attention(h, asked=asked)
+        if asked is not None:
+            x = x[:, asked] if self.over_time else x[:, :, asked]
+            if self.over_time and scale2 is not None:
+                scale2, shift2 = scale2[:, asked], shift2[:, asked]
+        x = x + h
         return x + self.mlp(_modulate(self.mlp_norm(x), scale2, shift2))
 
 
 def _modulate(h: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return h if scale is None else h * (1 + scale) + shift
-
-
-class TimeContext:
-    """What time layers need besides activations: rotary tables, a mask, and in a rollout the cache with its slots."""
-
-    def __init__(self, config: DynamicsConfig, positions: Tensor, mask: Tensor) -> None:
-        """positions (T,) of the new frames; mask (T, slots) bool, slots being frames or places of the cache."""
-        self.lines, each = config.lines, config.sequence // config.lines  # tokens of a frame in one line
-        pairs = config.width // config.heads // 2
-        in_space = pairs // 2 if config.time_attention == "frame" else 0  # pairs that turn with the token's index
-        over_time = rotary(positions, 2 * (pairs - in_space))
-        over_space = rotary(torch.arange(each, device=positions.device), 2 * in_space)
-        self.cos, self.sin = (
-            torch.cat([a[:, None].expand(-1, each, -1), b.expand(len(a), -1, -1)], dim=-1).flatten(0, 1)
-            for a, b in zip(over_time, over_space, strict=True)
-        )  # (T * each, head_dim / 2)
-        self.mask = mask.repeat_interleave(each, dim=0).repeat_interleave(each, dim=1)
-        self.cache: ContextCache | None = None
-        self.slots: Tensor | None = None
-        self.layer = 0  # which time layer comes next; counts up within one pass
-
-    def attend(self, attention: Attention, h: Tensor) -> Tensor:
-        """Attention of h (B, T, S, C) over T and over the tokens of a line, causal within the window."""
-        frames = h.shape[1]
-        q, k, v = attention.project(h.unflatten(2, (self.lines, -1)).transpose(1, 2).flatten(2, 3))
-        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)  # (B, lines, heads, T * each, head_dim)
-        if self.cache is not None:
-            new = (frames, -1)
-            keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
-            k = keys.index_copy_(-3, self.slots, k.unflatten(-2, new)).flatten(-3, -2)
-            v = values.index_copy_(-3, self.slots, v.unflatten(-2, new)).flatten(-3, -2)
-            self.layer += 1
-        y = attention.attend(q, k, v, self.mask)  # (B, lines, T * each, C)
-        return y.unflatten(2, (frames, -1)).transpose(1, 2).flatten(2, 3)
 
 
 class Dynamics(nn.Module):
@@ -152,7 +166,7 @@ class Dynamics(nn.Module):
         self.level = LevelEmbedding(c.k_max, c.width)
         self.action = ActionEmbedding(c.action_space, c.width)
         self.blocks = nn.ModuleList(Block(c, i % c.time_every == 0) for i in range(c.depth))
-        self.final_norm = nn.RMSNorm(c.width, eps=1e-6)
+        self.final_norm = RMSNorm(c.width)
         self.head = nn.Linear(c.width, c.latent_dim)
         self.channel_scale = nn.Parameter(torch.ones(c.latent_dim))  # spread of z_clean by channel, for linear_skip
         self._initialise()
@@ -172,34 +186,48 @@ class Dynamics(nn.Module):
     def time_layers(self) -> int:
         return sum(block.over_time for block in self.blocks)
 
+    @property
+    def last_time_layer(self) -> int:
+        return max(i for i, block in enumerate(self.blocks) if block.over_time)
+
     def forward(self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor) -> Tensor:
         """z_hat (B, T, N, D) for whole clips, causal in time, each frame within its window."""
-        frames, device = z_tau.shape[1], z_tau.device
-        mask = window_mask(frames, self.config.window, device)
-        time = TimeContext(self.config, torch.arange(frames, device=device), mask)
+        c, device = self.config, z_tau.device
+        positions = torch.arange(z_tau.shape[1], device=device)
+        each = c.sequence // c.lines  # tokens of a frame in one line
+        mask = window_mask(len(positions), c.window, device).repeat_interleave(each, 0).repeat_interleave(each, 1)
+        time = TimeContext(c, time_tables(c, positions), as_bias(mask))
         return self._run(z_tau, tau, d, actions, known, time)
 
     def new_cache(self, batch: int) -> ContextCache:
         """An empty context window for `batch` rollouts on this model's device, in its number format."""
         c = self.config
-        head_dim, like = c.width // c.heads, self.embed.weight
-        return ContextCache(batch, c.window, self.time_layers, c.sequence, c.lines, c.kv_heads, head_dim, like)
+        shape = (batch, c.lines * c.kv_heads, c.sequence // c.lines, c.width // c.heads)
+        return ContextCache(c.window, self.time_layers, shape, partial(time_tables, c), self.embed.weight)
 
     def extend(
-        self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor, cache: ContextCache, keep: int
+        self,
+        z_tau: Tensor,
+        tau: Tensor,
+        d: Tensor,
+        actions: Tensor,
+        known: Tensor,
+        cache: ContextCache,
+        keep: int,
+        unread: int = 0,
     ) -> Tensor:
         """z_hat of the next F frames after the cache; the first `keep` of them are committed to it, at their own level.
 
         F - keep is 0 or 1: the frame that is being denoised rides behind the one that is being committed. More than
-        one frame can be committed at once only while the window is not yet full.
+        one frame can be committed at once only while the window is not yet full. The first `unread` frames' own z_hat
+        is not asked for: it is left out of the result, and so is what only it would need.
         """
         count = z_tau.shape[1]
         assert keep <= 1 or cache.frames + keep <= cache.window, (keep, cache.frames, cache.window)
-        device = z_tau.device
-        positions = torch.arange(cache.frames, cache.frames + count, device=device)
-        time = TimeContext(self.config, positions, cache.mask(count, keep, device))
-        time.cache, time.slots = cache, torch.tensor(cache.slots(count, keep), device=device)
-        z_hat = self._run(z_tau, tau, d, actions, known, time)
+        assert unread < count, (unread, count)
+        time = TimeContext(self.config, cache.tables(count))
+        time.cache, (time.places, time.bias) = cache, cache.look(count, keep)
+        z_hat = self._run(z_tau, tau, d, actions, known, time, unread)
         cache.frames += keep
         return z_hat
 
@@ -211,22 +239,32 @@ class Dynamics(nn.Module):
         actions: Tensor,
         known: Tensor,
         time: TimeContext,
+        unread: int = 0,
     ) -> Tensor:
         c = self.config
         level, action = self.level(tau, d), self.action(actions, known)  # (B, T, C) each
+        condition = level + action
         x = self.embed(z_tau) + self.places  # (B, T, N, C)
         if c.conditioning == "add":
-            x = x + (level + action)[:, :, None]
+            x = x + condition[:, :, None]
         batch, frames = tau.shape
         extra = [self.registers.expand(batch, frames, -1, -1)] if c.registers else []
         if c.conditioning == "token":
             extra += [level[:, :, None], action[:, :, None]]
         if extra:
             x = torch.cat([x, *extra], dim=2)  # (B, T, S, C)
+        last = len(self.blocks) - 1
         again = self.checkpoint_activations and torch.is_grad_enabled()
-        for block in self.blocks:
-            inputs = (x, level + action, time)
+        for i, block in enumerate(self.blocks):
+            asked = None
+            if unread and i == self.last_time_layer:  # no later layer looks at another frame
+                asked = slice(unread, None)
+            elif i == last and extra and not block.over_time:  # and none after the last at another token
+                asked = slice(c.tokens)
+            inputs = (x, condition, time, asked)
             x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
+            if unread and i == self.last_time_layer:
+                condition, tau, z_tau = condition[:, unread:], tau[:, unread:], z_tau[:, unread:]
         z_hat = self.head(self.final_norm(x[:, :, : c.tokens]))
         if c.linear_skip:
             z_hat = z_hat + tau_.gaussian_gain(tau[..., None, None], self.channel_scale) * z_tau

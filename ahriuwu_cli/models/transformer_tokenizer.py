@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from ahriuwu_cli.models.layers import Attention, SwiGLU, rotary, rotate, window_mask
+from ahriuwu_cli.models.kernels import Tables
+from ahriuwu_cli.models.layers import Attention, RMSNorm, SwiGLU, as_bias, rotary, window_mask
 from ahriuwu_cli.models.tokenizer import Tokenizer
 
 CHUNK = 64  # frames that encode and decode work on at a time
@@ -98,20 +99,17 @@ class TokenizerBlock(nn.Module):
     def __init__(self, config: TransformerTokenizerConfig, over_time: bool) -> None:
         super().__init__()
         self.over_time = over_time
-        self.attention_norm = nn.RMSNorm(config.model_width, eps=1e-6)
+        self.attention_norm = RMSNorm(config.model_width)
         self.attention = Attention(config.model_width, config.heads, config.kv_heads)
-        self.mlp_norm = nn.RMSNorm(config.model_width, eps=1e-6)
+        self.mlp_norm = RMSNorm(config.model_width)
         self.mlp = SwiGLU(config.model_width, config.mlp_hidden)
 
-    def forward(self, x: Tensor, space_mask: Tensor, time_mask: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, T, S, C); space_mask (S, S) and time_mask (T, T) are True where a row may look at a column."""
+    def forward(self, x: Tensor, space_bias: Tensor, time_bias: Tensor, positions: Tables) -> Tensor:
+        """x (B, T, S, C); space_bias (S, S) and time_bias (T, T) are 0 where a row may look at a column, else -inf."""
         h = self.attention_norm(x)
-        if self.over_time:
-            q, k, v = self.attention.project(h.transpose(1, 2))  # (B, S, heads, T, head_dim)
-            q, k = rotate(q, *positions), rotate(k, *positions)
-            x = x + self.attention.attend(q, k, v, time_mask).transpose(1, 2)
-        else:
-            x = x + self.attention.attend(*self.attention.project(h), space_mask)
+        over_time = ("place", positions, time_bias)
+        h = self.attention(h, *over_time) if self.over_time else self.attention(h, bias=space_bias)
+        x = x + h
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -134,14 +132,14 @@ class TransformerTokenizer(Tokenizer):
         self.mask_token = nn.Parameter(torch.randn(c.model_width) * 0.02)
         self.patch_places = nn.Parameter(torch.randn(c.patches, c.model_width) * 0.5)
         self.latent_tokens = nn.Parameter(torch.randn(c.tokens, c.model_width) * 0.5)
-        self.bottleneck_norm = nn.RMSNorm(c.model_width, eps=1e-6)
+        self.bottleneck_norm = RMSNorm(c.model_width)
         self.bottleneck = nn.Linear(c.model_width, c.latent_dim)
         self.unpack = nn.Linear(c.latent_dim, c.model_width)
         self.latent_places = nn.Parameter(torch.randn(c.tokens, c.model_width) * 0.5)
         self.patch_queries = nn.Parameter(torch.randn(c.patches, c.model_width) * 0.5)
         depths = [*range(c.depth_encoder), *range(c.depth_decoder)]  # the encoder's layers, then the decoder's
         self.blocks = nn.ModuleList(TokenizerBlock(c, (i + 1) % c.time_every == 0) for i in depths)
-        self.final_norm = nn.RMSNorm(c.model_width, eps=1e-6)
+        self.final_norm = RMSNorm(c.model_width)
         self.head = nn.Linear(c.model_width, values)
         self.register_buffer("latent_mean", torch.zeros(c.tokens, c.latent_dim))
         self.register_buffer("latent_scale", torch.ones(c.tokens, c.latent_dim))
@@ -238,9 +236,9 @@ class TransformerTokenizer(Tokenizer):
     def _layers(self, x: Tensor, blocks: nn.ModuleList, space_mask: Tensor) -> Tensor:
         frames = x.shape[1]
         positions = rotary(torch.arange(frames, device=x.device), self.config.model_width // self.config.heads)
-        time_mask = window_mask(frames, self.config.window, x.device)
+        space_bias, time_bias = as_bias(space_mask), as_bias(window_mask(frames, self.config.window, x.device))
         for block in blocks:
-            x = block(x, space_mask, time_mask, positions)
+            x = block(x, space_bias, time_bias, positions)
         return x
 
     def _reach(self, depth: int) -> int:

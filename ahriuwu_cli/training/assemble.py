@@ -17,7 +17,9 @@ from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.tokenizer import Tokenizer
 from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.training.batches import check_shares
 from ahriuwu_cli.training.checkpoint import action_slots, load_world
+from ahriuwu_cli.training.distributed import Group, what_changed
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.preview import preview_manifest
 from ahriuwu_cli.training.run import Run, refuse_used
@@ -31,10 +33,7 @@ def fit_linear_tokenizer(
     store: EpisodeStore, patch: tuple[int, int], latent_dim: int, whitening: float, progress: Progress | None = None
 ) -> LinearTokenizer:
     """Fit the linear tokenizer to the train split. UserError for a patch or latent_dim that does not fit the frames."""
-    try:
-        tokenizer = LinearTokenizer(store.height, store.width, *patch, latent_dim)
-    except ValueError as error:
-        raise UserError(f"{error}: choose another --patch or --latent-dim") from None
+    tokenizer = _unfitted(store, patch, latent_dim)
     if not 0 <= whitening <= 1:
         raise UserError(f"--whitening must be in [0, 1], got {whitening}")
     episodes = store.episodes("train")
@@ -55,6 +54,20 @@ def fit_linear_tokenizer(
     return tokenizer.eval()
 
 
+def fit_for_all(group: Group, store: EpisodeStore, progress: Progress | None = None) -> LinearTokenizer:
+    """The tokenizer that a run without one gets: fitted by the lead, the same on every process."""
+    patch, latent_dim, whitening = (16, 16), 64, 0.5
+    tokenizer = group.together(
+        lambda: (
+            fit_linear_tokenizer(store, patch, latent_dim, whitening, progress)
+            if group.leads
+            else _unfitted(store, patch, latent_dim)
+        )
+    )
+    group.copy_from_lead(tokenizer.state_dict())
+    return tokenizer
+
+
 def assemble(
     store: EpisodeStore,
     tokenizer: Tokenizer,
@@ -67,16 +80,66 @@ def assemble(
     overwrite: bool = False,
     init_from: Path | None = None,
     progress: Progress | None = None,
+    group: Group | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> DynamicsTrainer:
-    """A trainer for a new run in `out`, or for the run that is there. All is checked before anything is written."""
+    """A trainer for a new run in `out`, or for the run that is there. All is checked before anything is written.
+
+    group: the processes that train together, this one alone by default. announce gets what a resume changed.
+    """
+    group = group or Group(device)
+    world = group.together(lambda: _new_world(store, tokenizer, config, group, None if resume else out, overwrite))
+    dynamics, architecture = world.dynamics, world.dynamics.config
+    facts = {
+        "dataset": store.name,
+        "dataset_fingerprint": store.fingerprint,
+        "tokenizer_hash": tokenizer.fingerprint(),
+        "architecture": architecture.to_json(),
+        "init_from": str(init_from) if init_from else None,
+    }
+    facts["architecture"]["action_space"] = store.action_space.to_json()
+    if init_from is not None:
+        group.together(lambda: _initialise_from(dynamics, init_from))
+    pack = group.together(lambda: open_pack(store, tokenizer, "train", progress), lead_first=True)
+    if init_from is None:
+        dynamics.channel_scale.copy_(pack.spread())
+    run = group.together(
+        lambda: (
+            Run.resume(out, config, facts, command, group)
+            if resume
+            else Run.start(out, config, facts, command, overwrite, group)
+        )
+    )
+    trainer = DynamicsTrainer(world, pack, store, run, group)
+    if resume:
+        before = group.together(lambda: run.load(trainer))
+        group.check_same_step(trainer.step, out)
+        changed = what_changed(before, group, config)
+        if changed and announce is not None and group.leads:
+            announce(changed)
+    return trainer
+
+
+def _unfitted(store: EpisodeStore, patch: tuple[int, int], latent_dim: int) -> LinearTokenizer:
+    try:
+        return LinearTokenizer(store.height, store.width, *patch, latent_dim).eval()
+    except ValueError as error:
+        raise UserError(f"{error}: choose another --patch or --latent-dim") from None
+
+
+def _new_world(
+    store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, group: Group, new: Path | None, overwrite: bool
+) -> World:
+    """An untrained world for this dataset, once all that was asked for fits. `new` is the folder of a new run."""
     architecture = architecture_for(config.size, tokenizer, store)
     if (tokenizer.height, tokenizer.width) != (store.height, store.width):
         raise CheckpointError(
             f"the tokenizer is for frames of {tokenizer.height}x{tokenizer.width}, {store.path} has "
             f"{store.height}x{store.width}: train a tokenizer on this dataset"
         )
-    if not resume:
-        refuse_used(out, overwrite)
+    check_shares(config, group.world)
+    if new is not None:
+        refuse_used(new, overwrite)
     preview_manifest(store, config.preview_windows, config.seed)  # a dataset too small for previews is refused now
     longest = max((e.frames for e in store.episodes("train")), default=0)
     if longest < max(config.frames, config.long_frames):
@@ -88,9 +151,9 @@ def assemble(
     dynamics = Dynamics(architecture)
     every_d = config.bootstrap_share > 0 and config.forcing != "horizon"
     trained_d = tuple(levels(architecture.k_max)) if every_d else (1 / architecture.k_max,)
-    world = World(
-        dynamics=dynamics.to(device).requires_grad_(False),
-        tokenizer=tokenizer.to(device),
+    return World(
+        dynamics=dynamics.to("cpu" if group.sharded else group.device).requires_grad_(False),
+        tokenizer=tokenizer.to(group.device),
         action_space=store.action_space,
         fps=store.fps,
         frame_skip=store.frame_skip,
@@ -99,24 +162,6 @@ def assemble(
         trained_unlabelled=any(not e.labelled for e in store.episodes("train")) or config.single_image_share > 0,
         generation=RolloutConfig(sampler="euler", tau_ctx=config.tau_ctx),
     )
-    facts = {
-        "dataset": store.name,
-        "dataset_fingerprint": store.fingerprint,
-        "tokenizer_hash": tokenizer.fingerprint(),
-        "architecture": architecture.to_json(),
-        "init_from": str(init_from) if init_from else None,
-    }
-    facts["architecture"]["action_space"] = store.action_space.to_json()
-    if init_from is not None:
-        _initialise_from(dynamics, init_from)
-    pack = open_pack(store, tokenizer, "train", progress)
-    if init_from is None:
-        dynamics.channel_scale.copy_(pack.spread())
-    run = Run.resume(out, config, facts, command) if resume else Run.start(out, config, facts, command, overwrite)
-    trainer = DynamicsTrainer(world, pack, store, run)
-    if resume:
-        run.load(trainer)
-    return trainer
 
 
 def architecture_for(size: str, tokenizer: Tokenizer, store: EpisodeStore) -> DynamicsConfig:

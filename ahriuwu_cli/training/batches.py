@@ -1,7 +1,9 @@
-"""What one training step sees: clips, noise, tau and d, all a function of (seed, rank, step, micro-batch) alone.
+"""What one training step sees: clips, noise, tau and d, all a function of (seed, step, clip) alone.
 
-A resumed run therefore draws exactly what the unbroken run would have drawn; no state of a generator is ever saved.
-Clips are laid out as [bootstrap | flow | single images]: the first rows may hold d > d_min, the last are split up.
+A resumed run therefore draws exactly what the unbroken run would have drawn; no state of a generator is ever saved. The
+clips of a step are laid out as [bootstrap | flow | single images]: the first may hold d > d_min, the last are split up.
+They are dealt like cards to all micro-batches of all processes, so every share has that layout, and the step is the
+same at any number of them. A process draws the levels of all clips, which is cheap, and reads and noises its own.
 """
 
 from __future__ import annotations
@@ -16,7 +18,17 @@ from torch import Tensor
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.latents import LatentPack
 from ahriuwu_cli.diffusion.forcing import FORCINGS, finest
+from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.models.dynamics import incoming_actions
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Which kinds of clips some process sees in a micro-batch: what a sharded model must run on all of them."""
+
+    bootstrap: bool
+    video: bool
+    images: bool
 
 
 @dataclass(frozen=True)
@@ -32,41 +44,83 @@ class Batch:
     bootstrap_rows: int
     image_rows: int
     windows: tuple[str, ...]
+    kinds: Kinds
 
 
 def key(*parts: object) -> int:
-    """A 63-bit seed from any parts, so that neighbouring steps and ranks share nothing."""
+    """A 63-bit seed from any parts, so that neighbouring steps and clips share nothing."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def draw_batch(
-    pack: LatentPack, config: TrainConfig, k_max: int, step: int, micro: int = 0, rank: int = 0, device: str = "cpu"
+    pack: LatentPack,
+    config: TrainConfig,
+    k_max: int,
+    step: int,
+    micro: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Batch:
-    """The micro-batch of this (seed, rank, step, micro)."""
+    """The micro-batch `micro` of process `rank` of `world`: every (world * accumulate)-th clip of this (seed, step)."""
     count, frames = shape_of(config, step)
-    seed = key(config.seed, rank, step, micro)
+    seed, shares = key(config.seed, step), world * config.accumulate
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    windows = pack.draw(count, frames, rng)
-    z_clean, actions, labelled = pack.read(windows, frames)
-    incoming, known = incoming_actions(actions, labelled)
+    drawn = pack.draw(count, frames, rng)
     tau, d = FORCINGS[config.forcing](count, frames, k_max, config.tau_ctx, generator)
     rows = share_of(config.bootstrap_share, count, step, config.seed)
-    d[rows:] = finest(d[rows:], k_max)  # a flow row keeps the tau of its draw (28 % pure noise), labelled d_min
     images = min(share_of(config.single_image_share, count, step, config.seed + 1), count - rows)
-    if images:
-        known[count - images :] = False
-    noise = torch.randn(z_clean.shape, generator=generator)
-    tensors = (t.to(device, non_blocking=True) for t in (z_clean, noise, tau, d, incoming, known))
-    return Batch(*tensors, rows, images, tuple(pack.name(w) for w in windows))
+    d[rows:] = finest(d[rows:], k_max)  # a flow row keeps the tau of its draw (28 % pure noise), labelled d_min
+
+    # from here on this process's own clips
+    dealt = [range(micro * world + r, count, shares) for r in range(world)]
+    mine = dealt[rank]
+    windows = [drawn[clip] for clip in mine]
+    z_clean, actions, labelled = pack.read(windows, frames)
+    noise = torch.stack(
+        [torch.randn(z_clean.shape[1:], generator=generator.manual_seed(key(seed, "noise", clip))) for clip in mine]
+    )
+    incoming, known = incoming_actions(actions, labelled)
+    image_rows = sum(clip >= count - images for clip in mine)
+    if image_rows:
+        known[len(mine) - image_rows :] = False
+    tensors = (z_clean, noise, tau[mine.start :: shares], d[mine.start :: shares], incoming, known)
+    clips = [clip for hand in dealt for clip in hand]
+    kinds = Kinds(min(clips) < rows, min(clips) < count - images, max(clips) >= count - images)
+    return Batch(
+        *(t.to(device, non_blocking=True) for t in tensors),
+        bootstrap_rows=sum(clip < rows for clip in mine),
+        image_rows=image_rows,
+        windows=tuple(pack.name(w) for w in windows),
+        kinds=kinds,
+    )
 
 
 def shape_of(config: TrainConfig, step: int) -> tuple[int, int]:
-    """(clips, frames) of a micro-batch at this step: many short clips, or now and then fewer long ones."""
-    clips = config.batch // config.accumulate
+    """(clips, frames) of a whole step: many short clips, or now and then fewer long ones."""
     if config.long_every and step % config.long_every == config.long_every - 1:
-        return max(1, clips * config.frames // config.long_frames), config.long_frames
-    return clips, config.frames
+        return _long_clips(config), config.long_frames
+    return config.batch, config.frames
+
+
+def check_shares(config: TrainConfig, world: int) -> None:
+    """UserError when the clips of a step cannot be dealt out evenly to `world` processes times `accumulate`."""
+    shares = world * config.accumulate
+    among = f"{world} process{'es' if world > 1 else ''} x --accumulate {config.accumulate} = {shares} shares"
+    if config.batch % shares:
+        raise UserError(
+            f"--batch {config.batch} does not divide by {among}: it is the batch of all processes, choose a multiple"
+        )
+    if config.long_every and _long_clips(config) % shares:
+        raise UserError(
+            f"a step has {_long_clips(config)} clips of --long-frames {config.long_frames}, which do not divide by "
+            f"{among}: choose another --long-frames or --batch"
+        )
+
+
+def _long_clips(config: TrainConfig) -> int:
+    return config.batch * config.frames // config.long_frames
 
 
 def share_of(share: float, count: int, step: int, seed: int) -> int:

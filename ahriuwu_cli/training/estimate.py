@@ -51,7 +51,9 @@ class Estimate:
 def estimate(config: TrainConfig, architecture: DynamicsConfig, device: str = "cpu") -> Estimate:
     """The forecast of a run. device: cpu or cuda, where the optimisers go about it in different ways."""
     every = config.long_every or 1
-    short, long = shape_of(config, 0), shape_of(config, every - 1)
+    short, long = (
+        (clips // config.accumulate, frames) for clips, frames in (shape_of(config, 0), shape_of(config, every - 1))
+    )
     shapes = {short: 1 - 1 / every, long: 1 / every} if short != long else {short: 1.0}
     traces = {shape: trace_step(config, architecture, *shape, device) for shape in shapes}
     flops = dict.fromkeys(PHASES, 0.0)

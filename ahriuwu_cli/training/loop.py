@@ -2,7 +2,8 @@
 
     video -> data -> tokenizer -> latents -> batches (forcing) -> objective (noise, dynamics, target, ramp) -> here
 
-The randomness of a step is a function of (seed, rank, step): a resumed run is the unbroken run, bit for bit on a CPU.
+The randomness of a step is a function of (seed, step, clip): a resumed run is the unbroken run, bit for bit on a CPU,
+and a run on several processes is the run on one, up to rounding.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from torch import Tensor
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import LatentPack
 from ahriuwu_cli.diffusion import tau as tau_
-from ahriuwu_cli.diffusion.objective import Denoise, ShortcutLoss, shortcut_forcing_loss
+from ahriuwu_cli.diffusion.objective import ShortcutLoss
 from ahriuwu_cli.errors import Interrupted, TrainingError
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of
+from ahriuwu_cli.training.clip_loss import ClipLoss
 from ahriuwu_cli.training.clock import TrainingClock
+from ahriuwu_cli.training.distributed import Group
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate, update_average
 from ahriuwu_cli.training.preview import choose_sampler, preview, preview_manifest
 from ahriuwu_cli.training.run import Run
+from ahriuwu_cli.training.sharding import gathered, keeping_apart, shard, synchronised, whole
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.world import World
 
@@ -32,15 +36,30 @@ Report = Callable[[dict], None]
 
 
 class DynamicsTrainer:
-    """One run: the raw model that learns, the averaged model that is sampled from, and where the run stands."""
+    """One run: the raw model that learns, the averaged model that is sampled from, and where the run stands.
 
-    def __init__(self, world: World, pack: LatentPack, store: EpisodeStore, run: Run) -> None:
+    With several processes (`group`) all do the same steps, and the lead alone writes, reports and previews. A sharded
+    model has a sharded average, so no step exchanges it; the lead's world is filled from it when it is looked at.
+    """
+
+    def __init__(
+        self, world: World, pack: LatentPack, store: EpisodeStore, run: Run, group: Group | None = None
+    ) -> None:
         self.world, self.pack, self.store, self.run = world, pack, store, run
-        self.config = run.config
+        self.config, self.group = run.config, group or Group(world.device)
         self.average: Dynamics = world.dynamics
-        self.model = copy.deepcopy(world.dynamics).train().requires_grad_(True)
+        self.model = copy.deepcopy(world.dynamics).train()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter.numel() > 0)  # DDP waits for the gradient of an empty one for ever
         self.model.checkpoint_activations = self.config.checkpoint_activations
-        self.forward = torch.compile(self.model) if self.config.compile else self.model
+        if self.group.sharded:
+            self.model = shard(self.model, self.group)
+            self.average = shard(copy.deepcopy(world.dynamics), self.group)
+            if not self.group.leads:
+                world.dynamics.to("meta")  # never looked at here
+        forward = torch.compile(self.model) if self.config.compile else self.model
+        loss = ClipLoss(forward, world.k_max, self.config.ramp, lockstep=self.group.sharded)
+        self.loss = synchronised(loss, self.group)
         self.optimizers = build_optimizers(self.model, self.config)
         self.step = 0
         self.total = self.config.steps  # None until a time budget has decided it
@@ -56,27 +75,29 @@ class DynamicsTrainer:
         clock = TrainingClock(
             self.elapsed, lambda s: report(self.run.log({"step": self.step, "stood_still_s": round(s)}))
         )
-        log = _Log()
+        log = _Log(self.world.k_max)
+        report = report if self.group.leads else lambda line: None
         while self.total is None or self.step < self.total:
             self._decide_total()
             losses, norm, frames = self._update()
             self.step += 1
-            self.elapsed = clock.lap()
+            self.elapsed, signal = self.group.agree(clock.lap(), stop.number)
             log.add(losses, norm, frames)
 
             # once in a while: write a line of metrics
             if self.step % self.config.log_every == 0 or self.step == self.total:
-                report(self.run.log({**log.line(), **self._progress()}))
+                report(self.run.log({**log.line(self.group), **self._progress()}))
             # once in a while: imagine held-out windows, keep the best world
             if self._due(self.config.preview_every, 3):
                 report(self.run.log({"step": self.step, "preview": self._preview(manifest)}))
             # once in a while: make the run resumable from here
-            if self._due(self.config.save_every or self.config.preview_every, 3) or stop.number or self.step == stop_at:
+            if self._due(self.config.save_every or self.config.preview_every, 3) or signal or self.step == stop_at:
                 self.run.save(self)
-            if stop.number and self.step != self.total:
+            if signal and self.step != self.total:
+                self.group.wait()  # none ends before the state is written
                 raise Interrupted(
-                    f"stopped by signal {stop.number} at step {self.step}; state saved, go on with: {self.run.command} "
-                    f"--resume", stop.number
+                    f"stopped by signal {signal} at step {self.step}; state saved, go on with: {self.run.command} "
+                    f"--resume", signal
                 )  # fmt: skip
             if self.step == stop_at:
                 break
@@ -86,24 +107,18 @@ class DynamicsTrainer:
     def _update(self) -> tuple[list[tuple[Batch, ShortcutLoss]], Tensor, int]:
         """One optimiser step over all micro-batches: (what each gave, gradient norm, frames seen)."""
         set_rate(self.optimizers, self.config.lr * rate(self.step, self.total, self.config))
-        results = []
+        results, group = [], self.group
         for micro in range(self.config.accumulate):
-            batch = draw_batch(self.pack, self.config, self.world.k_max, self.step, micro, device=self.world.device)
-            with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-                result = shortcut_forcing_loss(
-                    denoiser(self.forward, batch),
-                    batch.z_clean,
-                    batch.noise,
-                    batch.tau,
-                    batch.d,
-                    k_max=self.world.k_max,
-                    ramp=self.config.ramp,
-                    teacher=lambda rows, batch=batch: denoiser(self.forward, batch, rows),
-                    bootstrap_rows=batch.bootstrap_rows,
-                )
-            (result.loss / self.config.accumulate).backward()
+            batch = draw_batch(
+                self.pack, self.config, self.world.k_max, self.step, micro, group.rank, group.world, group.device
+            )
+            autocast = torch.autocast(group.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+            with keeping_apart(self.loss, micro + 1 < self.config.accumulate):
+                with autocast:
+                    result = self.loss(batch)
+                (result.loss / self.config.accumulate).backward()
             results.append((batch, result))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
         if not torch.isfinite(norm) or not all(torch.isfinite(r.loss) for _, r in results):
             windows = ", ".join(w for b, _ in results for w in b.windows[:4])
             raise TrainingError(
@@ -113,7 +128,7 @@ class DynamicsTrainer:
         apply(self.optimizers)
         update_average(self.average, self.model, self.config.ema, self.step)
         clips, frames = shape_of(self.config, self.step)
-        return results, norm, clips * frames * self.config.accumulate
+        return results, norm, clips * frames
 
     def _decide_total(self) -> None:
         """With a time budget: when only the decay's share of it is left, fix how many steps there will be."""
@@ -128,7 +143,19 @@ class DynamicsTrainer:
             return self.step % every == 0
         return self.total is not None and self.step % max(1, -(-self.total // times_a_run)) == 0
 
-    def _preview(self, manifest) -> dict:
+    def _preview(self, manifest) -> dict | None:
+        """What the lead sees; None on the other processes, which wait for it."""
+        if self.average is not self.world.dynamics:
+            tensors = gathered(self.average.state_dict(), keep=self.group.leads)
+            if self.group.leads:
+                self.world.dynamics.to(self.group.device).load_state_dict(tensors, strict=True)
+        result = self._look(manifest) if self.group.leads else None
+        if self.group.sharded:
+            self.world.dynamics.to("cpu" if self.group.leads else "meta")
+        self.group.wait()
+        return result
+
+    def _look(self, manifest) -> dict:
         if self.step == self.total:  # at the end: which sampler suits what was learnt
             self.world.generation, result, gains = choose_sampler(self.world, self.store, manifest)
             self.run.log({"step": self.step, "gain_db_by_sampler": gains})
@@ -153,55 +180,48 @@ class DynamicsTrainer:
         }
 
 
-def denoiser(model: Callable[..., Tensor], batch: Batch, rows: int | None = None) -> Denoise:
-    """`denoise(z, tau, d)` for the batch's clips (or its first `rows`), which knows their actions.
-
-    The batch's last `image_rows` clips are seen as T single images each: no past, no action.
-    """
-    count = batch.z_clean.shape[0] if rows is None else rows
-    video = min(count, batch.z_clean.shape[0] - batch.image_rows)
-
-    def denoise(z: Tensor, tau: Tensor, d: Tensor) -> Tensor:
-        parts = []
-        if video:
-            parts.append(model(z[:video], tau[:video], d[:video], batch.actions[:video], batch.known[:video]))
-        if video < count:
-            inputs = (z, tau, d, batch.actions, batch.known)
-            alone = model(*(t[video:count].flatten(0, 1)[:, None] for t in inputs))
-            parts.append(alone.unflatten(0, (count - video, -1))[:, :, 0])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    return denoise
-
-
 class _Log:
-    """Means since the last line: losses, loss by tau bin (0 clean, 1 noise), gradient norm, frames a second."""
+    """Means since the last line: losses, loss by tau bin (0 clean, 1 noise), gradient norm, frames a second.
+
+    Sums and counts are of this process; `line` adds up those of all.
+    """
 
     BINS = 10
+    TERMS = ("loss", "flow", "bootstrap")
 
-    def __init__(self) -> None:
+    def __init__(self, k_max: int) -> None:
+        self.k_max = k_max
         self._clear()
 
     def _clear(self) -> None:
-        self.sums: dict[str, list[float]] = {"loss": [], "flow": [], "bootstrap": [], "grad_norm": []}
-        self.bins = torch.zeros(2, self.BINS)
+        self.terms = torch.zeros(2, len(self.TERMS), dtype=torch.float64)  # sums, counts
+        self.bins = torch.zeros(2, self.BINS, dtype=torch.float64)
+        self.norms: list[float] = []
         self.frames, self.since = 0, time.monotonic()
 
     def add(self, results: list[tuple[Batch, ShortcutLoss]], norm: Tensor, frames: int) -> None:
         for batch, r in results:
-            for name, value in (("loss", r.loss), ("flow", r.flow), ("bootstrap", r.bootstrap)):
-                if not torch.isnan(value):  # NaN means: no frame of this kind in the batch; the loss itself was checked
-                    self.sums[name].append(value.item())
+            big = int((batch.d > 1 / self.k_max).sum())
+            counts = torch.tensor([1, batch.d.numel() - big, big])  # shares of a step are alike: their losses weigh 1
+            means = torch.stack([r.loss.detach(), r.flow, r.bootstrap]).cpu().double()
+            self.terms += torch.stack([means.nan_to_num() * counts, counts])  # NaN: no frame of this kind, so count 0
             index = tau_.bin_index(batch.tau.flatten().cpu(), self.BINS)
-            self.bins[0].index_add_(0, index, r.per_frame.flatten().float().cpu())
-            self.bins[1].index_add_(0, index, torch.ones(len(index)))
-        self.sums["grad_norm"].append(norm.item())
+            self.bins[0].index_add_(0, index, r.per_frame.flatten().double().cpu())
+            self.bins[1].index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
+        self.norms.append(norm.item())
         self.frames += frames
 
-    def line(self) -> dict:
-        means = {name: round(sum(v) / len(v), 6) if v else None for name, v in self.sums.items()}
-        by_tau = [round((s / n).item(), 6) if n else None for s, n in zip(*self.bins, strict=True)]
+    def line(self, group: Group) -> dict:
+        terms, bins = group.sum(torch.cat([self.terms, self.bins], dim=1)).split([len(self.TERMS), self.BINS], dim=1)
+        means, by_tau = (
+            [round((s / n).item(), 6) if n else None for s, n in zip(*t, strict=True)] for t in (terms, bins)
+        )
         seconds = max(time.monotonic() - self.since, 1e-9)
-        frames_per_s = round(self.frames / seconds, 1)
+        line = {
+            **dict(zip(self.TERMS, means, strict=True)),
+            "grad_norm": round(sum(self.norms) / len(self.norms), 6),
+            "loss_by_tau_bin": by_tau,
+            "frames_per_s": round(self.frames / seconds, 1),
+        }
         self._clear()
-        return {**means, "loss_by_tau_bin": by_tau, "frames_per_s": frames_per_s}
+        return line

@@ -4,6 +4,10 @@ The method is Keller Jordan's (2024) with the scale of Liu et al. (arXiv 2502.16
 does the same in bfloat16 only, which costs 30 times a training step on a CPU without bfloat16 units (measured:
 docs/log.md). This one works in float32 on a CPU and bfloat16 on a GPU, and stacks matrices of one shape into batches.
 Its momentum can be kept in bfloat16: a step moves it by a twentieth of the way, well above bfloat16's 1/256.
+
+An orthogonal update needs the whole matrix. Where weights are sharded, momentum stays sharded, every process gathers
+the directions of a few matrices at a time, makes them all orthogonal, and keeps its rows: one all-gather of the
+matrices a step more than AdamW, and the same arithmetic on every process, as copies of the model would do.
 """
 
 from __future__ import annotations
@@ -11,6 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ahriuwu_cli.training.sharding import is_sharded, local, placed, whole
+
+GATHERED = 8  # sharded matrices that are whole at a time
 STACKED = 2**23  # elements of matrices that are made orthogonal at once; temporaries are about six times as many
 
 
@@ -59,21 +66,24 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault((*p.shape, p.dtype), []).append(p)
             for matrices in by_shape.values():
-                some = max(1, STACKED // matrices[0].numel())
-                for first in range(0, len(matrices), some):
-                    self._update(matrices[first : first + some], group)
+                at_once = max(1, STACKED // matrices[0].numel())
+                if is_sharded(matrices[0]):
+                    at_once = min(at_once, GATHERED)
+                for i in range(0, len(matrices), at_once):
+                    self._update(matrices[i : i + at_once], group)
 
     def _update(self, matrices: list[Tensor], group: dict) -> None:
         directions = []
         for p in matrices:
-            momentum = self.momentum(p).type_as(p).lerp_(p.grad, 1 - group["momentum"])
-            self.momentum(p).copy_(momentum)
-            directions.append(p.grad.lerp(momentum, group["momentum"]))
+            buffer = self.momentum(p)
+            mine = local(buffer)
+            mine.copy_(mine.to(p.dtype).lerp_(local(p.grad), 1 - group["momentum"]))
+            directions.append(whole(torch.lerp(p.grad, buffer.to(p.dtype), group["momentum"])))
         scale = 0.2 * max(matrices[0].shape) ** 0.5
         updates = orthogonalise(torch.stack(directions))
         for p, update in zip(matrices, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-group["lr"] * scale)
+            p.add_(placed(update, p), alpha=-group["lr"] * scale)
 
     def momentum(self, p: Tensor) -> Tensor:
         """The momentum of a parameter, in its number format also after PyTorch's loading made it the parameter's."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.training.muon import Muon
+from ahriuwu_cli.training.sharding import local
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -56,4 +57,5 @@ def rate(step: int, total: int | None, config: TrainConfig) -> float:
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """average <- decay * average + (1 - decay) * model; the decay itself warms up, so early averages are not stale."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    mine, its = ([local(p) for p in m.parameters()] for m in (average, model))
+    torch._foreach_lerp_(mine, its, 1 - decay)

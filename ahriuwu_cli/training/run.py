@@ -1,9 +1,11 @@
 """A training run on disk: what was asked for, what happened, and states to go on from. Never overwritten unasked.
 
-run.json        resolved configuration, command line, versions, git revision
+run.json        resolved configuration, command line, processes, versions, git revision
 metrics.jsonl   one JSON object a line
 state/step-N/   all that a resumed run needs (the last few)
 best/ last/     worlds: by free-running gain on held-out windows, and at the end
+
+The lead of several processes writes; a state is the same at any number of them, and can be gone on from at any other.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ahriuwu_cli import __version__
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.errors import CheckpointError, UserError
 from ahriuwu_cli.training.checkpoint import save_world
+from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import (
     load_optimizer_tensors,
     load_state,
@@ -33,30 +36,49 @@ from ahriuwu_cli.training.state import (
 )
 
 if TYPE_CHECKING:
+    from ahriuwu_cli.training.distributed import Group
     from ahriuwu_cli.training.loop import DynamicsTrainer
     from ahriuwu_cli.world import World
 
 
-class Run:
-    """The folder of one run. `facts` (dataset, tokenizer, architecture) must be the same when it is resumed."""
+FREE = ("accumulate",)  # settings that a resume may change: they share the same work out otherwise
 
-    def __init__(self, folder: Path, config: TrainConfig, facts: dict, command: str) -> None:
+
+class Run:
+    """The folder of one run. `facts` (dataset, tokenizer, architecture) must be the same when it is resumed.
+
+    writes: whether this process may; the others of its group see the same run and leave the folder alone.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, facts: dict, command: str, writes: bool = True) -> None:
         self.folder, self.config, self.facts, self.command = Path(folder), config, facts, command
+        self.writes = writes
 
     @classmethod
-    def start(cls, folder: Path, config: TrainConfig, facts: dict, command: str, overwrite: bool = False) -> Run:
+    def start(
+        cls,
+        folder: Path,
+        config: TrainConfig,
+        facts: dict,
+        command: str,
+        overwrite: bool = False,
+        group: Group | None = None,
+    ) -> Run:
         """A new run in an empty or absent folder. UserError when it holds something and overwrite is off."""
+        if group is not None and not group.leads:
+            return cls(folder, config, facts, command, writes=False)
         refuse_used(folder, overwrite)
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         run = cls(folder, config, facts, command)
         document = {"config": config.to_json(), "facts": facts, "command": command, "versions": versions()}
+        document |= group.facts() if group is not None else {}
         _write_json(folder / "run.json", document)
         return run
 
     @classmethod
-    def resume(cls, folder: Path, config: TrainConfig, facts: dict, command: str) -> Run:
+    def resume(cls, folder: Path, config: TrainConfig, facts: dict, command: str, group: Group | None = None) -> Run:
         """Go on in a run's folder. UserError when it was started with other settings, naming them."""
         try:
             document = json.loads((folder / "run.json").read_text())
@@ -66,18 +88,19 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / 'run.json'} cannot be read ({error})") from None
         now = config.to_json()
-        changed = [f"{k} {before[k]!r} -> {now[k]!r}" for k in now if now[k] != before[k]]
+        changed = [f"{k} {before[k]!r} -> {now[k]!r}" for k in now if now[k] != before[k] and k not in FREE]
         changed += [f"{k} differs" for k in facts if facts[k] != old_facts.get(k)]
         if changed:
             raise UserError(
                 f"{folder} was started with other settings ({'; '.join(changed[:4])}): resume with the same"
             )
-        return cls(folder, config, facts, document["command"])
+        return cls(folder, config, facts, document["command"], writes=group is None or group.leads)
 
     def log(self, line: dict) -> dict:
         """Append one line to metrics.jsonl; NaN never gets in."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self.writes:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
         return line
 
     def newest_state(self) -> Path | None:
@@ -86,7 +109,7 @@ class Run:
         return found[-1] if found else None
 
     def save(self, trainer: DynamicsTrainer) -> None:
-        """Save everything that the next step depends on; keep the last few states."""
+        """Save everything that the next step depends on; keep the last few states. All processes take part."""
         tensors = with_prefix("model", trainer.model.state_dict())
         tensors |= with_prefix("average", trainer.average.state_dict())
         document = {
@@ -95,31 +118,41 @@ class Run:
             "elapsed": trainer.elapsed,
             "best": trainer.best,
             "optimizers": [],
+            **trainer.group.facts(),
         }
         for i, optimizer in enumerate(trainer.optimizers):
             state, description = optimizer_tensors(optimizer)
             tensors |= with_prefix(f"optimizer{i}", state)
             document["optimizers"].append(description)
+        tensors = gathered(tensors, keep=self.writes)
+        if not self.writes:
+            return
         save_state(self.folder / "state" / f"step-{trainer.step:08d}", tensors, document)
         for old in sorted((self.folder / "state").glob("step-*"))[: -self.config.keep]:
             shutil.rmtree(old)
 
-    def load(self, trainer: DynamicsTrainer) -> None:
-        """Bring a fresh trainer to the newest saved state, exactly, and drop later lines of the log."""
+    def load(self, trainer: DynamicsTrainer) -> dict:
+        """Bring a fresh trainer to the newest saved state, exactly, and drop later lines of the log.
+
+        Returns who wrote the state: {"processes", "parallel"}. States from before there were several say one.
+        """
         newest = self.newest_state()
         if newest is None:
             raise UserError(f"{self.folder} has no saved state yet: start again with --overwrite")
         tensors, document = load_state(newest)
         try:
-            trainer.model.load_state_dict(under_prefix("model", tensors), strict=True)
-            trainer.average.load_state_dict(under_prefix("average", tensors), strict=True)
+            for part, module in (("model", trainer.model), ("average", trainer.average)):
+                module.load_state_dict(placed_as(under_prefix(part, tensors), module.state_dict()), strict=True)
             for i, optimizer in enumerate(trainer.optimizers):
-                load_optimizer_tensors(optimizer, under_prefix(f"optimizer{i}", tensors), document["optimizers"][i])
+                mine = placed_for(optimizer, under_prefix(f"optimizer{i}", tensors))
+                load_optimizer_tensors(optimizer, mine, document["optimizers"][i])
             trainer.step, trainer.total = document["step"], document["total"]
             trainer.elapsed, trainer.best = document["elapsed"], document["best"]
         except (RuntimeError, KeyError, IndexError) as error:
             raise CheckpointError(f"{newest} does not fit this run: {error}") from None
-        cut_log(self.folder / "metrics.jsonl", trainer.step)
+        if self.writes:
+            cut_log(self.folder / "metrics.jsonl", trainer.step)
+        return {"processes": document.get("processes", 1), "parallel": document.get("parallel", "none")}
 
     def save_world(self, world: World, name: str, trainer: DynamicsTrainer) -> None:
         """Write the averaged weights as the world `best` or `last`."""

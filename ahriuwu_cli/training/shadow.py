@@ -9,22 +9,24 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.diffusion.objective import Denoise, shortcut_forcing_loss
+from ahriuwu_cli.models import kernels
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
-from ahriuwu_cli.training.batches import Batch
-from ahriuwu_cli.training.loop import denoiser
+from ahriuwu_cli.training.batches import Batch, Kinds
+from ahriuwu_cli.training.clip_loss import ClipLoss
 from ahriuwu_cli.training.muon import Muon
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, update_average
 
@@ -57,8 +59,10 @@ class Trace:
 class Ledger(TorchDispatchMode):
     """Books every storage that an operation makes until it dies, and the FLOPs of every operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = False) -> None:
+        """fused: attention runs in one kernel whatever PyTorch would choose here."""
         super().__init__()
+        self.fused = fused
         self.alive: dict[int, tuple[str, int]] = {}  # storage -> part and bytes
         self.born: dict[int, int] = {}  # storage -> the line it first stands in
         self.totals = dict.fromkeys(PARTS, 0)
@@ -71,6 +75,8 @@ class Ledger(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0  # a norm that scales an update; no branch depends on it
+        if func is aten._fused_sdp_choice.default:
+            return SDPBackend.FLASH_ATTENTION.value if self.fused else func(*args, **kwargs)
         if func is aten.index.Tensor:
             args = (args[0], [_places(i) for i in args[1]])
         out = func(*args, **kwargs)
@@ -148,36 +154,33 @@ class Ledger(TorchDispatchMode):
 class Shadow:
     """A model, its average and its optimisers without storage, as they are once the first step is done.
 
-    Kernels are those that a CPU would choose, so this runs anywhere; for `cuda` PyTorch's own optimisers take all
-    parameters at once, as they do there.
+    All is counted on fake tensors of the CPU, so it runs anywhere. For `cuda` the formulas are those that GPUs take,
+    with attention and RMSNorm in one kernel each, and PyTorch's own optimisers take all parameters at once.
     """
 
     def __init__(self, config: TrainConfig, architecture: DynamicsConfig, device: str) -> None:
-        self.config, self.architecture = config, architecture
-        self.fake, self.ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
+        self.config, self.architecture, self.device = config, architecture, device
+        self.fake, self.ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger(device == "cuda")
         with self.fake:
             self.average = Dynamics(architecture).requires_grad_(False)
             self.model = Dynamics(architecture).train()
+            trained = [p.requires_grad_(p.numel() > 0) for p in self.model.parameters()]
             self.optimizers = build_optimizers(self.model, config)
-            for p in self.model.parameters():
+            for p in trained:
                 p.grad = torch.empty_like(p)
-        for group in (g for o in self.optimizers for g in o.param_groups if "foreach" in g):
-            group["foreach"] = device == "cuda"
-        with self.ledger:  # their state comes with the first step
-            for optimizer in self.optimizers:
-                if isinstance(optimizer, Muon):
-                    for p in (p for g in optimizer.param_groups for p in g["params"]):
-                        optimizer.momentum(p)
-                else:
-                    optimizer.step()
+        self.loss = ClipLoss(self.model, architecture.k_max, config.ramp)
+        self._start_optimizers()
         own = self.ledger.own
         own("weights", self.model.state_dict().values())
         own("averaged", self.average.state_dict().values())
         for optimizer in self.optimizers:
             own("optimizer", (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)))
-        for p in self.model.parameters():
-            p.register_post_accumulate_grad_hook(lambda p: own("gradients", [p.grad]))
-        self.seen: list[tuple[Batch, Tensor]] = []
+        for p in trained:
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: own("gradients", [p.grad]))
+        self.model.register_forward_pre_hook(lambda *_: self._enter())
+        self.model.register_forward_hook(lambda *_: self._leave())
+        self.seen: list = []
 
     def passes(self, clips: int, frames: int, checkpointed: bool) -> Trace:
         """Forward and backward of all micro-batches of `clips` x `frames`; their gradients stay for `update`."""
@@ -187,16 +190,16 @@ class Shadow:
         self.seen = []
         ledger.start()
         micro, kept = min(config.accumulate, 2), 0  # the later ones are as the second
-        with ledger:
+        with ledger, _formulas(self.device):
             for _ in range(micro):
                 batch = _batch(config, self.architecture, clips, frames, self.fake)
                 ledger.own("batch", (batch.z_clean, batch.noise))
-                with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    loss = self._loss(batch)
+                with ledger.during("forward"), self._autocast():
+                    result = self.loss(batch)
                 kept = ledger.keep()
                 with ledger.during("backward"):
-                    (loss / config.accumulate).backward()
-                self.seen.append((batch, loss))  # the loop keeps what it has seen until the step is done
+                    (result.loss / config.accumulate).backward()
+                self.seen.append((batch, result))  # the loop keeps what it has seen until the step is done
         trace = ledger.trace(kept, config.accumulate / micro)
         trace.bytes[:, PARTS.index("batch")] *= config.accumulate / micro
         return trace
@@ -210,23 +213,42 @@ class Shadow:
             update_average(self.average, self.model, self.config.ema, 0)
         return self.ledger.trace(0)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """The loss as the training loop asks for it, with the FLOPs of the teacher's passes told apart."""
+    def _start_optimizers(self) -> None:
+        """Let them make their state, which a run has from its first step on."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if "foreach" in group:
+                    group["foreach"] = self.device == "cuda"
+        with self.ledger:
+            for optimizer in self.optimizers:
+                if isinstance(optimizer, Muon):
+                    for p in (p for g in optimizer.param_groups for p in g["params"]):
+                        optimizer.momentum(p)
+                else:
+                    optimizer.step()
 
-        def teacher(rows: int) -> Denoise:
-            inner = denoiser(self.model, batch, rows)
+    def _autocast(self):
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-            def told(*inputs: Tensor) -> Tensor:
-                with self.ledger.during("teacher"):
-                    return inner(*inputs)
+    def _enter(self) -> None:
+        if self.ledger.phase == "forward" and not torch.is_grad_enabled():
+            self.ledger.phase = "teacher"
 
-            return told
+    def _leave(self) -> None:
+        if self.ledger.phase == "teacher":
+            self.ledger.phase = "forward"
 
-        with self.ledger.during("forward"):
-            return shortcut_forcing_loss(
-                denoiser(self.model, batch), batch.z_clean, batch.noise, batch.tau, batch.d, teacher=teacher,
-                k_max=self.architecture.k_max, ramp=self.config.ramp, bootstrap_rows=batch.bootstrap_rows,
-            ).loss  # fmt: skip
+
+@contextmanager
+def _formulas(device: str) -> Iterator[None]:
+    """The formulas of the model as `device` runs them, whatever runs the shadow."""
+    with ExitStack() as stack:
+        if device == "cuda":
+            stack.enter_context(patch.object(kernels, "by_hand", lambda x: False))
+            stack.enter_context(patch.object(kernels, "holds_table", lambda q, k: False))
+            one = kernels._RMSNorm  # keeps what the kernel of GPUs keeps: the input and a number for every row
+            stack.enter_context(patch.object(kernels.F, "rms_norm", lambda x, shape, w, eps: one.apply(x, w)))
+        yield
 
 
 def trace_step(config: TrainConfig, architecture: DynamicsConfig, clips: int, frames: int, device: str) -> Trace:
@@ -256,7 +278,7 @@ def _batch(config: TrainConfig, c: DynamicsConfig, clips: int, frames: int, fake
     actions, known = torch.zeros(clips, frames, columns), torch.ones(clips, frames, dtype=torch.bool)
     with fake:
         z_clean, noise = (torch.empty(clips, frames, c.tokens, c.latent_dim) for _ in range(2))
-    return Batch(z_clean, noise, tau, d, actions, known, rows, images, ())
+    return Batch(z_clean, noise, tau, d, actions, known, rows, images, (), Kinds(rows > 0, images < clips, images > 0))
 
 
 def _places(index: Tensor | None) -> Tensor | None:

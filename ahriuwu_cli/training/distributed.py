@@ -1,0 +1,199 @@
+"""Processes that train together: who they are, what they decide together, and who speaks for them.
+
+torchrun starts them and says who is who by RANK, WORLD_SIZE and LOCAL_RANK. Process 0 leads: it alone writes, prints
+and decides when time is up. Gradients go through gloo on CPUs and NCCL on GPUs; decisions always through gloo, where
+waiting for the lead's preview may take hours. One process is a group of its own and never asks anybody.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.errors import CheckpointError, Interrupted, TrainingError, UserError, did_you_mean
+from ahriuwu_cli.evaluation.shards import choose_device, find_shards
+from ahriuwu_cli.training.checkpoint import pick_device
+
+PARALLEL = ("ddp", "fsdp")
+STEP_PATIENCE = timedelta(minutes=30)  # for gradients of a process that is late
+LEAD_PATIENCE = timedelta(hours=12)  # for the lead: packing, previews, saving
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Group:
+    """All processes of a run as one of them sees them. `world` 1 is a run without torchrun."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    parallel: str = "ddp"
+    control: Any = None  # torch's process group for decisions; None in a world of one
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every process holds only its share of the weights (FSDP2)."""
+        return self.world > 1 and self.parallel == "fsdp"
+
+    def together(self, work: Callable[[], T], lead_first: bool = False) -> T:
+        """The result of `work` on every process; where it fails on one, that one says why and all end.
+
+        lead_first: the others begin when the lead is done, and so find what it wrote. `work` itself must not wait for
+        other processes.
+        """
+        if self.world == 1:
+            return work()
+        result = None
+        for turn in (self.leads, not self.leads) if lead_first else (True,):
+            error = None
+            if turn:
+                try:
+                    result = work()
+                except UserError as caught:
+                    error = caught
+            self._end_if_any(error)
+        return result
+
+    def agree(self, seconds: float, signal_number: int) -> tuple[float, int]:
+        """(the lead's seconds, the number of a signal that any process got or 0), the same on every process."""
+        if self.world == 1:
+            return seconds, signal_number
+        told = torch.tensor([seconds if self.leads else 0.0, signal_number], dtype=torch.float64)
+        self._reduce(told, "MAX")
+        return told[0].item(), int(told[1])
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a CPU tensor over all processes."""
+        if self.world == 1:
+            return values
+        total = values.clone()
+        self._reduce(total, "SUM")
+        return total
+
+    def copy_from_lead(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite these CPU tensors with the lead's."""
+        for name in sorted(tensors) if self.world > 1 else ():
+            torch.distributed.broadcast(tensors[name], 0, group=self.control)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            torch.distributed.barrier(group=self.control)
+
+    def check_same_step(self, step: int, folder: object) -> None:
+        """CheckpointError when the processes found different states in a run's folder."""
+        if self.world == 1:
+            return
+        ends = torch.tensor([step, -step])
+        self._reduce(ends, "MAX")
+        if -int(ends[1]) != int(ends[0]):
+            raise CheckpointError(
+                f"the processes found states of steps {-int(ends[1])} to {int(ends[0])} in {folder}: "
+                f"put it where all nodes see the same files"
+            )
+
+    def facts(self) -> dict:
+        """What a saved state says of who wrote it."""
+        return {"processes": self.world, "parallel": self.parallel if self.world > 1 else "none"}
+
+    def _reduce(self, tensor: Tensor, operation: str) -> None:
+        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=self.control)
+
+    def _end_if_any(self, error: UserError | None) -> None:
+        """The first process that failed raises its error; the others end without a word, by the same exit code."""
+        said = torch.tensor([self.world if error is None else self.rank, -error.exit_code if error else 0])
+        self._reduce(said, "MIN")
+        first, code = int(said[0]), -int(said[1])
+        if error is not None and first == self.rank:
+            raise error
+        if first < self.world:
+            raise SystemExit(code)
+
+
+@contextmanager
+def join(device: str, parallel: str | None) -> Iterator[Group]:
+    """The group that torchrun put this process in, or a group of one. UserError for a mode or device that is not there.
+
+    A process that loses the others ends with a TrainingError: which of them failed first says its own message.
+    """
+    if parallel is not None and parallel not in PARALLEL:
+        raise UserError(f"unknown --parallel {parallel!r}: {did_you_mean(parallel, PARALLEL)}")
+    shards = find_shards(None, "windows", {n: os.environ[n] for n in _VARIABLES if n in os.environ})
+    rank, world = shards.windows
+    where = pick_device(choose_device(device, shards))
+    if world == 1:
+        yield Group(where)
+        return
+
+    import torch.distributed as dist
+
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=STEP_PATIENCE)
+    control = dist.new_group(backend="gloo", timeout=LEAD_PATIENCE)
+    try:
+        yield Group(where, rank, world, parallel or "ddp", control)
+    except Interrupted as error:  # all of them, after the same step
+        dist.destroy_process_group()
+        if rank:
+            raise SystemExit(error.exit_code) from None
+        raise
+    except UserError:
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
+            raise
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"process {rank} of {world} lost the others ({reason}): see which failed first, then go on with --resume"
+        ) from error
+    else:
+        dist.destroy_process_group()
+
+
+def refuse_several(what: str) -> None:
+    """UserError under torchrun with several processes, for what one process does alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{what} runs as one process: start it without torchrun")
+
+
+def launcher() -> str:
+    """How this program was started, as the beginning of a command line."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return "ahriuwu"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    each = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    where = "--standalone" if nodes == 1 else f"--nnodes {nodes}"
+    return f"torchrun {where} --nproc-per-node {each} -m ahriuwu_cli"
+
+
+def what_changed(before: dict, group: Group, config: TrainConfig) -> str | None:
+    """One sentence on a run that goes on with other processes than wrote its state, or None."""
+    now = group.facts()
+    if before == now:
+        return None
+    count, parallel = before["processes"], before["parallel"]
+    clips = config.batch // group.world
+    processes = f"{group.world} process{'es' if group.world > 1 else ''}"
+    if count != group.world:
+        processes += f" instead of {count}"
+    if "none" not in (parallel, now["parallel"]) and parallel != now["parallel"]:
+        processes += f" by {now['parallel']} instead of {parallel}"
+    return f"resuming with {processes}: the global batch stays {config.batch}, each process takes {clips} clips"
+
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")

@@ -1,0 +1,228 @@
+"""Several processes train as one does: gradients, weights, clips and files, by real processes over gloo."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from processes import CONFIG, RUNS, STEPS, everything, prepare, resumed, trainer_for
+from safetensors.torch import load_file
+
+from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.training.batches import check_shares, draw_batch
+from ahriuwu_cli.training.clip_loss import ClipLoss
+from ahriuwu_cli.training.distributed import PARALLEL, Group
+from ahriuwu_cli.training.signals import StopRequest
+from ahriuwu_cli.training.state import load_state
+
+ALONE = Group(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One process did everything in `one`, two processes in `ddp` and then in `fsdp`."""
+    folder = tmp_path_factory.mktemp("distributed")
+    prepare(folder)
+    everything(folder, "one", ALONE)
+    for mode, name in product(PARALLEL, RUNS):
+        shutil.copytree(folder / "one" / f"{name} half", folder / f"one for {mode}" / f"{name} half")
+    for process in start([Path(__file__).with_name("processes.py"), folder]):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    return folder
+
+
+def start(command: list, count: int = 2) -> list[subprocess.Popen]:
+    """Processes that find each other by torchrun's variables, without the seconds that torchrun takes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def newest(run: Path) -> tuple[dict, dict]:
+    return load_state(sorted((run / "state").iterdir())[-1])
+
+
+def assert_close(a: dict, b: dict, tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.shape == b[name].shape, name
+        if tensor.numel():
+            scale = max(1.0, float(tensor.abs().max()))
+            assert float((tensor - b[name]).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("mode", PARALLEL)
+@pytest.mark.parametrize("step", STEPS)
+def test_the_gradient_of_two_processes_is_that_of_one(folder, mode, step):
+    one, two = (load_file(folder / m / "steps" / f"{step}.safetensors") for m in ("one", mode))
+    largest = max(float(t.abs().max()) for t in one.values())
+    assert one.keys() == two.keys()
+    assert largest > 1e-3
+    for name, gradient in one.items():
+        assert float((gradient - two[name]).abs().max()) < 2e-6 * largest, name
+
+
+@pytest.mark.parametrize("mode", PARALLEL)
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_of_two_processes_ends_at_the_weights_of_one(folder, mode, run):
+    (one, said_one), (two, said_two) = newest(folder / "one" / run), newest(folder / mode / run)
+    assert_close(one, two, 1e-5)
+    assert said_one["optimizers"] == said_two["optimizers"]
+    assert (said_one["step"], said_two["step"]) == (6, 6)
+    assert (said_one["processes"], said_one["parallel"]) == (1, "none")
+    assert (said_two["processes"], said_two["parallel"]) == (2, mode)
+
+
+@pytest.mark.parametrize("mode", PARALLEL)
+def test_the_log_of_two_processes_is_that_of_one(folder, mode):
+    def losses(m):
+        lines = [json.loads(line) for line in (folder / m / "muon" / "metrics.jsonl").read_text().splitlines()]
+        names = ("loss", "flow", "bootstrap", "grad_norm")
+        rows = [[line[n] for n in names] + line["loss_by_tau_bin"] for line in lines if "loss" in line]
+        return [[-1.0 if x is None else x for x in row] for row in rows]
+
+    one, two = losses("one"), losses(mode)
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=2e-6)
+
+
+def test_processes_read_other_clips_and_together_those_of_one(folder):
+    one = json.loads((folder / "one" / "clips-0.json").read_text())
+    mine, its = (json.loads((folder / "ddp" / f"clips-{rank}.json").read_text()) for rank in range(2))
+    assert len(mine) == len(its) == len(one) // 2
+    assert Counter(map(tuple, mine + its)) == Counter(map(tuple, one))
+    assert len({row[-1] for row in mine + its}) == len(one)  # no noise is drawn twice
+
+
+@pytest.mark.parametrize("mode", PARALLEL)
+@pytest.mark.parametrize("run", RUNS)
+def test_one_process_goes_on_where_two_stopped(folder, mode, run):
+    (said,) = resumed(folder, "one", ALONE, folder / mode / f"{run} half")
+    assert said.startswith("resuming with 1 process instead of 2")
+    assert said.endswith("the global batch stays 8, each process takes 8 clips")
+    assert_close(newest(folder / "one" / run)[0], newest(folder / mode / f"{run} half")[0], 1e-5)
+
+
+@pytest.mark.parametrize("mode", PARALLEL)
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_go_on_where_one_stopped(folder, mode, run):
+    (said,) = json.loads((folder / mode / f"{run} said.json").read_text())
+    assert said.startswith("resuming with 2 processes instead of 1")
+    assert said.endswith("the global batch stays 8, each process takes 4 clips")
+    assert_close(newest(folder / "one" / run)[0], newest(folder / f"one for {mode}" / f"{run} half")[0], 1e-5)
+
+
+@pytest.mark.parametrize("mode", PARALLEL)
+def test_files_are_written_once_and_are_those_of_one_process(folder, mode):
+    def names(run: Path) -> list[str]:
+        found = (p.relative_to(run) for p in run.rglob("*"))
+        return sorted("/".join("state.safetensors" if n.startswith("state-") else n for n in p.parts) for p in found)
+
+    assert names(folder / "one" / "muon") == names(folder / mode / "muon")
+    for world in ("best", "last"):
+        one, two = (load_file(folder / m / "muon" / world / "model.safetensors") for m in ("one", mode))
+        assert_close(one, two, 1e-5)
+    steps = [json.loads(line)["step"] for line in (folder / mode / "muon" / "metrics.jsonl").read_text().splitlines()]
+    assert [s for s, n in Counter(steps).items() if n > 3] == []
+    assert len(list((folder / "data" / "latents").iterdir())) == 1
+
+
+def test_sharded_processes_take_equally_many_forwards_whatever_clips_they_got(folder):
+    """Of four processes with one clip each, few have a bootstrap clip or single images; unequal forwards would hang."""
+    config = replace(CONFIG, batch=4, bootstrap_share=0.3, single_image_share=0.3)
+    trainer = trainer_for(folder, config, folder / "one" / "forwards", ALONE)
+    unequal = 0
+    for step in range(12):
+        counts = {True: set(), False: set()}
+        for lockstep, rank in product(counts, range(4)):
+            batch, calls = draw_batch(trainer.pack, config, 8, step, 0, rank, 4), []
+            hook = trainer.model.register_forward_pre_hook(lambda *_, c=calls: c.append(torch.is_grad_enabled()))
+            assert ClipLoss(trainer.model, 8, "paper", lockstep)(batch).loss.isfinite()
+            hook.remove()
+            counts[lockstep].add(tuple(calls))
+        assert len(counts[True]) == 1, (step, counts)
+        unequal += len(counts[False]) > 1
+    assert unequal  # or this test shows nothing
+
+
+def test_a_forward_that_only_keeps_step_changes_no_loss_and_no_gradient(folder):
+    config = replace(CONFIG, batch=4, bootstrap_share=0.3, single_image_share=0.3)
+    trainer = trainer_for(folder, config, folder / "one" / "dummies", ALONE)
+    for step, rank in product(range(3), range(4)):
+        found = []
+        for lockstep in (False, True):
+            trainer.model.zero_grad()
+            loss = ClipLoss(trainer.model, 8, "paper", lockstep)(
+                draw_batch(trainer.pack, config, 8, step, 0, rank, 4)
+            ).loss
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in trainer.model.parameters() if p.grad is not None)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_clips_that_cannot_be_dealt_out_evenly_are_refused():
+    check_shares(replace(CONFIG, batch=8, accumulate=2), 4)
+    with pytest.raises(UserError, match="--batch 8 does not divide by 3 processes x --accumulate 1 = 3 shares"):
+        check_shares(CONFIG, 3)
+    with pytest.raises(UserError, match="a step has 2 clips of --long-frames 24, which do not divide by 4 processes"):
+        check_shares(replace(CONFIG, long_frames=24, long_every=2), 4)
+
+
+def test_a_signal_that_a_launcher_repeats_is_one_request():
+    patient, plain = StopRequest(echo=60), StopRequest()
+    for _ in range(2):
+        patient._note(signal.SIGTERM, None)
+    assert patient.number == signal.SIGTERM
+    plain._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        plain._note(signal.SIGINT, None)
+
+
+def test_a_signal_to_one_process_ends_all_after_one_save_with_its_exit_code(folder, tmp_path):
+    out = tmp_path / "run"
+    command = ["-m", "ahriuwu_cli", "train", "dynamics", folder / "data", "--out", out, "--steps", "100000"]
+    processes = start([*command, "--preview-windows", "2", "--log-every", "1", "--device", "cpu"])
+    while not (out / "metrics.jsonl").exists() and all(p.poll() is None for p in processes):
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [p.communicate(timeout=60)[0] for p in processes]
+    assert [p.returncode for p in processes] == [143, 143], outputs
+    assert "stopped by signal 15" in outputs[0]
+    assert "error" not in outputs[1]
+    (state,) = (out / "state").iterdir()
+    assert load_state(state)[1]["processes"] == 2
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 1 + load_state(state)[1]["step"]))
+
+
+def test_what_does_not_fit_is_refused_once_before_anything_is_written(folder, tmp_path):
+    command = ["-m", "ahriuwu_cli", "train", "dynamics", folder / "data", "--out", tmp_path / "run", "--steps", "9"]
+    processes = start([*command, "--batch", "9", "--device", "cpu"])
+    outputs = [p.communicate(timeout=60)[0] for p in processes]
+    assert [p.returncode for p in processes] == [2, 2], outputs
+    assert outputs[0].startswith("error: --batch 9 does not divide by 2 processes x --accumulate 1 = 2 shares")
+    assert outputs[1] == ""
+    assert not (tmp_path / "run").exists()
