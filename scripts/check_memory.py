@@ -15,9 +15,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+RETURNING = {  # glibc gives every larger block back when it is freed
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
 COLUMNS = ("size", "batch", "frames", "checkpointed", "precision", "optimizer", "accumulate")
 
 
@@ -28,7 +34,7 @@ def main() -> None:
         return
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if a.allocator == "returning":
-        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        environment |= RETURNING
     rows = []
     for size in a.sizes:
         for batch in a.batches:
@@ -84,7 +90,7 @@ def measure(config, architecture, device) -> dict:
     import torch
 
     from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
-    from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+    from ahriuwu_cli.models.dynamics import Dynamics
 
     space = ActionSpace((ActionComponent("buttons", "binary", 3),))
 
@@ -109,8 +115,7 @@ def measure(config, architecture, device) -> dict:
         world = SimpleNamespace(dynamics=dynamics, device=device, k_max=architecture.k_max)
         return DynamicsTrainer(world, Pack(), None, SimpleNamespace(config=config, newest_state=lambda: None))
 
-    slots = architecture.action_space
-    small = DynamicsConfig(width=32, depth=2, heads=2, kv_heads=2, mlp_hidden=32, action_space=slots)
+    small = replace(architecture, width=32, depth=2, heads=2, kv_heads=2, mlp_hidden=32, time_every=2)
     warm = trainer(small, config)  # the first use of a library costs memory too: not the model's
     for _ in range(2):
         step(warm)
@@ -138,7 +143,9 @@ def count_flops(work) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
     }
-    with FlopCounterMode(display=False, custom_mapping=lent) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.flop_registry |= lent
+    with counter:
         work()
     return counter.get_total_flops()
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ahriuwu_cli.training import muon as muon_module
 from ahriuwu_cli.training.muon import Muon, orthogonalise
 
 
@@ -46,3 +47,40 @@ def test_it_agrees_with_pytorchs_own_muon_up_to_its_bfloat16():
 def test_it_refuses_what_is_no_matrix():
     with pytest.raises(ValueError, match="matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+def steps(count=20, shapes=((16, 24),), **options):
+    """Parameters after some steps on the same random gradients, and their optimiser."""
+    g = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = Muon(parameters, lr=0.01, **options)
+    for _ in range(count):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=g)
+        optimizer.step()
+    return [p.detach() for p in parameters], optimizer
+
+
+def test_a_momentum_in_bfloat16_takes_half_the_bytes_and_leads_to_the_same_place():
+    (exact,), _ = steps()
+    (rounded,), optimizer = steps(state=torch.bfloat16)
+    (state,) = optimizer.state.values()
+    assert state["momentum_buffer"].dtype == torch.bfloat16
+    assert (rounded - exact).norm() < 0.02 * (exact - 1).norm()
+
+
+def test_a_loaded_momentum_keeps_its_number_format_and_its_bits():
+    _, optimizer = steps(state=torch.bfloat16)
+    before = next(iter(optimizer.state.values()))["momentum_buffer"].clone()
+    p = torch.nn.Parameter(torch.ones(16, 24))
+    other = Muon([p], lr=0.01, state=torch.bfloat16)
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.momentum(p), before)
+    assert other.momentum(p).dtype == torch.bfloat16
+
+
+def test_it_does_not_matter_how_many_matrices_are_made_orthogonal_at_once(monkeypatch):
+    together, _ = steps(shapes=((16, 24),) * 5)
+    monkeypatch.setattr(muon_module, "STACKED", 2 * 16 * 24)
+    apart, _ = steps(shapes=((16, 24),) * 5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(together, apart, strict=True))

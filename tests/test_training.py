@@ -48,6 +48,9 @@ VARIANTS = {
     "long and short": replace(CONFIG, long_frames=12, long_every=2),
     "images": replace(CONFIG, single_image_share=0.5),
     "adamw": replace(CONFIG, optimizer="adamw"),
+    "adafactor": replace(CONFIG, optimizer="adafactor"),
+    "momentum in bfloat16": replace(CONFIG, optimizer_state="bfloat16"),
+    "activations again": replace(CONFIG, checkpoint_activations=True),
     "horizon": replace(CONFIG, forcing="horizon"),
 }
 

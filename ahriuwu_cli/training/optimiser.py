@@ -6,16 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.training.muon import Muon
-from ahriuwu_cli.training.sharding import local
+from ahriuwu_cli.training.sharding import is_sharded, local
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all, or Adafactor for all.
 
     Bytes of state a parameter: AdamW 8, Muon 4 (2 in bfloat16), Adafactor about 0: a row and a column of each matrix.
+    Adafactor's rate is relative to the size of the weights, so it wants one ten times as large.
     """
     if config.optimizer == "adafactor":
+        if any(is_sharded(p) for p in model.parameters()):
+            raise UserError("--optimizer adafactor is not for --parallel fsdp: choose muon or adamw, or --parallel ddp")
         return [torch.optim.Adafactor(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)]
     matrices: list[Tensor] = []
     if config.optimizer == "muon":

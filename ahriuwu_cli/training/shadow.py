@@ -83,9 +83,10 @@ class Ledger(TorchDispatchMode):
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flops[self.phase] += formula(*args, **kwargs, out_val=out)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._book(leaf, str(func._overloadpacket))
+        if "out" not in kwargs:  # else no storage is new, though a fake result may have one
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._book(leaf, str(func._overloadpacket))
         self.lines.append(list(self.totals.values()))
         return out
 
@@ -164,7 +165,9 @@ class Shadow:
         with self.fake:
             self.average = Dynamics(architecture).requires_grad_(False)
             self.model = Dynamics(architecture).train()
-            trained = [p.requires_grad_(p.numel() > 0) for p in self.model.parameters()]
+            for p in self.model.parameters():
+                p.requires_grad_(p.numel() > 0)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
             self.optimizers = build_optimizers(self.model, config)
             for p in trained:
                 p.grad = torch.empty_like(p)
@@ -176,8 +179,7 @@ class Shadow:
         for optimizer in self.optimizers:
             own("optimizer", (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)))
         for p in trained:
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(lambda p: own("gradients", [p.grad]))
+            p.register_post_accumulate_grad_hook(lambda p: own("gradients", [p.grad]))
         self.model.register_forward_pre_hook(lambda *_: self._enter())
         self.model.register_forward_hook(lambda *_: self._leave())
         self.seen: list = []
@@ -190,7 +192,7 @@ class Shadow:
         self.seen = []
         ledger.start()
         micro, kept = min(config.accumulate, 2), 0  # the later ones are as the second
-        with ledger, _formulas(self.device):
+        with ledger, formulas_of(self.device):
             for _ in range(micro):
                 batch = _batch(config, self.architecture, clips, frames, self.fake)
                 ledger.own("batch", (batch.z_clean, batch.noise))
@@ -240,7 +242,7 @@ class Shadow:
 
 
 @contextmanager
-def _formulas(device: str) -> Iterator[None]:
+def formulas_of(device: str) -> Iterator[None]:
     """The formulas of the model as `device` runs them, whatever runs the shadow."""
     with ExitStack() as stack:
         if device == "cuda":
