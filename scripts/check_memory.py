@@ -70,10 +70,10 @@ def compare(case: dict, device: str) -> dict:
     architecture = DynamicsConfig(**SIZES[case["size"]], action_space=(("binary", 3, (), ()),))
     measured = measure(config, architecture, torch.device(device))
 
-    from ahriuwu_cli.training.shadow import trace_step
+    from ahriuwu_cli.training.estimate import estimate
 
-    trace = trace_step(config, architecture, config.batch // config.accumulate, config.frames, device)
-    predicted = {"bytes": sum(trace.peak.values()), "flops": sum(trace.flops.values())}
+    forecast = estimate(config, architecture, device)
+    predicted = {"bytes": forecast.peak, "flops": sum(forecast.flops.values())}
     return {
         **case,
         "predicted_bytes": predicted["bytes"],

@@ -145,10 +145,8 @@ def count(size: str, tokens: int, latent_dim: int) -> Counted:
 @torch.no_grad()
 def rollout_cost(c: DynamicsConfig) -> tuple[float, int, int]:
     """Of one frame at K steps behind a full window: FLOPs and kernels; bytes of one rollout's cache in 16 bits."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Launches(fused=True)
-    with fake:
+    ledger = Launches(fused=True)
+    with ledger.fake:
         model = Dynamics(c)
         cache = model.new_cache(1)
         z = torch.empty(1, 2, c.tokens, c.latent_dim)

@@ -8,18 +8,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SLOTS, TINY, make_clip
 from small import small_dataset
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ahriuwu_cli import cli
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig, count_parameters
+from ahriuwu_cli.models.kernels import swiglu
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.training import cards
 from ahriuwu_cli.training.estimate import estimate
-from ahriuwu_cli.training.shadow import Shadow, trace_step
+from ahriuwu_cli.training.shadow import PARTS, Ledger, Shadow, trace_step
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SMALL = DynamicsConfig(**{**TINY, "depth": 2, "action_space": (("binary", 3, (), ()),)})
@@ -138,6 +141,27 @@ def test_what_is_said_to_fit_fits_and_one_clip_more_does_not():
     assert growth.clips_within(growth.peak(0) / 2) == 0
 
 
+def test_an_operation_that_writes_into_a_tensor_makes_no_new_bytes():
+    ledger = Ledger()
+    with ledger.fake:
+        x = torch.empty(4096, 512, requires_grad=True)
+    with ledger:
+        assert isinstance(torch.empty(3), FakeTensor)  # or it would be memory
+        swiglu(x).sum().backward()  # works through x in four parts, each written into the result
+    whole, part = 4 * x.numel(), x.numel()
+    assert ledger.largest[0] == whole
+    assert max(sum(line) for line in ledger.lines) < 2 * whole + whole / 2 + 4 * part  # x, its gradient, y, parts
+
+
+def test_what_the_forward_pass_keeps_is_booked_as_kept_from_its_birth_on():
+    trace = Shadow(CONFIG, SMALL, "cpu").passes(8, 6, False)
+    kept = trace.bytes[:, PARTS.index("activations")]
+    growing = kept[: kept.argmax() + 1]
+    assert kept.max() == trace.kept
+    assert (np.diff(growing) >= 0).all()
+    assert (growing > trace.kept / 2).sum() > 20
+
+
 def test_a_long_clip_now_and_then_makes_the_peak_but_not_the_mean():
     short = estimate(replace(CONFIG, bootstrap_share=0.0), FRAME)
     mixed = estimate(replace(CONFIG, bootstrap_share=0.0, long_frames=24, long_every=4), FRAME)
@@ -197,9 +221,9 @@ def test_a_dry_run_for_people_says_what_fits_and_what_was_assumed(dry):
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(dry):
-    code, _, err = dry("--batch", 6, "--accumulate", 4)
+    code, _, err = dry("--batch", 4, "--accumulate", 4, "--long-frames", 24, "--long-every", 2)
     assert code == 2
-    assert "does not divide" in err
+    assert "do not divide" in err
     code, _, err = dry("--size", "tset")
     assert code == 2
     assert "did you mean 'test'?" in err

@@ -96,6 +96,7 @@ def as_text(e: Estimate) -> str:
     lines += [f"  {name:<12}{e.memory[name] / 1e6:>10,.1f} MB" for name in PARTS]
     lines.append(f"  kept for the backward pass at its start {e.kept / 1e6:,.1f} MB")
     lines.append(f"  largest single temporary {e.largest[0] / 1e6:,.1f} MB, of {e.largest[1].removeprefix('aten.')}")
+    lines.append("  tensors alone: the process, scratch of kernels and what the allocator holds on to come on top")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -62,7 +62,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self, fused: bool = False) -> None:
         """fused: attention runs in one kernel whatever PyTorch would choose here."""
         super().__init__()
-        self.fused = fused
+        self.fused, self.fake = fused, FakeTensorMode(allow_non_fake_inputs=True)
         self.alive: dict[int, tuple[str, int]] = {}  # storage -> part and bytes
         self.born: dict[int, int] = {}  # storage -> the line it first stands in
         self.totals = dict.fromkeys(PARTS, 0)
@@ -79,14 +79,15 @@ class Ledger(TorchDispatchMode):
             return SDPBackend.FLASH_ATTENTION.value if self.fused else func(*args, **kwargs)
         if func is aten.index.Tensor:
             args = (args[0], [_places(i) for i in args[1]])
-        out = func(*args, **kwargs)
+        from_nothing = not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        with self.fake if from_nothing else nullcontext():
+            out = func(*args, **kwargs)
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flops[self.phase] += formula(*args, **kwargs, out_val=out)
-        if "out" not in kwargs:  # else no storage is new, though a fake result may have one
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor):
-                    self._book(leaf, str(func._overloadpacket))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._book(leaf, str(func._overloadpacket))
         self.lines.append(list(self.totals.values()))
         return out
 
@@ -161,8 +162,8 @@ class Shadow:
 
     def __init__(self, config: TrainConfig, architecture: DynamicsConfig, device: str) -> None:
         self.config, self.architecture, self.device = config, architecture, device
-        self.fake, self.ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger(device == "cuda")
-        with self.fake:
+        self.ledger = Ledger(fused=device == "cuda")
+        with self.ledger.fake:
             self.average = Dynamics(architecture).requires_grad_(False)
             self.model = Dynamics(architecture).train()
             for p in self.model.parameters():
@@ -192,16 +193,16 @@ class Shadow:
         self.seen = []
         ledger.start()
         micro, kept = min(config.accumulate, 2), 0  # the later ones are as the second
-        with ledger, formulas_of(self.device):
-            for _ in range(micro):
-                batch = _batch(config, self.architecture, clips, frames, self.fake)
-                ledger.own("batch", (batch.z_clean, batch.noise))
+        for _ in range(micro):
+            batch = _batch(config, self.architecture, clips, frames, ledger.fake)
+            ledger.own("batch", (batch.z_clean, batch.noise))
+            with ledger, formulas_of(self.device):
                 with ledger.during("forward"), self._autocast():
                     result = self.loss(batch)
                 kept = ledger.keep()
                 with ledger.during("backward"):
                     (result.loss / config.accumulate).backward()
-                self.seen.append((batch, result))  # the loop keeps what it has seen until the step is done
+            self.seen.append((batch, result))  # the loop keeps what it has seen until the step is done
         trace = ledger.trace(kept, config.accumulate / micro)
         trace.bytes[:, PARTS.index("batch")] *= config.accumulate / micro
         return trace
