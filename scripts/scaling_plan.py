@@ -33,6 +33,7 @@ K = 4  # denoising steps of a frame
 BOOTSTRAP = 0.125  # share of clips with two teacher passes
 PAPER_FRAMES = 2541 * 3600 * 20  # the paper's video: 2,541 hours at 20 frames a second
 MEASURED_READER = 16_400 * 16 * 16 * 32 * 2  # bytes/s: cold windows of 16 frames of 16 x 32 in 16 bits (performance.md)
+LARGE = 5e7  # parameters; below, launches decide how fast a GPU is, and a roofline says nothing
 TRACED = (8, 16)  # clips
 MARK = "<!-- made by scripts/scaling_plan.py, everything below this line -->"
 ROWS = [(size, 16, 64) for size in SIZES] + [("large", 256, 32), ("xlarge", 256, 32)]
@@ -88,10 +89,11 @@ class Counted:
 
     def fits(self, again: bool, shares: int = 1) -> int:
         """The most clips on a card of 80 GB."""
-        most = 0
-        while most < 4096 and self.peak(most + 1, again, shares) <= usable(80):
-            most += 1
-        return most
+        fewer, more = 0, 4097  # fits, does not or is more than anybody asks for
+        while more - fewer > 1:
+            clips = (fewer + more) // 2
+            fewer, more = (clips, more) if self.peak(clips, again, shares) <= usable(80) else (fewer, clips)
+        return fewer
 
 
 def main() -> None:
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, help="A Markdown file whose tables are replaced.")
     into = parser.parse_args().into
     rows = [count(*row) for row in ROWS]
-    large = [r for r in rows if r.parameters > 5e7]  # below, launches decide how fast a GPU trains
+    large = [r for r in rows if r.parameters > LARGE]
     text = "\n\n".join([cost_table(rows), memory_table(rows), rollout_table(rows), run_table(large)]) + "\n"
     if into is None:
         print(text)
@@ -162,11 +164,11 @@ def rollout_cost(c: DynamicsConfig) -> tuple[float, int, int]:
 def cost_table(rows: list[Counted]) -> str:
     head = ["size, tokens x channels", "parameters", "T", "forward, GFLOP a frame", "training, GFLOP a frame",
             "with activations again", "Muon, GFLOP a step"]  # fmt: skip
-    body = [
-        [r.name, f"{r.parameters / 1e6:,.1f}M", str(r.frames), f"{r.forward / 1e9:,.3g}", f"{r.trained / 1e9:,.4g}",
-         f"{(r.trained + r.backward[True] - r.backward[False]) / 1e9:,.4g}", f"{r.update / 1e9:,.4g}"]
-        for r in rows
-    ]  # fmt: skip
+    body = []
+    for r in rows:
+        again = r.trained + r.backward[True] - r.backward[False]
+        counts = (_digits(n / 1e9) for n in (r.forward, r.trained, again, r.update))
+        body.append([r.name, f"{r.parameters / 1e6:,.1f}M", str(r.frames), *counts])
     return "## FLOPs (computed)\n\n" + _table(head, body)
 
 
@@ -179,7 +181,7 @@ def memory_table(rows: list[Counted]) -> str:
         o = r.owned
         line = [r.name, o["weights"], o["averaged"], o["weights"], o["optimizer"], r.kept[False], r.kept[True]]
         line += [r.peak(8, again, shares) for shares in (1, GPUS) for again in (False, True)]
-        cells = [line[0], *(_bytes(x) for x in line[1:])]
+        cells = [line[0], *(_digits(x / 1e9) for x in line[1:])]
         cells += [f"{_clips(r.fits(again))} / {_clips(r.fits(again, GPUS))}" for again in (False, True)]
         body.append(cells)
     return "## Memory of a training step, GB (computed)\n\n" + _table(head, body)
@@ -187,18 +189,18 @@ def memory_table(rows: list[Counted]) -> str:
 
 def rollout_table(rows: list[Counted]) -> str:
     head = ["size, tokens x channels", "weights, 16 bits, GB", "cache at its window, GB", f"read a frame, K = {K}, GB",
-            "of it the cache", "GFLOP a frame", "ms by reading", "ms by FLOPs", "ms by launches", "frames/s",
-            "cache read at that rate, GB/s"]  # fmt: skip
+            "of it the cache", "GFLOP a frame", "ms by reading", "ms by FLOPs", "ms by launches", "frames/s, eager",
+            "frames/s, launches hidden", "cache read at that rate, GB/s"]  # fmt: skip
     body = []
     for r in rows:
         weights = 2 * r.parameters
         read = K * (weights + r.cache)
-        seconds = read / (BANDWIDTH * READING_SHARE), r.rollout / (PEAK * ROLLOUT_SHARE), r.kernels * LAUNCH
-        rate = 1 / max(seconds)
+        seconds = [read / (BANDWIDTH * READING_SHARE), r.rollout / (PEAK * ROLLOUT_SHARE), r.kernels * LAUNCH]
+        eager, graph = 1 / max(seconds), 1 / max(seconds[:2])
         body.append(
-            [r.name, _bytes(weights), _bytes(r.cache), _bytes(read), f"{r.cache * K / read:.0%}",
-             f"{r.rollout / 1e9:,.4g}", *(f"{1e3 * s:,.3g}" for s in seconds), f"{rate:,.0f}",
-             f"{K * r.cache * rate / 1e9:,.0f}"]
+            [r.name, *(_digits(x / 1e9) for x in (weights, r.cache, read)), f"{r.cache * K / read:.0%}",
+             _digits(r.rollout / 1e9), *(_digits(1e3 * s) for s in seconds), _digits(eager),
+             _digits(graph) if r.parameters > LARGE else "-", _digits(K * r.cache * graph / 1e9)]
         )  # fmt: skip
     return "## One rollout on an H100 (computed)\n\n" + _table(head, body)
 
@@ -212,10 +214,9 @@ def run_table(rows: list[Counted]) -> str:
         slower = 1 + (r.backward[True] - r.backward[False]) / r.trained
         days = PAPER_FRAMES / rate / 86400
         eats = rate * r.latents
-        body.append(
-            [r.name, f"{rate:,.0f}", f"{rate / r.frames:,.0f}", f"{eats / 1e6:,.2f}", f"{GPUS * eats / 1e6:,.1f}",
-             f"{GPUS * eats / MEASURED_READER:.1%}", f"{days:,.2f}", f"{days * slower:,.2f}"]
-        )  # fmt: skip
+        rates = (rate, rate / r.frames, eats / 1e6, GPUS * eats / 1e6)
+        share = f"{GPUS * eats / MEASURED_READER:.0%}"
+        body.append([r.name, *map(_digits, rates), share, _digits(days), _digits(days * slower)])
     return "## Training on H100s (computed, beside the measured reader)\n\n" + _table(head, body)
 
 
@@ -223,9 +224,9 @@ def _table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
 
 
-def _bytes(n: float) -> str:
-    """GB with three digits."""
-    return f"{n / 1e9:,.3g}"
+def _digits(x: float) -> str:
+    """Three digits, and no powers of ten."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _clips(n: int) -> str:

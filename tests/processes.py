@@ -31,11 +31,16 @@ CONFIG = TrainConfig(
 STEPS = {
     "bootstrap": CONFIG,
     "accumulated": replace(CONFIG, accumulate=2),
+    "activations again": replace(CONFIG, checkpoint_activations=True),
     "images": replace(CONFIG, single_image_share=0.5),
     "few of a kind": replace(CONFIG, batch=2, bootstrap_share=0.5, single_image_share=0.5),  # not on every process
     "long": replace(CONFIG, long_frames=12, long_every=1),
 }
-RUNS = {"muon": CONFIG, "adamw": replace(CONFIG, optimizer="adamw", accumulate=2)}
+RUNS = {
+    "muon": CONFIG,
+    "half a momentum": replace(CONFIG, optimizer_state="bfloat16"),
+    "adamw": replace(CONFIG, optimizer="adamw", accumulate=2),
+}
 
 
 def prepare(folder: Path) -> None:

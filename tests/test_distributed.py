@@ -26,6 +26,7 @@ from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_state
 
 ALONE = Group(torch.device("cpu"))
+CLOSE = dict.fromkeys(RUNS, 1e-5) | {"half a momentum": 1e-3}  # a last bit more or less may round to the next bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(folder, mode, step):
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_of_two_processes_ends_at_the_weights_of_one(folder, mode, run):
     (one, said_one), (two, said_two) = newest(folder / "one" / run), newest(folder / mode / run)
-    assert_close(one, two, 1e-5)
+    assert_close(one, two, CLOSE[run])
     assert said_one["optimizers"] == said_two["optimizers"]
     assert (said_one["step"], said_two["step"]) == (6, 6)
     assert (said_one["processes"], said_one["parallel"]) == (1, "none")
@@ -123,7 +124,7 @@ def test_one_process_goes_on_where_two_stopped(folder, mode, run):
     (said,) = resumed(folder, "one", ALONE, folder / mode / f"{run} half")
     assert said.startswith("resuming with 1 process instead of 2")
     assert said.endswith("the global batch stays 8, each process takes 8 clips")
-    assert_close(newest(folder / "one" / run)[0], newest(folder / mode / f"{run} half")[0], 1e-5)
+    assert_close(newest(folder / "one" / run)[0], newest(folder / mode / f"{run} half")[0], CLOSE[run])
 
 
 @pytest.mark.parametrize("mode", PARALLEL)
@@ -132,7 +133,7 @@ def test_two_processes_go_on_where_one_stopped(folder, mode, run):
     (said,) = json.loads((folder / mode / f"{run} said.json").read_text())
     assert said.startswith("resuming with 2 processes instead of 1")
     assert said.endswith("the global batch stays 8, each process takes 4 clips")
-    assert_close(newest(folder / "one" / run)[0], newest(folder / f"one for {mode}" / f"{run} half")[0], 1e-5)
+    assert_close(newest(folder / "one" / run)[0], newest(folder / f"one for {mode}" / f"{run} half")[0], CLOSE[run])
 
 
 @pytest.mark.parametrize("mode", PARALLEL)

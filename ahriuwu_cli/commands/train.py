@@ -117,7 +117,7 @@ def train_dynamics(
     ramp: str = typer.Option("paper", help="Loss weight over tau: paper, inverted or flat."),
     bootstrap_share: float = typer.Option(0.125, help="Share of clips that train larger step sizes d (eq. 7)."),
     single_image_share: float = typer.Option(0.0, help="Share of clips seen as single images."),
-    optimizer: str = typer.Option("muon", help="muon, adamw, or adafactor (next to no state)."),
+    optimizer: str = typer.Option("muon", help="muon, adamw, or adafactor (hardly any state; wants ten times the lr)."),
     optimizer_state: str = typer.Option("float32", help="Number format of muon's momentum: float32 or bfloat16."),
     lr: float = typer.Option(3e-3, help="Learning rate."),
     weight_decay: float = typer.Option(0.0, help="Decoupled weight decay."),
