@@ -37,9 +37,8 @@ def folder(tmp_path_factory) -> Path:
     everything(folder, "one", ALONE)
     for mode, name in product(PARALLEL, RUNS):
         shutil.copytree(folder / "one" / f"{name} half", folder / f"one for {mode}" / f"{name} half")
-    for process in start([Path(__file__).with_name("processes.py"), folder]):
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+    for code, output in finish(start([Path(__file__).with_name("processes.py"), folder]), 300):
+        assert code == 0, output
     return folder
 
 
@@ -59,6 +58,16 @@ def start(command: list, count: int = 2) -> list[subprocess.Popen]:
         )
         for rank in range(count)
     ]
+
+
+def finish(processes: list[subprocess.Popen], patience: float = 60) -> list[tuple[int, str]]:
+    """(exit code, what it printed) of each; none is left behind when they hang."""
+    try:
+        outputs = [p.communicate(timeout=patience)[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
 
 
 def newest(run: Path) -> tuple[dict, dict]:
@@ -209,8 +218,8 @@ def test_a_signal_to_one_process_ends_all_after_one_save_with_its_exit_code(fold
     while not (out / "metrics.jsonl").exists() and all(p.poll() is None for p in processes):
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
-    outputs = [p.communicate(timeout=60)[0] for p in processes]
-    assert [p.returncode for p in processes] == [143, 143], outputs
+    codes, outputs = zip(*finish(processes), strict=True)
+    assert codes == (143, 143), outputs
     assert "stopped by signal 15" in outputs[0]
     assert "error" not in outputs[1]
     (state,) = (out / "state").iterdir()
@@ -222,8 +231,20 @@ def test_a_signal_to_one_process_ends_all_after_one_save_with_its_exit_code(fold
 def test_what_does_not_fit_is_refused_once_before_anything_is_written(folder, tmp_path):
     command = ["-m", "ahriuwu_cli", "train", "dynamics", folder / "data", "--out", tmp_path / "run", "--steps", "9"]
     processes = start([*command, "--batch", "9", "--device", "cpu"])
-    outputs = [p.communicate(timeout=60)[0] for p in processes]
-    assert [p.returncode for p in processes] == [2, 2], outputs
+    codes, outputs = zip(*finish(processes), strict=True)
+    assert codes == (2, 2), outputs
     assert outputs[0].startswith("error: --batch 9 does not divide by 2 processes x --accumulate 1 = 2 shares")
     assert outputs[1] == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_is_killed_does_not_leave_the_others_hanging(folder, tmp_path):
+    out = tmp_path / "run"
+    command = ["-m", "ahriuwu_cli", "train", "dynamics", folder / "data", "--out", out, "--steps", "100000"]
+    processes = start([*command, "--parallel", "fsdp", "--log-every", "1", "--preview-windows", "2", "--device", "cpu"])
+    while not (out / "metrics.jsonl").exists() and all(p.poll() is None for p in processes):
+        time.sleep(0.1)
+    processes[1].kill()
+    (code, output), _ = finish(processes)
+    assert code == 1, output
+    assert "process 0 of 2 lost the others" in output

@@ -8,6 +8,7 @@ waiting for the lead's preview may take hours. One process is a group of its own
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
             raise
-        reason = str(error).splitlines()[0]
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0].splitlines()[0]  # without its line of C++
         raise TrainingError(
             f"process {rank} of {world} lost the others ({reason}): see which failed first, then go on with --resume"
         ) from error
