@@ -29,9 +29,10 @@ def describe(path: Path, check: bool = False) -> dict[str, Any]:
         "actions": _histogram(store),
     }
     if check:
+        from ahriuwu_cli.data.pack_check import check_packs
         from ahriuwu_cli.data.validate import validate
 
-        checks = validate(store)
+        checks = validate(store) + check_packs(store)
         facts["checks"] = [vars(c) for c in checks]
         facts["sound"] = all(c.ok or c.warning for c in checks)
     return facts
