@@ -59,7 +59,7 @@ def encode_parts(
     with _one_thread(device):
         for number, part in enumerate(parts):
             elapsed = time.perf_counter() - begun
-            if workers is None and elapsed > PROBE_SECONDS:
+            if workers is None and frames and elapsed > PROBE_SECONDS:
                 wanted = min(most, int(elapsed / frames * left / START_SECONDS))
             else:
                 wanted = workers or 1
