@@ -210,6 +210,10 @@ def test_drawn_windows_are_different_inside_spread_and_the_same_for_a_seed():
     assert windows == draw_windows(lengths, 10, 30, seed=3)
     assert windows != draw_windows(lengths, 10, 30, seed=4)
     everything = enumerate_windows(lengths, 10)
+    assert list(everything) == [(n, s) for n, frames in lengths.items() for s in range(frames - 9)]
+    assert everything[-1] == ("d", 40)
+    with pytest.raises(IndexError):
+        everything[len(everything)]
     assert sorted(draw_windows(lengths, 10, len(everything), 0)) == sorted(everything)
 
 

@@ -25,7 +25,7 @@ from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
 FIT_FRAMES = 4096  # frames that principal components are fitted to, spread over all episodes
-FIT_BYTES = 16 << 20  # bytes of frames, uint8, that are taken into memory at a time
+FIT_BYTES = 8 << 20  # bytes of frames, uint8, that are taken into memory at a time
 
 
 def fit_linear_tokenizer(
