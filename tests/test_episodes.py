@@ -10,7 +10,7 @@ import pytest
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter, split_episodes
 from ahriuwu_cli.data.resize import area_resize
-from ahriuwu_cli.data.tensors import open_tensor
+from ahriuwu_cli.data.tensors import read_header, read_rows
 from ahriuwu_cli.data.windows import draw_windows, enumerate_windows
 from ahriuwu_cli.errors import DataError, UserError
 
@@ -50,8 +50,11 @@ def test_safetensors_itself_reads_the_same(tmp_path):
     from safetensors.numpy import load_file
 
     store = _write(tmp_path / "d", [_episode(0)])
-    for name, tensor in load_file(store.file("000000")).items():
-        np.testing.assert_array_equal(open_tensor(store.file("000000"), name), tensor)
+    file = store.file("000000")
+    for name, tensor in load_file(file).items():
+        info = read_header(file)[name]
+        np.testing.assert_array_equal(read_rows(file, info, 0, len(tensor)), tensor)
+        np.testing.assert_array_equal(read_rows(file, info, 1, len(tensor), every=3), tensor[1::3])
 
 
 def test_the_fingerprint_tells_contents_apart(tmp_path):
@@ -207,6 +210,10 @@ def test_drawn_windows_are_different_inside_spread_and_the_same_for_a_seed():
     assert windows == draw_windows(lengths, 10, 30, seed=3)
     assert windows != draw_windows(lengths, 10, 30, seed=4)
     everything = enumerate_windows(lengths, 10)
+    assert list(everything) == [(n, s) for n, frames in lengths.items() for s in range(frames - 9)]
+    assert everything[-1] == ("d", 40)
+    with pytest.raises(IndexError):
+        everything[len(everything)]
     assert sorted(draw_windows(lengths, 10, len(everything), 0)) == sorted(everything)
 
 

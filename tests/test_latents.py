@@ -1,8 +1,11 @@
 """Latent packs: encoded once per tokenizer, never mixed up, windows that stay within an episode."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from small import small_dataset
 
 from ahriuwu_cli.data.latents import open_pack
@@ -67,3 +70,58 @@ def test_unlabelled_episodes_are_packed_and_marked(tmp_path):
     store = small_dataset(tmp_path / "silent", episodes=4, labelled=False)
     pack = open_pack(store, fit_linear_tokenizer(store, (8, 8), 6, 0.5))
     assert not pack.labelled.any()
+
+
+def test_windows_read_are_the_rows_that_safetensors_reads(store):
+    pack = open_pack(store, fit_linear_tokenizer(store, (8, 8), 6, 0.5))
+    whole = load_file(pack.path)
+    windows = pack.draw(50, 7, np.random.default_rng(0))
+    latents, actions, _ = pack.read(windows, 7)
+    assert (latents.dtype, actions.dtype) == (torch.float32, torch.float32)
+    for i, (episode, start) in enumerate(windows):
+        row = int(pack.lengths[:episode].sum()) + start
+        assert np.array_equal(latents[i].numpy(), whole["latents"][row : row + 7].astype(np.float32))
+        assert np.array_equal(actions[i].numpy(), whole["actions"][row : row + 6])
+    every = torch.from_numpy(whole["latents"].astype(np.float32)).flatten(0, 1).std(0)
+    assert torch.equal(pack.spread(), every)
+
+
+def test_drawing_does_not_look_at_every_episode_every_time_and_draws_as_ever(store, monkeypatch):
+    pack = open_pack(store, fit_linear_tokenizer(store, (8, 8), 6, 0.5))
+    pack.lengths = np.random.default_rng(1).integers(2, 60, 100_000)
+
+    def slow(count, frames, rng):
+        room = np.maximum(pack.lengths - frames + 1, 0)
+        ends = np.cumsum(room)
+        flat = rng.integers(0, ends[-1], count)
+        episodes = np.searchsorted(ends, flat, side="right")
+        return [(int(e), int(f - (ends[e] - room[e]))) for e, f in zip(episodes, flat, strict=True)]
+
+    for frames in (2, 12, 59):
+        expected = slow(64, frames, np.random.default_rng(frames))
+        assert pack.draw(64, frames, np.random.default_rng(frames)) == expected
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "cumsum", None)
+            patch.setattr(np, "maximum", None)
+            assert pack.draw(64, frames, np.random.default_rng(frames)) == expected
+
+
+def test_a_pack_that_is_cut_short_while_training_reads_is_a_sentence_and_no_crash(store):
+    pack = open_pack(store, fit_linear_tokenizer(store, (8, 8), 6, 0.5))
+    with open(pack.path, "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(DataError, match="cut short"):
+        pack.read([(len(pack.ids) - 1, 0)], 20)
+
+
+def test_many_episodes_do_not_need_as_many_open_files(tmp_path):
+    store = small_dataset(tmp_path / "many", episodes=150, frames=4)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+    try:
+        pack = open_pack(store, fit_linear_tokenizer(store, (8, 8), 6, 0.5))
+        frames = [store.frames(e.id) for e in store.episodes()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(frames) == 150
+    assert len(pack.ids) == len(store.episodes("train"))

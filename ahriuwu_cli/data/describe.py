@@ -29,9 +29,10 @@ def describe(path: Path, check: bool = False) -> dict[str, Any]:
         "actions": _histogram(store),
     }
     if check:
+        from ahriuwu_cli.data.pack_check import check_packs
         from ahriuwu_cli.data.validate import validate
 
-        checks = validate(store)
+        checks = validate(store) + check_packs(store)
         facts["checks"] = [vars(c) for c in checks]
         facts["sound"] = all(c.ok or c.warning for c in checks)
     return facts
@@ -80,21 +81,34 @@ def _histogram(store: EpisodeStore) -> dict[str, list[dict[str, Any]]]:
     """For each component: the share of steps of each value or button, or the mean and spread of each axis."""
     import numpy as np
 
-    rows = [store.actions(e.id) for e in store.episodes() if e.labelled]
-    if not rows:
-        return {}
-    actions = np.concatenate(rows)
+    labelled = [e.id for e in store.episodes() if e.labelled]
+    steps = sum(store.episode(e).frames - 1 for e in labelled)
     out: dict[str, list[dict[str, Any]]] = {}
-    for part, columns in store.action_space.slices():
-        values = actions[:, columns].astype(np.float64)
+    if not labelled:
+        return out
+    width = store.action_space.width
+    total, squares, origin = np.zeros(width), np.zeros(width), store.actions(labelled[0], 0, 1)[0].astype(np.float64)
+    counts = [np.zeros(part.size, np.int64) for part, _ in store.action_space.slices()]
+    for episode in labelled:  # one after the other: actions of a large dataset do not fit into memory either
+        values = store.actions(episode).astype(np.float64)
+        total += values.sum(0)
+        squares += ((values - origin) ** 2).sum(0)
+        for count, (part, columns) in zip(counts, store.action_space.slices(), strict=True):
+            if part.kind == "discrete":
+                column = values[:, columns][:, 0]
+                sound = column[(column >= 0) & (column < part.size)]  # the others are for --check to name
+                count += np.bincount(sound.astype(int), minlength=part.size)
+    mean = total / steps
+    std = np.sqrt(np.maximum(squares / steps - (mean - origin) ** 2, 0))
+    for count, (part, columns) in zip(counts, store.action_space.slices(), strict=True):
         if part.kind == "discrete":
             labels = part.labels or tuple(map(str, range(part.size)))
-            shares = np.bincount(values[:, 0].astype(int), minlength=part.size)[: part.size] / len(values)
+            shares = count / steps
             out[part.name] = [{"label": n, "share": float(s)} for n, s in zip(labels, shares, strict=True)]
         elif part.kind == "binary":
-            shares = values.mean(0)
+            shares = mean[columns]
             out[part.name] = [{"label": n, "share": float(s)} for n, s in zip(part.column_names, shares, strict=True)]
         else:
-            spread = zip(part.column_names, values.mean(0), values.std(0), strict=True)
+            spread = zip(part.column_names, mean[columns], std[columns], strict=True)
             out[part.name] = [{"label": n, "mean": float(m), "std": float(s)} for n, m, s in spread]
     return out

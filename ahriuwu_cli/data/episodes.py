@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.metadata import FORMAT, SPLITS, read_document
-from ahriuwu_cli.data.tensors import open_tensor, read_header
+from ahriuwu_cli.data.tensors import TensorInfo, read_header, read_rows
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Episode:
 
 
 class EpisodeStore:
-    """A dataset on disk, opened with `EpisodeStore.open`; windows are read through memory maps that stay open."""
+    """A dataset on disk, opened with `EpisodeStore.open`. Each read takes its own rows; no file or map stays open."""
 
     def __init__(self, path: Path, document: dict[str, Any]) -> None:
         self.path = path
@@ -52,7 +52,7 @@ class EpisodeStore:
         self.seed: int = document["seed"]
         self.action_space = ActionSpace.from_json(document["action_space"], f"{path / 'dataset.json'}: action_space")
         self._episodes = {e["id"]: Episode(**e) for e in document["episodes"]}
-        self._maps: dict[tuple[str, str], np.ndarray] = {}
+        self._offsets: dict[tuple[str, str], int] = {}
         canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -85,39 +85,47 @@ class EpisodeStore:
         """The episode's safetensors file."""
         return self.path / "episodes" / f"{episode_id}.safetensors"
 
-    def frames(self, episode_id: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Frames start..stop-1 as uint8 (T, H, W, 3). Raises IndexError outside the episode."""
-        return self._read(episode_id, "frames", start, stop, self.episode(episode_id).frames)
+    def frames(self, episode_id: str, start: int = 0, stop: int | None = None, every: int = 1) -> np.ndarray:
+        """Frames start..stop-1, every so many, as uint8 (T, H, W, 3). Raises IndexError outside the episode."""
+        return self._read(episode_id, "frames", start, stop, every)
 
     def actions(self, episode_id: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Actions start..stop-1 as float32 (T, A). Raises DataError when unlabelled, IndexError outside the episode."""
         if not self.episode(episode_id).labelled:
             raise DataError(f"episode {episode_id} of {self.path} has no actions: choose a labelled one")
-        return self._read(episode_id, "actions", start, stop, self.episode(episode_id).frames - 1)
+        return self._read(episode_id, "actions", start, stop)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        return EpisodeStore.open, (self.path,)  # a worker process maps the files itself; pickling a map would copy it
+        return EpisodeStore.open, (self.path,)  # a worker process checks the files itself
 
-    def _read(self, episode_id: str, name: str, start: int, stop: int | None, length: int) -> np.ndarray:
-        import numpy as np
+    def _read(self, episode_id: str, name: str, start: int, stop: int | None, every: int = 1) -> np.ndarray:
+        episode = self.episode(episode_id)
+        dtype, shape = self._expected(episode)[name]
+        stop = shape[0] if stop is None else stop
+        if not 0 <= start <= stop <= shape[0]:
+            raise IndexError(f"{name} {start}..{stop} of episode {episode_id}, which has {shape[0]}")
+        if (episode_id, name) not in self._offsets:
+            self._offsets |= {(episode_id, n): t.offset for n, t in self._check_file(episode).items()}
+        info = TensorInfo(dtype, shape, self._offsets[episode_id, name])
+        return read_rows(self.file(episode_id), info, start, stop, every)
 
-        stop = length if stop is None else stop
-        if not 0 <= start <= stop <= length:
-            raise IndexError(f"{name} {start}..{stop} of episode {episode_id}, which has {length}")
-        if (episode_id, name) not in self._maps:
-            self._maps[episode_id, name] = open_tensor(self.file(episode_id), name)
-        return np.array(self._maps[episode_id, name][start:stop])
+    def _expected(self, episode: Episode) -> dict[str, tuple[str, tuple[int, ...]]]:
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {
+            "frames": ("U8", (episode.frames, self.height, self.width, 3))
+        }
+        if episode.labelled:
+            expected["actions"] = ("F32", (episode.frames - 1, self.action_space.width))
+        return expected
 
-    def _check_file(self, episode: Episode) -> None:
+    def _check_file(self, episode: Episode) -> dict[str, TensorInfo]:
         file = self.file(episode.id)
         if file.resolve().parent != self.path.resolve() / "episodes":
             raise DataError(f"{file} points out of the dataset: copy the file in instead of linking to it")
-        tensors = {name: (t.dtype, t.shape) for name, t in read_header(file).items()}
-        expected = {"frames": ("U8", (episode.frames, self.height, self.width, 3))}
-        if episode.labelled:
-            expected["actions"] = ("F32", (episode.frames - 1, self.action_space.width))
+        found = read_header(file)
+        tensors, expected = {name: (t.dtype, t.shape) for name, t in found.items()}, self._expected(episode)
         if tensors != expected:
             raise DataError(f"{file} holds {tensors}, but dataset.json says {expected}: record or import it again")
+        return found
 
 
 class EpisodeWriter:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ahriuwu_cli.data.episodes import Episode, EpisodeStore
+from ahriuwu_cli.data.metadata import SPLITS
 from ahriuwu_cli.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
 
 RUN = 16  # so many changing frames in a row that two splits share are no coincidence
+BLOCK_BYTES = 16 << 20  # bytes of frames taken into memory at a time
 MOSTLY = 0.95  # an episode is black or frozen when this share of its frames is
 
 
@@ -30,8 +34,8 @@ def validate(store: EpisodeStore) -> list[Check]:
     """Read every byte of a dataset and report. Shapes, types and lengths T and T-1 were checked by opening it."""
     changed, bad_actions, black, frozen = [], [], [], []
     files: dict[str, str] = {}
-    runs: dict[str, str] = {}
-    same_file, same_run = [], []
+    runs = _Runs()
+    same_file = []
     splits = {e.id: e.split for e in store.episodes()}
     for episode in store.episodes():
         with open(store.file(episode.id), "rb") as stream:
@@ -40,29 +44,29 @@ def validate(store: EpisodeStore) -> list[Check]:
         problem = _action_problem(store, episode)
         if problem:
             bad_actions.append(problem)
-        frames = store.frames(episode.id)
-        if (frames.reshape(len(frames), -1).max(1) < 16).mean() > MOSTLY:
+        dark = still = 0
+        runs.begin(episode)
+        for flat, motionless in _blocks(store, episode):
+            dark += int((flat.reshape(len(flat), -1).max(1) < 16).sum())
+            still += int(motionless.sum())
+            runs.add(flat[~motionless])
+        if dark / episode.frames > MOSTLY:
             black.append(episode.id)
-        if _still(frames).mean() > MOSTLY:
+        if still / episode.frames > MOSTLY:
             frozen.append(episode.id)
         twin = files.setdefault(episode.sha256, episode.id)
         if splits[twin] != episode.split:
             same_file.append(f"{twin} ({splits[twin]}) = {episode.id} ({episode.split})")
-        shared = {
-            owner for key in _run_keys(frames) if splits[owner := runs.setdefault(key, episode.id)] != episode.split
-        }
-        same_run += [f"{owner} ({splits[owner]}) ~ {episode.id} ({episode.split})" for owner in sorted(shared)]
+    same_run = [f"{a.id} ({a.split}) ~ {b.id} ({b.split})" for a, b in runs.shared()]
     labelled = [e for e in store.episodes() if e.labelled]
-    present = [s for s in ("train", "val", "test") if store.episodes(s)]
+    present = [s for s in SPLITS if store.episodes(s)]
     return [
         Check("shapes, types, lengths", True, f"{len(splits)} episodes, T-1 actions for T frames"),
         _check("contents match their hashes", changed, "every file is as it was written"),
         _check("actions", bad_actions, f"{len(labelled)} labelled episodes: finite, and within the action space"),
         _check("no episode in two splits", same_file, "no identical files across splits"),
         _check(f"no {RUN} equal frames in two splits", same_run, "no shared runs of changing frames"),
-        _check(
-            "splits", [s for s in ("train", "val", "test") if s not in present], "train, val and test", "none in", True
-        ),
+        _check("splits", [s for s in SPLITS if s not in present], "train, val and test", "none in", True),
         _check("pictures", black, "no black episodes", "black:", True),
         _check("motion", frozen, "no frozen episodes", "frozen:", True),
     ]
@@ -84,17 +88,56 @@ def _action_problem(store: EpisodeStore, episode: Episode) -> str | None:
     return None
 
 
-def _still(frames: np.ndarray) -> np.ndarray:
-    """(T,) bool: the frame is of one colour, or equals the one before it. They say nothing about leakage."""
+def _blocks(store: EpisodeStore, episode: Episode) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """An episode in blocks: pixels uint8 (T, H * W, 3), and (T,) bool, the frame stands still.
+
+    A frame of one colour, or equal to the one before it, stands still. It says nothing about leakage.
+    """
     import numpy as np
 
-    flat = frames.reshape(len(frames), -1, 3)
-    still = (flat == flat[:, :1]).all((1, 2))
-    still[1:] |= np.array([np.array_equal(a, b) for a, b in zip(frames[1:], frames[:-1], strict=True)], bool)
-    return still
+    pixels, before = store.height * store.width, None
+    most = max(1, BLOCK_BYTES // (3 * pixels))
+    for start in range(0, episode.frames, most):
+        flat = store.frames(episode.id, start, min(start + most, episode.frames)).reshape(-1, pixels, 3)
+        still = (flat == flat[:, :1]).all((1, 2))
+        earlier = [before, *flat[:-1]]
+        still |= np.array([b is not None and np.array_equal(a, b) for a, b in zip(flat, earlier, strict=True)], bool)
+        before = flat[-1].copy()
+        yield flat, still
 
 
-def _run_keys(frames: np.ndarray) -> set[bytes]:
-    """A key for every run of RUN frames, those that stand still left out."""
-    hashes = [hashlib.blake2b(f.tobytes(), digest_size=8).digest() for f in frames[~_still(frames)]]
-    return {b"".join(hashes[i : i + RUN]) for i in range(len(hashes) - RUN + 1)}
+class _Runs:
+    """Runs of RUN changing frames of all episodes, by 64-bit keys: 8 bytes a frame, however large the dataset is."""
+
+    def __init__(self) -> None:
+        self._keys, self._episodes, self._starts = array("Q"), [], []
+        self._tail: list[bytes] = []
+
+    def begin(self, episode: Episode) -> None:
+        self._episodes.append(episode)
+        self._starts.append(len(self._keys))
+        self._tail = []
+
+    def add(self, frames: np.ndarray) -> None:
+        """More changing frames of the episode."""
+        hashes = self._tail + [hashlib.blake2b(f, digest_size=8).digest() for f in frames]
+        for i in range(len(hashes) - RUN + 1):
+            key = hashlib.blake2b(b"".join(hashes[i : i + RUN]), digest_size=8).digest()
+            self._keys.append(int.from_bytes(key, "little"))
+        self._tail = hashes[-(RUN - 1) :]
+
+    def shared(self) -> list[tuple[Episode, Episode]]:
+        """Pairs of episodes of different splits with a run in common: the first that has it, and each other."""
+        import numpy as np
+
+        keys = np.frombuffer(self._keys, np.uint64) if self._keys else np.empty(0, np.uint64)
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        ends = [*self._starts[1:], len(keys)]
+        episode = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))[order]  # of each key
+        split = np.array([SPLITS.index(e.split) for e in self._episodes], np.int8)[episode]
+        owner = episode[first[which]]
+        differ = split[first[which]] != split
+        found = sorted({(int(h), int(o)) for o, h in zip(owner[differ], episode[differ], strict=True)})
+        return [(self._episodes[o], self._episodes[h]) for h, o in found]

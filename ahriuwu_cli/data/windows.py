@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ahriuwu_cli.errors import DataError
 
 
-def enumerate_windows(lengths: Mapping[str, int], length: int) -> list[tuple[str, int]]:
+class Windows(Sequence):
+    """Every window (episode, first frame) of `length` frames, in order: a sequence that holds one number an episode."""
+
+    def __init__(self, lengths: Mapping[str, int], length: int) -> None:
+        self._names = [name for name, frames in lengths.items() if frames >= length]
+        room = (lengths[name] - length + 1 for name in self._names)
+        self._ends = list(itertools.accumulate(room))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        index = range(len(self))[index]  # a negative one counts from the end, one outside is an IndexError
+        episode = bisect.bisect_right(self._ends, index)
+        return self._names[episode], index - (self._ends[episode - 1] if episode else 0)
+
+
+def enumerate_windows(lengths: Mapping[str, int], length: int) -> Windows:
     """Every window (episode, first frame) of `length` frames. Raises DataError when no episode is long enough."""
     _require_room(lengths, length)
-    return [(name, start) for name, frames in lengths.items() for start in range(frames - length + 1)]
+    return Windows(lengths, length)
 
 
 def draw_windows(lengths: Mapping[str, int], length: int, count: int, seed: int) -> list[tuple[str, int]]:

@@ -59,7 +59,8 @@ def mean_frame(store: EpisodeStore, frames: int = 512) -> np.ndarray:
     """
     episodes = store.episodes("train")
     every = max(1, sum(e.frames for e in episodes) // frames)
-    taken = [store.frames(e.id)[i % every :: every] for i, e in enumerate(episodes)]  # other phases in other episodes
+    # other phases in other episodes
+    taken = [store.frames(e.id, min(i % every, e.frames), None, every) for i, e in enumerate(episodes)]
     return np.concatenate(taken).astype(np.float64).mean(axis=0).round().astype(np.uint8)
 
 

@@ -57,7 +57,7 @@ class LinearTokenizer(Tokenizer):
         count, total = 0, torch.zeros(self.tokens, values, dtype=torch.float64)
         second = torch.zeros(values, values, dtype=torch.float64)
         for frames in batches:
-            patches = self._patches(frames[None].float() / 255)[0]  # (F, N, P)
+            patches = self._patches(frames[None].float().div_(255))[0]  # (F, N, P)
             count += len(patches)
             total += patches.sum(0).double()
             flat = patches.reshape(-1, values)

@@ -27,6 +27,7 @@ from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
 FIT_FRAMES = 4096  # frames that principal components are fitted to, spread over all episodes
+FIT_BYTES = 4 << 20  # bytes of frames, uint8, taken into memory at a time; fitting needs thirty times as many
 
 
 def fit_linear_tokenizer(
@@ -41,11 +42,12 @@ def fit_linear_tokenizer(
         raise DataError(f"{store.path} has no episodes in its train split: record or import more episodes")
 
     every = max(1, sum(e.frames for e in episodes) // FIT_FRAMES)
+    most = every * max(1, FIT_BYTES // (store.height * store.width * 3))  # frames of an episode looked at together
 
     def batches():
         for i, episode in enumerate(episodes):
-            chosen = store.frames(episode.id)[i % every :: every]
-            if len(chosen):
+            for start in range(i % every, episode.frames, most):
+                chosen = store.frames(episode.id, start, min(start + most, episode.frames), every)
                 yield torch.from_numpy(chosen)
             if progress is not None:
                 progress(i + 1, len(episodes))

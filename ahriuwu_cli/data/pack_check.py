@@ -1,0 +1,69 @@
+"""Are the packs of a dataset what was written? Hashes of parts, streamed: all, or a sample when a pack is opened."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.pack_format import Layout, OtherFormat, Part, hash_part, hashes_of, parts_of, read_pack_header
+from ahriuwu_cli.data.validate import Check
+from ahriuwu_cli.errors import DataError
+
+OPENING = 256 << 20  # bytes that opening a pack may read for its hashes: a smaller pack is checked whole
+
+
+def check_some(path: Path, facts: dict[str, Any], layout: Layout) -> None:
+    """Check a pack of up to OPENING bytes whole, and of a larger one another sample every time. DataError names it."""
+    parts = list(parts_of(facts))
+    if layout.size > OPENING:
+        parts = random.Random().sample(parts, max(1, len(parts) * OPENING // layout.size))
+    bad = damaged_parts(path, facts, layout, sorted(parts, key=lambda part: part.index))
+    if bad:
+        more = f" and {len(bad) - 1} more parts" if len(bad) > 1 else ""
+        raise DataError(f"{path} is damaged at {bad[0]}{more} (the hash differs): delete it, it is made anew")
+
+
+def damaged_parts(path: Path, facts: dict[str, Any], layout: Layout, parts: list[Part]) -> list[Part]:
+    """Those of the parts whose rows do not have the hash in the header."""
+    hashes = hashes_of(facts)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return [part for part in parts if hash_part(file.fileno(), layout, part) != hashes[part.index]]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def check_packs(store: EpisodeStore) -> list[Check]:
+    """Rows for `ahriuwu info --check`: every byte of every pack against its hashes. No row when there is no pack."""
+    bad, stale, good = [], [], 0
+    folder = Path(store.path) / "latents"
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        try:
+            facts, layout = read_pack_header(path)
+            problems = damaged_parts(path, facts, layout, list(parts_of(facts)))
+        except OtherFormat as error:
+            stale.append(str(error))
+            continue
+        except DataError as error:
+            bad.append(str(error))
+            continue
+        bad += [f"{path} at {part}: delete it, it is made anew" for part in problems]
+        if facts["dataset"] != store.fingerprint:
+            stale.append(f"{path} was made from other data")
+        good += not problems
+    unfinished = [os.fspath(p) for p in sorted(folder.glob(".*.partial"))] if folder.is_dir() else []
+    rows = []
+    if good or bad:
+        rows.append(_row("latent packs match their hashes", bad, f"{good} packs, every part is as it was written"))
+    if stale or unfinished:
+        notes = [f"{note}; it is not used" for note in stale] + [f"{name} is not finished" for name in unfinished]
+        rows.append(_row("latent packs", notes, "", warning=True))
+    return rows
+
+
+def _row(name: str, problems: list[str], good: str, warning: bool = False) -> Check:
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return Check(name, not problems, f"{'; '.join(problems[:5])}{more}" if problems else good, warning)

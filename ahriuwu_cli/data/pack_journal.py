@@ -1,0 +1,130 @@
+"""What a packer has done so far: a lock, and a journal of finished parts beside the partial pack.
+
+The journal is JSON lines. The first says what is being packed; every other names a part and the hash of its rows, and
+is written after the rows are. Nothing in it is believed unless the rows still have that hash.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = "ahriuwu-journal/1"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a packer works: the partial pack, its journal, and the lock's descriptor (None: the disk has no locks)."""
+
+    partial: Path
+    journal: Path
+    lock: int | None
+
+
+@contextmanager
+def locked(path: Path, announce: Callable[[str], None]) -> Iterator[Workplace]:
+    """Hold the lock of one pack; whoever comes second waits, with a sentence. OSError when the folder is read-only.
+
+    The lock is `flock` on a file that stays. Processes that inherit the descriptor hold it too: it is free when the
+    last of them has ended, however it ended. NFS passes it on to the server. A file system without locks gets partial
+    files of its own for each process: safe, but not resumable, and said.
+    """
+    import fcntl
+
+    descriptor = os.open(_hidden(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            announce(f"another process is packing {path}: waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            announce(f"{path.parent} has no file locks: packing without, so this pack cannot be resumed when cut short")
+            own = f"{socket.gethostname()}-{os.getpid()}"
+            place = Workplace(_hidden(path, f"{own}.partial"), _hidden(path, f"{own}.journal"), None)
+            try:
+                yield place
+            finally:
+                place.partial.unlink(missing_ok=True)
+                place.journal.unlink(missing_ok=True)
+            return
+        yield Workplace(_hidden(path, "partial"), _hidden(path, "journal"), descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_journal(path: Path, purpose: dict[str, Any]) -> dict[int, str] | None:
+    """{part: hash of its rows} of a journal with this purpose; None when there is none, or it is for something else.
+
+    A torn or strange line is left out: its part is encoded again.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return None
+    if _parsed(lines[0]) != {"format": FORMAT, **purpose}:
+        return None
+    done = {}
+    for line in lines[1:]:
+        entry = _parsed(line)
+        if type(entry) is not dict or set(entry) != {"part", "sha256"}:
+            continue
+        part, digest = entry["part"], entry["sha256"]
+        if type(part) is int and type(digest) is str and _HASH.fullmatch(digest):
+            done[part] = digest
+    return done
+
+
+class Journal:
+    """A journal to write on: begun with what is already believed, renamed into place, then one line a part."""
+
+    def __init__(self, path: Path, purpose: dict[str, Any], done: dict[int, str]) -> None:
+        fresh = path.with_name(path.name + ".new")
+        lines = [{"format": FORMAT, **purpose}, *({"part": p, "sha256": h} for p, h in done.items())]
+        self._descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            write_all(self._descriptor, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            os.replace(fresh, path)
+        except BaseException:
+            self.close()
+            fresh.unlink(missing_ok=True)
+            raise
+
+    def add(self, part: int, digest: str) -> None:
+        """Note a part whose rows are written."""
+        write_all(self._descriptor, json.dumps({"part": part, "sha256": digest}).encode() + b"\n")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def write_all(descriptor: int, data: bytes | memoryview, offset: int | None = None) -> None:
+    """Write everything, at an offset or at the end of what was written; the system may take it in pieces."""
+    view = memoryview(data).cast("B")
+    while view:
+        count = os.write(descriptor, view) if offset is None else os.pwrite(descriptor, view, offset)
+        view = view[count:]
+        offset = None if offset is None else offset + count
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
