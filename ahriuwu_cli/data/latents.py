@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ahriuwu_cli.data.pack_check import check_some
 from ahriuwu_cli.data.pack_format import OtherFormat, read_pack_header
-from ahriuwu_cli.data.pack_format import write_header as _write_header  # noqa: F401  benchmarks make packs with it
 from ahriuwu_cli.data.packing import make_pack
 from ahriuwu_cli.data.tensors import fill, read_header
 from ahriuwu_cli.errors import DataError
