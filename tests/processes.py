@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from ahriuwu_cli.training.distributed import PARALLEL, Group, join
 from ahriuwu_cli.training.sharding import gathered
 from ahriuwu_cli.training.signals import StopRequest
 
-SIZES["test"] = {
+SMALL = {  # the size "test", while these tests run
     "width": 16, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_hidden": 30, "window": 6, "time_every": 2, "k_max": 8,
 }  # fmt: skip
 CONFIG = TrainConfig(
@@ -51,7 +52,8 @@ def prepare(folder: Path) -> None:
 def trainer_for(folder: Path, config: TrainConfig, out: Path, group: Group, **options):
     store = EpisodeStore.open(folder / "data")
     tokenizer = fit_linear_tokenizer(store, (8, 8), 6, 0.5)
-    return assemble(store, tokenizer, config, out, "train", device=group.device, group=group, **options)
+    with patch.dict(SIZES, test=SMALL):
+        return assemble(store, tokenizer, config, out, "train", device=group.device, group=group, **options)
 
 
 def gradients(folder: Path, mode: str, group: Group) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ahriuwu_cli.config import OPTIMIZERS
+from ahriuwu_cli.config import OPTIMIZERS, PRECISIONS
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows, enumerate_windows
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
@@ -50,6 +50,7 @@ class TokenizerTrainConfig:
     batch: int = 8  # B, clips a step
     frames: int = 8  # T, frames of a clip; at least architecture.window, so that every distance in time is trained
     optimizer: str = "muon"
+    optimizer_state: str = "float32"  # of Muon's momentum; or "bfloat16"
     lr: float = 3e-3
     weight_decay: float = 0.0
     warmup: int = 50  # optimiser steps of linear warm-up
@@ -73,11 +74,15 @@ class TokenizerTrainConfig:
                 f"frames {self.frames} is below window {self.architecture.window}",
             ),
             (self.optimizer not in OPTIMIZERS, f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"),
+            (
+                self.optimizer_state not in PRECISIONS,
+                f"optimizer_state {self.optimizer_state!r} is not float32 or bfloat16",
+            ),
             (not 0 < self.lr < 10, f"lr {self.lr} is not in (0, 10)"),
             (not 0 <= self.weight_decay < 10, f"weight_decay {self.weight_decay} is not in [0, 10)"),
             (not 0 <= self.decay <= 1, f"decay must be in [0, 1], got {self.decay}"),
             (not self.clip > 0, f"clip must be above 0, got {self.clip}"),
-            (self.precision not in ("float32", "bfloat16"), f"precision {self.precision!r} is not float32 or bfloat16"),
+            (self.precision not in PRECISIONS, f"precision {self.precision!r} is not float32 or bfloat16"),
         ]
         for wrong, sentence in problems:
             if wrong:
