@@ -1,5 +1,7 @@
 """The arithmetic between the products: what is differentiated by hand against the plain formulas and autograd."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,3 +109,17 @@ def test_a_model_gives_the_same_outputs_and_gradients_by_hand_and_plainly(
     plainly(monkeypatch)
     for mine, plain in zip(by_hand, run(), strict=True):
         assert (mine - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_give_the_outputs_and_gradients_of_eager_ones(make_dynamics, tiny_clip):
+    models = [make_dynamics(conditioning="token", registers=2, depth=3).requires_grad_(True) for _ in range(2)]
+    models[1].compile_blocks()
+    results = []
+    for model in models:
+        z_hat = model(*tiny_clip.inputs)
+        (z_hat * tiny_clip.noise).sum().backward()
+        results.append([z_hat.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager - compiled).abs().max() <= 1e-4 * eager.abs().max()

@@ -129,7 +129,7 @@ def train_dynamics(
     checkpoint_activations: bool = typer.Option(
         False, "--checkpoint-activations", help="Compute activations again instead of keeping them: less memory."
     ),
-    compile_model: bool = typer.Option(False, "--compile", help="torch.compile the model: a slow start, faster steps."),
+    compile_model: bool = typer.Option(False, "--compile", help="torch.compile the blocks: slow start, faster steps."),
     threads: int = typer.Option(0, help="CPU threads; 0 leaves it to PyTorch."),
     seed: int = typer.Option(0, help="Seed of everything drawn."),
     log_every: int = typer.Option(10, help="Steps between lines of metrics."),

@@ -182,6 +182,11 @@ class Dynamics(nn.Module):
         self.head.weight.data.mul_(0.1)
         nn.init.zeros_(self.head.bias)
 
+    def compile_blocks(self) -> None:
+        """torch.compile every block in place. Blocks of one kind share code: it starts sooner than the whole would."""
+        for block in self.blocks:
+            block.compile()
+
     @property
     def time_layers(self) -> int:
         return sum(block.over_time for block in self.blocks)

@@ -57,8 +57,9 @@ class DynamicsTrainer:
             self.average = shard(copy.deepcopy(world.dynamics), self.group)
             if not self.group.leads:
                 world.dynamics.to("meta")  # never looked at here
-        forward = torch.compile(self.model) if self.config.compile else self.model
-        loss = ClipLoss(forward, world.k_max, self.config.ramp, lockstep=self.group.sharded)
+        if self.config.compile:
+            self.model.compile_blocks()
+        loss = ClipLoss(self.model, world.k_max, self.config.ramp, lockstep=self.group.sharded)
         self.loss = synchronised(loss, self.group)
         self.optimizers = build_optimizers(self.model, self.config)
         self.step = 0
