@@ -26,6 +26,8 @@ class TrainConfig:
     tau_ctx: float = TAU_CTX
     ramp: str = "paper"
     bootstrap_share: float = 0.125  # of the clips that draw d > d_min and aim at the bootstrap target (eq. 7)
+    bootstrap_target: str = "eq7"  # or, for ablation, "second": the second half step's prediction
+    predicts: str = "x"  # what the network gives: z_clean, or the velocity ("v")
     single_image_share: float = 0.0  # of the clips whose frames are seen as single images (paper: 0.3)
     optimizer: str = "muon"
     optimizer_state: str = "float32"  # of Muon's momentum; or "bfloat16": half the bytes

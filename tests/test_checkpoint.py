@@ -47,7 +47,7 @@ def test_a_saved_world_gives_the_same_output_when_loaded(folder):
     [
         {"registers": 2}, {"conditioning": "token"}, {"conditioning": "modulate"}, {"kv_heads": 1}, {"window": 7},
         {"k_max": 16}, {"time_every": 1}, {"mlp_hidden": 24}, {"linear_skip": False}, {"depth": 4}, {"heads": 4},
-        {"width": 24},
+        {"width": 24}, {"predicts": "v"},
     ],
 )  # fmt: skip
 def test_every_field_of_the_architecture_survives_the_round_trip(tmp_path, change):

@@ -30,6 +30,8 @@ VARIANTS = [
     {"time_every": 1, "depth": 3},
     {"linear_skip": False, "conditioning": "token", "registers": 2, "kv_heads": 1},
     {"window": 2},
+    {"predicts": "v"},
+    {"predicts": "v", "linear_skip": False},
     {"time_attention": "frame"},
     {"time_attention": "frame", "conditioning": "token", "registers": 2, "kv_heads": 2, "window": 3},
     {"time_attention": "frame", "width": 24},  # an odd number of rotary pairs
@@ -325,6 +327,17 @@ def test_the_skip_starts_from_the_best_linear_denoiser(make_dynamics, tiny_clip)
     t, power = tiny_clip.tau[..., None, None], model.channel_scale**2
     wiener = (1 - t) * power / ((1 - t) ** 2 * power + t**2) * tiny_clip.z_tau
     torch.testing.assert_close(model(*tiny_clip.inputs) - plain(*tiny_clip.inputs), wiener, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_network_that_predicts_v_gives_the_z_hat_of_that_velocity(make_dynamics, tiny_clip, skip):
+    x = make_dynamics(linear_skip=False)
+    v = make_dynamics(linear_skip=skip, predicts="v")
+    tau = tiny_clip.tau[..., None, None]
+    spread = v.channel_scale**2
+    start = (1 - tau) * spread / ((1 - tau) ** 2 * spread + tau**2) if skip else torch.ones_like(tau)
+    expected = start * tiny_clip.z_tau - tau * x(*tiny_clip.inputs)  # the same head, read as a velocity
+    torch.testing.assert_close(v(*tiny_clip.inputs), expected)
 
 
 def test_rotary_positions_only_see_distances():

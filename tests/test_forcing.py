@@ -240,3 +240,11 @@ def test_context_forcing_draws_the_pairs_of_a_rollout_more_than_twice_as_often_a
         return ((tau[:, 1:] > 0.75) & (tau[:, :-1] < 0.2)).float().mean().item()
 
     assert share("context") > 2.5 * share("independent")
+
+
+def test_uniform_forcing_draws_every_level_of_the_finest_grid_equally_often_and_no_shortcut():
+    tau, d = FORCINGS["uniform"](2000, 16, 8, 0.1, torch.Generator().manual_seed(0))
+    found = torch.bincount((tau * 8).round().long().flatten(), minlength=9) / tau.numel()
+    assert found[0] == 0
+    assert (found[1:] - 1 / 8).abs().max() < 0.01
+    assert torch.equal(d, torch.full_like(d, 1 / 8))

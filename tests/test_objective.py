@@ -91,9 +91,17 @@ def test_the_ablation_ramps_are_what_their_names_say():
     tau = torch.linspace(0, 1, 11)
     torch.testing.assert_close(ramp_weight(tau, "inverted"), 0.9 * tau + 0.1)
     assert torch.equal(ramp_weight(tau, "flat"), torch.ones(11))
-    assert RAMPS == ("paper", "inverted", "flat")
+    assert RAMPS == ("paper", "inverted", "flat", "velocity")
     with pytest.raises(ValueError, match="unknown ramp 'upside'"):
         ramp_weight(tau, "upside")
+
+
+def test_the_velocity_ramp_makes_the_loss_the_squared_error_of_velocities():
+    z_hat, target, tau, _ = draw()
+    z_tau = mix(target, torch.randn_like(target), tau)
+    t = tau[..., None, None]
+    of_velocities = ((z_tau - z_hat) / t - (z_tau - target) / t).square().mean()
+    torch.testing.assert_close(x_prediction_loss(z_hat, target, tau, "velocity"), of_velocities)
 
 
 # The x-prediction loss
@@ -265,6 +273,14 @@ def test_a_teacher_that_is_told_another_step_size_than_d_over_2_is_rejected(labe
 
 def test_the_student_of_the_second_prediction_would_end_at_0_650():
     check_gaussian_student(second_prediction, end=0.65)
+
+
+def test_the_target_called_second_is_the_second_half_steps_prediction_and_not_eq_7():
+    z_clean, noise, tau, d = draw()
+    z = mix(z_clean, noise, tau)
+    second = bootstrap_target(curved, z, tau, d, aim="second")
+    torch.testing.assert_close(second, second_prediction(curved, z, tau, d))
+    assert (second - bootstrap_target(curved, z, tau, d)).abs().max() > 0.01
 
 
 def test_the_teacher_is_asked_twice_at_d_over_2_first_at_tau_then_at_tau_minus_d_over_2():

@@ -26,13 +26,15 @@ def dry_run(dataset: Path, tokenizer: Path | None, config: TrainConfig, device: 
     check_shares(config, 1)
     store, where = EpisodeStore.open(dataset), pick_device(device)
     encoder = load_tokenizer(tokenizer) if tokenizer else LinearTokenizer(store.height, store.width, 16, 16, 64)
-    architecture = architecture_for(config.size, encoder, store)
+    architecture = architecture_for(config.size, encoder, store, config.predicts)
     forecast = estimate.estimate(config, architecture, where.type)
     if not as_json:
         typer.echo(f"{config.size}, {config.precision}, {config.optimizer}, as on {where.type}; nothing is written")
         typer.echo(estimate.as_text(forecast))
     with bar("what fits", "size", quiet=as_json) as progress:
-        fits = cards.what_fits(config, {size: architecture_for(size, encoder, store) for size in SIZES}, progress)
+        fits = cards.what_fits(
+            config, {size: architecture_for(size, encoder, store, config.predicts) for size in SIZES}, progress
+        )
     if as_json:
         assumed = {"margin": cards.MARGIN, "cuda_context_bytes": cards.CONTEXT, "frames": config.frames}
         typer.echo(json.dumps({**forecast.to_json(), "fits": fits, "fits_assume": assumed}))

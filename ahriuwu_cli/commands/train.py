@@ -112,10 +112,14 @@ def train_dynamics(
     long_frames: int = typer.Option(0, help="Frames of a long clip, at equal frames a step."),
     long_every: int = typer.Option(0, help="Every how many steps the clips are long ones."),
     accumulate: int = typer.Option(1, help="Micro-batches a step of a process; a resume may change it."),
-    forcing: str = typer.Option("independent", help="Draws of tau and d: independent, context, horizon or prefix."),
+    forcing: str = typer.Option(
+        "independent", help="Draws of tau and d: independent, context, uniform, horizon, prefix."
+    ),
     tau_ctx: float = typer.Option(0.1, help="Noise of context frames, tau (0 clean, 1 noise)."),
-    ramp: str = typer.Option("paper", help="Loss weight over tau: paper, inverted or flat."),
+    ramp: str = typer.Option("paper", help="Loss weight over tau: paper, inverted, flat, velocity."),
     bootstrap_share: float = typer.Option(0.125, help="Share of clips that train larger step sizes d (eq. 7)."),
+    bootstrap_target: str = typer.Option("eq7", help="Target of larger steps: eq7, or for ablation second."),
+    predicts: str = typer.Option("x", help="What the network gives: x (z_clean), or for ablation v (velocity)."),
     single_image_share: float = typer.Option(0.0, help="Share of clips seen as single images."),
     optimizer: str = typer.Option("muon", help="muon, adamw, or adafactor (hardly any state; wants ten times the lr)."),
     optimizer_state: str = typer.Option("float32", help="Number format of muon's momentum: float32 or bfloat16."),
@@ -264,9 +268,15 @@ def _transformer_config(store, patch: tuple[int, int], *, tokens: int, latent_di
 
 def _check_names(config) -> None:
     from ahriuwu_cli.diffusion.forcing import FORCINGS
-    from ahriuwu_cli.diffusion.objective import RAMPS
+    from ahriuwu_cli.diffusion.objective import BOOTSTRAPS, RAMPS
     from ahriuwu_cli.errors import did_you_mean
+    from ahriuwu_cli.models.dynamics import PREDICTS
 
-    for option, name, known in (("--forcing", config.forcing, tuple(FORCINGS)), ("--ramp", config.ramp, RAMPS)):
+    for option, name, known in (
+        ("--forcing", config.forcing, tuple(FORCINGS)),
+        ("--ramp", config.ramp, RAMPS),
+        ("--bootstrap-target", config.bootstrap_target, BOOTSTRAPS),
+        ("--predicts", config.predicts, PREDICTS),
+    ):
         if name not in known:
             raise UserError(f"unknown {option} {name!r}: {did_you_mean(name, known)}")

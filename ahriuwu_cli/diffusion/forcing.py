@@ -28,6 +28,17 @@ def independent(
     return tau_.on_grid(torch.rand(batch, frames, generator=generator), d), d
 
 
+def uniform(
+    batch: int, frames: int, k_max: int, tau_ctx: float = tau_.TAU_CTX, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Plain diffusion forcing (arXiv 2407.01392): each frame its own tau, uniform on the finest grid; d = 1/k_max.
+
+    Kept for ablation: next to eq. 4 it hardly draws pure noise (1/k_max of the frames), and trains no shortcut.
+    """
+    d = torch.full((batch, frames), 1 / k_max)
+    return tau_.on_grid(torch.rand(batch, frames, generator=generator), d), d
+
+
 def horizon(
     batch: int,
     frames: int,
@@ -90,4 +101,11 @@ def coverage(tau: Tensor, bins: int = 10) -> Tensor:
     return torch.nn.functional.one_hot(tau_.bin_index(tau, bins), bins).float().mean(0)
 
 
-FORCINGS: dict[str, Forcing] = {"independent": independent, "horizon": horizon, "prefix": prefix, "context": context}
+FORCINGS: dict[str, Forcing] = {
+    "independent": independent,
+    "uniform": uniform,
+    "horizon": horizon,
+    "prefix": prefix,
+    "context": context,
+}
+ONE_STEP_SIZE = ("uniform", "horizon")  # forcings that draw d = 1/k_max alone: they train no shortcut

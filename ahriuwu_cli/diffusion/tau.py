@@ -58,6 +58,11 @@ def velocity(z_tau: Tensor, z_hat: Tensor, tau: Level) -> Tensor:
     return (z_tau - z_hat) / expand(tau, z_tau)
 
 
+def velocity_weight(tau: Tensor) -> Tensor:
+    """What a squared error of z_hat is worth as one of the velocity (z_tau - z_hat) / tau: 1 / tau^2. tau > 0."""
+    return tau.square().reciprocal()
+
+
 def clean_from_velocity(z_tau: Tensor, v: Tensor, tau: Level) -> Tensor:
     """The clean latent that a velocity points at: z_tau - tau v. Inverse of `velocity`."""
     return z_tau - expand(tau, z_tau) * v

@@ -25,6 +25,7 @@ from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
 from ahriuwu_cli.models.kernels import Tables
 from ahriuwu_cli.models.layers import Attention, RMSNorm, SwiGLU, as_bias, rotary, window_mask
 
+PREDICTS = ("x", "v")
 CONDITIONINGS = ("add", "token", "modulate")
 TIME_ATTENTIONS = ("place", "frame")
 
@@ -45,6 +46,7 @@ class DynamicsConfig:
     registers: int = 0
     conditioning: str = "add"  # of (tau, d) and the action: added to tokens, tokens of their own, or modulation
     linear_skip: bool = True  # start from the best linear denoiser of Gaussian latents instead of from zero
+    predicts: str = "x"  # what the trunk gives: z_clean, or the velocity v that z_hat is computed from (paper, table 2)
     window: int = 12  # frames that a frame may look at, itself included
     k_max: int = 64
     action_space: tuple[tuple[str, int, tuple[float, ...], tuple[float, ...]], ...] = ()  # kind, size, low, high
@@ -59,6 +61,7 @@ class DynamicsConfig:
                 self.time_attention not in TIME_ATTENTIONS,
                 f"time_attention {self.time_attention!r}: not in {TIME_ATTENTIONS}",
             ),
+            (self.predicts not in PREDICTS, f"predicts {self.predicts!r} is not in {PREDICTS}"),
             (not 1 <= self.time_every <= self.depth, f"time_every {self.time_every} is not in 1..depth {self.depth}"),
             (self.k_max not in (2**i for i in range(17)), f"k_max {self.k_max} is not a power of two up to 65536"),
             (self.window < 2, f"window {self.window} is below 2"),
@@ -271,9 +274,10 @@ class Dynamics(nn.Module):
             if unread and i == self.last_time_layer:
                 condition, tau, z_tau = condition[:, unread:], tau[:, unread:], z_tau[:, unread:]
         z_hat = self.head(self.final_norm(x[:, :, : c.tokens]))
-        if c.linear_skip:
-            z_hat = z_hat + tau_.gaussian_gain(tau[..., None, None], self.channel_scale) * z_tau
-        return z_hat
+        start = tau_.gaussian_gain(tau[..., None, None], self.channel_scale) * z_tau if c.linear_skip else None
+        if c.predicts == "v":  # the head gives a velocity, beyond the one that leads to the start
+            return tau_.clean_from_velocity(z_tau if start is None else start, z_hat, tau)
+        return z_hat if start is None else start + z_hat
 
 
 def incoming_actions(actions: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
+from ahriuwu_cli.diffusion.forcing import ONE_STEP_SIZE
 from ahriuwu_cli.diffusion.tau import levels
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
@@ -133,7 +134,7 @@ def _new_world(
     store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, group: Group, new: Path | None, overwrite: bool
 ) -> World:
     """An untrained world for this dataset, once all that was asked for fits. `new` is the folder of a new run."""
-    architecture = architecture_for(config.size, tokenizer, store)
+    architecture = architecture_for(config.size, tokenizer, store, config.predicts)
     if (tokenizer.height, tokenizer.width) != (store.height, store.width):
         raise CheckpointError(
             f"the tokenizer is for frames of {tokenizer.height}x{tokenizer.width}, {store.path} has "
@@ -151,7 +152,7 @@ def _new_world(
         )
     torch.manual_seed(config.seed)
     dynamics = Dynamics(architecture)
-    every_d = config.bootstrap_share > 0 and config.forcing != "horizon"
+    every_d = config.bootstrap_share > 0 and config.forcing not in ONE_STEP_SIZE
     trained_d = tuple(levels(architecture.k_max)) if every_d else (1 / architecture.k_max,)
     return World(
         dynamics=dynamics.to("cpu" if group.sharded else group.device).requires_grad_(False),
@@ -166,7 +167,7 @@ def _new_world(
     )
 
 
-def architecture_for(size: str, tokenizer: Tokenizer, store: EpisodeStore) -> DynamicsConfig:
+def architecture_for(size: str, tokenizer: Tokenizer, store: EpisodeStore, predicts: str = "x") -> DynamicsConfig:
     """The dynamics of a named size for this tokenizer's latents and this dataset's actions."""
     if size not in SIZES:
         raise UserError(f"unknown size {size!r}: {did_you_mean(size, tuple(SIZES))}")
@@ -174,6 +175,7 @@ def architecture_for(size: str, tokenizer: Tokenizer, store: EpisodeStore) -> Dy
         tokens=tokenizer.tokens,
         latent_dim=tokenizer.latent_dim,
         action_space=action_slots(store.action_space),
+        predicts=predicts,
         **SIZES[size],
     )
 

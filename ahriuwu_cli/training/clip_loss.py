@@ -19,9 +19,9 @@ from ahriuwu_cli.training.batches import Batch
 class ClipLoss(nn.Module):
     """Shortcut forcing (eq. 7, 8) on a batch, by a model that is its own teacher."""
 
-    def __init__(self, model: nn.Module, k_max: int, ramp: str, lockstep: bool = False) -> None:
+    def __init__(self, model: nn.Module, k_max: int, ramp: str, lockstep: bool = False, aim: str = "eq7") -> None:
         super().__init__()
-        self.model, self.k_max, self.ramp, self.lockstep = model, k_max, ramp, lockstep
+        self.model, self.k_max, self.ramp, self.lockstep, self.aim = model, k_max, ramp, lockstep, aim
 
     def forward(self, batch: Batch) -> ShortcutLoss:
         """The loss of this batch, a mean over its frames."""
@@ -39,6 +39,7 @@ class ClipLoss(nn.Module):
             teacher=lambda rows: denoiser(self.model, batch, rows),
             bootstrap_rows=taught,
             always_teach=self.lockstep,
+            aim=self.aim,
         )
 
 

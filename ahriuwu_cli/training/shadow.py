@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.diffusion.forcing import ONE_STEP_SIZE
 from ahriuwu_cli.models import kernels
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
 from ahriuwu_cli.training.batches import Batch, Kinds
@@ -268,7 +269,7 @@ def trace_step(config: TrainConfig, architecture: DynamicsConfig, clips: int, fr
 
 def bootstrap_rows(config: TrainConfig, clips: int) -> float:
     """Clips of a micro-batch that the teacher looks at, on average."""
-    return 0.0 if config.forcing == "horizon" else config.bootstrap_share * clips
+    return 0.0 if config.forcing in ONE_STEP_SIZE else config.bootstrap_share * clips
 
 
 def _batch(config: TrainConfig, c: DynamicsConfig, clips: int, frames: int, fake: FakeTensorMode) -> Batch:
