@@ -57,7 +57,10 @@ class KeyedNoise:
             key = hashlib.blake2b(f"{self.seed}/{window}/{frame}/{purpose}/{step}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
             rows.append(torch.randn(self.shape, generator=generator))
-        return torch.stack(rows).to(self.device)
+        drawn = torch.stack(rows)
+        if torch.device(self.device).type == "cuda":
+            drawn = drawn.pin_memory()  # so that the copy does not wait for the frames that are still being made
+        return drawn.to(self.device, non_blocking=True)
 
 
 @torch.no_grad()

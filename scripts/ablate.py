@@ -134,13 +134,14 @@ def look(plan: Plan, arm: Arm, seed: int, view: str, out: Path) -> None:
     _say(f"look at {path.stem}")
     settings = dict(plan.views[view])
     blind, looks = settings.pop("blind", None), settings.pop("looks", ())
-    counts = {name: settings.pop(name, getattr(plan, name)) for name in ("windows", "context", "horizon")}
+    counts = {"context": plan.context}
+    counts |= {name: settings.pop(name, getattr(plan, name)) for name in ("windows", "horizon")}
     store, world = EpisodeStore.open(out / "data"), load_world(_world(out, arm, seed) / "last", "cpu")
     generation = world.generation_with(settings)
     if blind is not None:
         world = blind_copy(world, blind)
     config = EvaluationConfig(**counts)
-    manifest = make_manifest(store, "test", seed=0, **counts)
+    manifest = make_manifest(store, "test", plan.context, counts["horizon"], counts["windows"], 0)
     result = evaluate(world, store, config, generation, manifest)
     result |= look_closer(world, store, config, generation, manifest, [name for name in LOOKS if name in looks])
     log = (_world(out, arm, seed) / "metrics.jsonl").read_text().splitlines()

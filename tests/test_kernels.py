@@ -5,9 +5,11 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_clip
 
 from ahriuwu_cli.models import kernels
 from ahriuwu_cli.models.layers import rotary
+from ahriuwu_cli.rollout import KeyedNoise, RolloutConfig, rollout
 
 KINDS = ("space", "frame", "place")
 
@@ -123,3 +125,20 @@ def test_compiled_blocks_give_the_outputs_and_gradients_of_eager_ones(make_dynam
         results.append([z_hat.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for eager, compiled in zip(*results, strict=True):
         assert (eager - compiled).abs().max() <= 1e-4 * eager.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_rollout_with_compiled_passes_gives_the_frames_of_an_eager_one_long_past_the_window(make_dynamics):
+    clip = make_clip(frames=16)
+    noise = KeyedNoise(0, ["a", "b"], (4, 8))
+    config = RolloutConfig(steps=2, sampler="shortcut")
+    made = []
+    for compiled in (False, True):
+        model = make_dynamics(conditioning="token", registers=2, depth=2)
+        if compiled:
+            model.compile_passes()
+        frames = rollout(model, clip.z_clean[:, :3], clip.actions, clip.known, config, noise, k_max=8)
+        made.append(torch.stack(list(frames)))
+        assert (model.compiled_pass is None) != compiled
+    assert (made[0] - made[1]).abs().max() <= 1e-4 * made[0].abs().max()

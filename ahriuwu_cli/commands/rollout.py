@@ -42,6 +42,9 @@ def rollout(
     ctx_label: str = typer.Option(None, help="Label of context frames: honest, its level; clean, a lie for ablation."),
     seed: int = typer.Option(0, help="Seed of the noise, of the drawn window and of random actions."),
     scale: int = typer.Option(0, help="Enlargement of the video (default: to about 256 pixels high)."),
+    compile_model: bool = typer.Option(
+        False, "--compile", help="torch.compile the passes: starts up to a minute later, for long rollouts."
+    ),
     device: str = Device,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in --out."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
@@ -58,6 +61,8 @@ def rollout(
     request.check()
     refuse_used(out, overwrite)
     world = load_world(checkpoint, device)
+    if compile_model:
+        world.dynamics.compile_passes()
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
     with bar("rollout", "frame", quiet=as_json) as progress:
         result = imagine(world, request, given, out, scale, progress)

@@ -19,6 +19,15 @@ from ahriuwu_cli.models.kernels import Tables
 AHEAD = 64  # positions whose rotary tables are made at a time
 
 
+Held = tuple[Tensor, Tensor, Tensor]  # keys and values of all layers, and the places that new frames are written to
+
+
+def hold(held: Held, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the new frames' keys and values (rows, heads, count * each, head_dim); give all of the layer's."""
+    keys, values, places = held
+    return keys[layer].index_copy_(2, places, k), values[layer].index_copy_(2, places, v)
+
+
 class ContextCache:
     """K and V of the last `window` committed frames of B rollouts, for `layers` time layers.
 
@@ -72,10 +81,6 @@ class ContextCache:
         skip = first - self._tables[0]
         cos, sin = self._tables[1]
         return cos[skip : skip + count], sin[skip : skip + count]
-
-    def store(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new frames' keys and values (rows, heads, count * each, head_dim); give all of the layer's."""
-        return self.keys[layer].index_copy_(2, places, k), self.values[layer].index_copy_(2, places, v)
 
     def _ages(self, frames: int, count: int, keep: int) -> Tensor:
         """(count, window + 1): how many frames before new frame i each slot's frame lies; -1 where it holds none."""

@@ -11,6 +11,7 @@ Dreamer 4 (arXiv 2509.24527), sections 3.2 and 3.4. `forward` sees whole clips; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ahriuwu_cli.diffusion import tau as tau_
-from ahriuwu_cli.models.cache import ContextCache
+from ahriuwu_cli.models.cache import ContextCache, Held, hold
 from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
 from ahriuwu_cli.models.kernels import Tables
 from ahriuwu_cli.models.layers import Attention, RMSNorm, SwiGLU, as_bias, rotary, window_mask
@@ -85,13 +86,11 @@ class DynamicsConfig:
 
 
 class TimeContext:
-    """What time layers need besides activations: rotary tables, a bias, and in a rollout the cache with its places."""
+    """What time layers need besides activations: rotary tables, a bias, and in a rollout the window that is held."""
 
-    def __init__(self, config: DynamicsConfig, rotary: Tables, bias: Tensor | None = None) -> None:
+    def __init__(self, config: DynamicsConfig, rotary: Tables, bias: Tensor, held: Held | None = None) -> None:
         """rotary: `time_tables` of the new frames; bias (T * each, slots * each), each = a line's tokens a frame."""
-        self.kind, self.rotary, self.bias = config.time_attention, rotary, bias
-        self.cache: ContextCache | None = None
-        self.places: Tensor | None = None
+        self.kind, self.rotary, self.bias, self.held = config.time_attention, rotary, bias, held
         self.layer = 0  # which time layer comes next; counts up within one pass
 
     def attend(self, attention: Attention, h: Tensor, asked: slice | None = None) -> Tensor:
@@ -99,8 +98,8 @@ class TimeContext:
         bias, store = self.bias, None
         if asked is not None:
             bias = bias.unflatten(0, (h.shape[1], -1))[asked].flatten(0, 1)
-        if self.cache is not None:
-            store = partial(self.cache.store, self.layer, self.places)
+        if self.held is not None:
+            store = partial(hold, self.held, self.layer)
             self.layer += 1
         return attention(h, self.kind, self.rotary, bias, store, asked)
 
@@ -161,6 +160,7 @@ class Dynamics(nn.Module):
     def __init__(self, config: DynamicsConfig) -> None:
         super().__init__()
         self.config = config
+        self.compiled_pass: Callable[..., Tensor] | None = None  # of `compile_passes`
         self.checkpoint_activations = False  # keep each block's input alone; its backward pass computes the rest again
         c = config
         self.embed = nn.Linear(c.latent_dim, c.width)
@@ -189,6 +189,16 @@ class Dynamics(nn.Module):
         """torch.compile every block in place. Blocks of one kind share code: it starts sooner than the whole would."""
         for block in self.blocks:
             block.compile()
+
+    def compile_passes(self) -> None:
+        """torch.compile the passes of a rollout, each as one graph: slow start, faster frames, for fixed weights.
+
+        On a CPU the weights become constants of the graph, packed as its products like them best; on a GPU the passes
+        become CUDA graphs. Change no weight afterwards: on a CPU it would not be noticed.
+        """
+        cpu = self.embed.weight.device.type == "cpu"
+        options = {"freezing": True} if cpu else {"triton.cudagraphs": True}
+        self.compiled_pass = torch.compile(self._pass, dynamic=False, options=options)
 
     @property
     def time_layers(self) -> int:
@@ -233,11 +243,28 @@ class Dynamics(nn.Module):
         count = z_tau.shape[1]
         assert keep <= 1 or cache.frames + keep <= cache.window, (keep, cache.frames, cache.window)
         assert unread < count, (unread, count)
-        time = TimeContext(self.config, cache.tables(count))
-        time.cache, (time.places, time.bias) = cache, cache.look(count, keep)
-        z_hat = self._run(z_tau, tau, d, actions, known, time, unread)
+        places, bias = cache.look(count, keep)
+        one_more = count == 1 + keep and keep <= 1  # a frame that is denoised, with or without the last one's commit
+        run = self._pass if self.compiled_pass is None or not one_more else self.compiled_pass
+        held = (cache.keys, cache.values, places)
+        z_hat = run(z_tau, tau, d, actions, known, cache.tables(count), bias, held, unread)
         cache.frames += keep
         return z_hat
+
+    def _pass(
+        self,
+        z_tau: Tensor,
+        tau: Tensor,
+        d: Tensor,
+        actions: Tensor,
+        known: Tensor,
+        rotary: Tables,
+        bias: Tensor,
+        held: Held,
+        unread: int,
+    ) -> Tensor:
+        """One pass of `extend`, as a function of tensors alone; keys and values of `held` are written to."""
+        return self._run(z_tau, tau, d, actions, known, TimeContext(self.config, rotary, bias, held), unread)
 
     def _run(
         self,
