@@ -1,0 +1,147 @@
+"""The tables of docs/results.md from what scripts/ablate.py found: means over seeds, with two kinds of interval.
+
+`value [lo, hi]` is a 95 % interval of the mean: over held-out episodes (bootstrap, paired where it is a difference) and
+over training seeds (Student's t; the spread between seeds is pooled over all arms, since three seeds alone hardly know
+it). The spread itself stands below each table: a run with another seed should fall within "value +- rerun".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ahriuwu_cli.evaluation.protocol import _student_975, paired_bootstrap
+from ahriuwu_cli.evaluation.report import number
+
+BY_WINDOW = {  # columns that every window has, so that episodes and pairs count
+    "gain@1": "gain_db_1", "gain@4": "gain_db_4", "gain@16": "gain_db_16",
+    "delta@4": "delta_shuffled_db_4", "delta@16": "delta_shuffled_db_16",
+}  # fmt: skip
+BY_SEED = ("SSIM", "motion", "cosine", "sharp")  # ratios of sums over all windows: seeds alone
+NAMES = {"SSIM": "ssim", "motion": "motion_ratio", "cosine": "motion_cosine", "sharp": "sharpness_ratio"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """All seeds of one view of one arm."""
+
+    arm: str
+    view: str
+    results: tuple[dict[str, Any], ...]
+
+    def windows(self, column: str) -> np.ndarray:
+        """(seeds, windows) of a column of BY_WINDOW."""
+        return np.array([[row[BY_WINDOW[column]] for row in r["windows"]] for r in self.results], float)
+
+    def by_seed(self, column: str) -> np.ndarray:
+        """(seeds,) means of a column."""
+        if column in BY_WINDOW:
+            return self.windows(column).mean(axis=1)
+        return np.array([r["horizons"]["16"][NAMES[column]] for r in self.results], float)
+
+    @property
+    def episodes(self) -> list[str]:
+        return [row["episode"] for row in self.results[0]["windows"]]
+
+
+class Study:
+    """What lies in OUT/results, and how far apart seeds of one arm are."""
+
+    def __init__(self, folder: Path) -> None:
+        found: dict[tuple[str, str], list] = {}
+        for path in sorted(folder.glob("*.json")):
+            result = json.loads(path.read_text())
+            about = result["study"]
+            found.setdefault((about["arm"], about["view"]), []).append(result)
+        self.found = {key: Found(*key, tuple(sorted(r, key=lambda r: r["study"]["seed"]))) for key, r in found.items()}
+
+    def spread(self, column: str) -> tuple[float, int]:
+        """(standard deviation between seeds of one arm, degrees of freedom), pooled over arms with several seeds."""
+        groups = [f.by_seed(column) for f in self.found.values() if len(f.results) > 1]
+        freedom = sum(len(g) - 1 for g in groups)
+        if not freedom:
+            return math.nan, 0
+        return math.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom), freedom
+
+    def rerun(self, column: str, seeds: int) -> float:
+        """Half of the 95 % interval that one more seed falls into, on the same windows."""
+        sd, freedom = self.spread(column)
+        return _student_975(freedom) * sd * math.sqrt(1 + 1 / seeds) if freedom else math.nan
+
+    def mean(self, f: Found, column: str, minus: Found | None = None) -> tuple[float, float, float]:
+        """(value, lo, hi) of the mean over seeds, or of its paired difference to another arm's."""
+        sd, freedom = self.spread(column)
+        share = 1 / len(f.results) + (1 / len(minus.results) if minus else 0)
+        half = _student_975(freedom) * sd * math.sqrt(share) if freedom else math.nan
+        if column not in BY_WINDOW:
+            value = f.by_seed(column).mean() - (minus.by_seed(column).mean() if minus else 0)
+            return value, value - half, value + half
+        values = f.windows(column).mean(0) - (minus.windows(column).mean(0) if minus else 0)
+        b = paired_bootstrap(values, f.episodes)
+        return b.value, b.value - math.hypot(b.value - b.lo, half), b.value + math.hypot(b.hi - b.value, half)
+
+
+def write_report(plan: dict[str, Any], out: Path, docs: Path) -> None:
+    """Put every table of the plan between its marks in docs/results.md; docs/results.json holds the means by seed."""
+    study = Study(out / "results")
+    path = docs / "results.md"
+    text = path.read_text()
+    for table in plan["table"]:
+        mark = re.compile(rf"(<!-- table {table['name']} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert mark.search(text), f"{path} has no place for the table {table['name']}"
+        filled = as_markdown(study, table)
+        text = mark.sub(lambda found, filled=filled: found[1] + filled + found[2], text)
+    _write(path, text)
+    columns = (*BY_WINDOW, *BY_SEED)
+    rows = [
+        {
+            "arm": f.arm, "view": f.view, "seed": r["study"]["seed"], "steps": r["study"]["steps"],
+            "cpu_seconds": r["study"]["cpu_seconds"], **{c: round(float(f.by_seed(c)[i]), 4) for c in columns},
+        }
+        for f in study.found.values() for i, r in enumerate(f.results)
+    ]  # fmt: skip
+    spread = {c: {"sd_between_seeds": round(study.spread(c)[0], 4), "freedom": study.spread(c)[1]} for c in columns}
+    _write(docs / "results.json", json.dumps({"spread": spread, "rows": rows}, indent=1) + "\n")
+
+
+def as_markdown(study: Study, table: dict[str, Any]) -> str:
+    """One row an arm and view; the reference's own values, then differences to it where the table asks for them."""
+    columns = table.get("columns", ["gain@1", "gain@4", "gain@16", "delta@4", "sharp", "motion"])
+    rows = [study.found.get(tuple(row)) for row in table["rows"]]
+    lacking = [" ".join(key) for key, f in zip(table["rows"], rows, strict=True) if f is None]
+    against = study.found.get(tuple(table["reference"])) if "reference" in table else None
+    lines = [["arm, view", "seeds", "steps", *columns]]
+    if against:
+        lines[0].append(f"gain@16 minus {' '.join(table['reference'])}")
+    for f in rows:
+        if f is None:
+            continue
+        steps = round(np.mean([r["study"]["steps"] for r in f.results]))
+        cells = [f"{f.arm}, {f.view}", str(len(f.results)), str(steps)]
+        cells += [_interval(study.mean(f, c), sign=c in BY_WINDOW) for c in columns]
+        if against:
+            cells.append("ref" if f is against else _interval(study.mean(f, "gain@16", against), sign=True))
+        lines.append(cells)
+    seeds = max((len(f.results) for f in rows if f), default=1)
+    rerun = ", ".join(f"{c} {number(study.rerun(c, seeds))}" for c in columns)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+    notes = f"\n\nA rerun with another seed falls within +- {rerun} (95 %).\n"
+    return text + notes + (f"\nNot yet run: {', '.join(lacking)}.\n" if lacking else "")
+
+
+def _interval(values: tuple[float, float, float], sign: bool) -> str:
+    value, lo, hi = (number(float(v), sign=sign) for v in values)
+    return f"{value} [{lo}, {hi}]"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
