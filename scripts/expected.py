@@ -1,0 +1,100 @@
+"""Does what the README says come out here? Every shipped world on episodes recorded now, `verify`, perhaps the demo.
+
+    python scripts/expected.py                     # the short form, a few minutes; CI runs it with --windows 16
+    python scripts/expected.py --demo runs/demo    # after `bash scripts/demo.sh`: its numbers too
+
+Expected values and tolerances are in scripts/expected.toml. Exit code 1 when one is missed; times are only told, since
+they say more about the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+Line = tuple[str, float, str, bool]  # what, measured, expected, whether it holds
+
+
+def main() -> None:
+    a = _arguments()
+    expected = tomllib.loads((ROOT / "scripts" / "expected.toml").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [verify(expected["verify"])]
+        for name, of in expected["worlds"].items():
+            lines += world(name, of, Path(folder) / name, a.windows or of["windows"], a.windows is not None)
+    if a.demo:
+        lines += demo(expected["demo"], json.loads((a.demo / "summary.json").read_text()))
+    width = max(len(line[0]) for line in lines)
+    for what, measured, range_, holds in lines:
+        print(f"{what:<{width}}  {measured:8.2f}  {range_:<18}{'ok' if holds else 'MISSED'}")
+    missed = sum(not holds for *_, holds in lines)
+    print(f"\n{len(lines) - missed} of {len(lines)} are as the README says")
+    sys.exit(1 if missed else 0)
+
+
+def verify(of: dict) -> Line:
+    """The oracles: all must hold."""
+    seconds, result = _run("verify", "--no-metrics", "--json", check=False)
+    return "verify: seconds", seconds, f"about {of['seconds']}, all hold", result["ok"]
+
+
+def world(name: str, of: dict, folder: Path, windows: int, few: bool) -> list[Line]:
+    """A shipped world: its prompt imagined, and its scores on episodes that are recorded now."""
+    checkpoint = str(ROOT / "checkpoints" / name)
+    seconds, _ = _run("rollout", checkpoint, "--out", f"{folder}-rollout", "--json")
+    lines = [(f"{name}: rollout, seconds", seconds, f"about {of['rollout_seconds']}", True)]
+    _run("record", *of["record"], "--out", f"{folder}-data", "--json")
+    said = _run("eval", checkpoint, f"{folder}-data", "--out", f"{folder}-eval", "--windows", str(windows), "--looks",
+                "none", "--json")[1]  # fmt: skip
+    wider = 2.0 if few else 1.0  # few windows say less
+    for what, (value, tolerance) in of["scores"].items():
+        measured = _score(said, what)
+        range_ = f"{value:g} +- {tolerance * wider:g}"
+        lines.append((f"{name}: {what}", measured, range_, abs(measured - value) <= tolerance * wider))
+    return lines
+
+
+def demo(of: dict, summary: dict) -> list[Line]:
+    """The demo's table."""
+    found = {f"gain_{h}": row["gain_db"]["value"] for h, row in summary["horizons"].items()}
+    found |= {"delta_4": summary["action_delta_db"]["value"], "minutes": summary["seconds"]["whole"] / 60}
+    return [
+        (f"demo: {what}", found[what], f"{value:g} +- {tolerance:g}",
+         what == "minutes" or abs(found[what] - value) <= tolerance)
+        for what, (value, tolerance) in of.items()
+    ]  # fmt: skip
+
+
+def _score(result: dict, what: str) -> float:
+    kind, _, h = what.partition("_")
+    if kind == "delta":
+        return result["action_delta_db"]["shuffled"][h]["value"]
+    row = result["horizons"][h]
+    return row["gain_db"]["value"] if kind == "gain" else row[f"{kind}_ratio"]
+
+
+def _run(*words: str, check: bool = True) -> tuple[float, dict]:
+    """(seconds, the JSON object printed) of one command."""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "ahriuwu_cli", *words], capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise SystemExit(f"ahriuwu {' '.join(words)} failed: {done.stderr}")
+    return time.monotonic() - began, json.loads(done.stdout)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, help="the demo's folder")
+    parser.add_argument("--windows", type=int, help="fewer windows a world, with twice the tolerance")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
