@@ -109,6 +109,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         if found is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+    if metadata:
+        _in_order(path)
+
+
+def _in_order(path: Path) -> None:
+    """Sort the metadata, which safetensors shuffles: the same tensors are the same bytes, and have the same hash."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, (len(text), size)
+        file.seek(8)
+        file.write(text)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
