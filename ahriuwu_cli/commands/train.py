@@ -11,8 +11,6 @@ from ahriuwu_cli.commands.options import AsJson, Device, Out, Overwrite, parse_s
 from ahriuwu_cli.commands.train_tokenizer import train_tokenizer
 from ahriuwu_cli.errors import UserError
 
-ECHO = 5.0  # seconds in which torchrun may pass on a signal that its processes already got
-
 
 def register(app: typer.Typer) -> None:
     train = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a tokenizer or the dynamics.")
@@ -82,44 +80,11 @@ def train_dynamics(
 ) -> None:
     """Train the dynamics on a dataset's latents: shortcut forcing (Dreamer 4, eq. 7 and 8), EMA, previews, resume."""
     settings = dict(locals())
-    from dataclasses import fields
+    from ahriuwu_cli.training.restart import stoppable
 
-    from ahriuwu_cli.config import TrainConfig
-
-    if steps is not None and budget is not None:
-        raise UserError("give either --steps or --budget, not both")
-    if steps is None:
-        settings["budget"] = parse_seconds(budget or "4m", "--budget")
-    settings["compile"] = compile_model
-    try:
-        config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
-    except ValueError as error:
-        raise UserError(f"bad training option: {error}") from None
-    _check_names(config)
-    if forecast:
-        from ahriuwu_cli.commands.dry_run import dry_run
-
-        return dry_run(dataset, tokenizer, config, device, as_json)
-
-    from ahriuwu_cli.training.restart import several, speaks, typed
-    from ahriuwu_cli.training.signals import StopRequest
-
-    said = f"nothing of this is lost, start again with: {typed()}"
-    with StopRequest(ECHO if several() else 0.0, at_once=said, speaks=speaks()) as stop:
-        from ahriuwu_cli.training.distributed import join
-
-        if threads:
-            import torch
-
-            torch.set_num_threads(threads)
-        with join(device, parallel) as group:
-            if parallel == "fsdp" and group.world == 1:
-                typer.echo("one process: --parallel fsdp has nothing to share out", err=True)
-            result = _train(
-                group, config, dataset, out, tokenizer, stop, resume=resume, overwrite=overwrite, init_from=init_from,
-                quiet=as_json or not group.leads,
-            )  # fmt: skip
-    if not group.leads:
+    with stoppable() as stop:
+        result = _with_options(settings, stop)
+    if result is None:
         return
     if as_json:
         typer.echo(json.dumps(result))
@@ -130,14 +95,49 @@ def train_dynamics(
     )
 
 
+def _with_options(settings: dict, stop) -> dict | None:
+    """Train with the command's options; the result, or None where another process of the group has it."""
+    from dataclasses import fields
+
+    from ahriuwu_cli.config import TrainConfig
+
+    if settings["steps"] is not None and settings["budget"] is not None:
+        raise UserError("give either --steps or --budget, not both")
+    if settings["steps"] is None:
+        settings["budget"] = parse_seconds(settings["budget"] or "4m", "--budget")
+    settings["compile"] = settings["compile_model"]
+    try:
+        config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
+    except ValueError as error:
+        raise UserError(f"bad training option: {error}") from None
+    _check_names(config)
+    if settings["forecast"]:
+        from ahriuwu_cli.commands.dry_run import dry_run
+
+        return dry_run(settings["dataset"], settings["tokenizer"], config, settings["device"], settings["as_json"])
+
+    from ahriuwu_cli.training.distributed import join
+
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    with join(settings["device"], settings["parallel"]) as group:
+        if settings["parallel"] == "fsdp" and group.world == 1:
+            typer.echo("one process: --parallel fsdp has nothing to share out", err=True)
+        given = {name: settings[name] for name in ("dataset", "out", "tokenizer", "resume", "overwrite", "init_from")}
+        result = _train(group, config, stop, **given, quiet=settings["as_json"] or not group.leads)
+    return result if group.leads else None
+
+
 def _train(
     group,
     config,
+    stop,
+    *,
     dataset: Path,
     out: Path,
     tokenizer: Path | None,
-    stop,
-    *,
     resume: bool,
     overwrite: bool,
     init_from: Path | None,

@@ -40,15 +40,14 @@ def train_tokenizer(
         from ahriuwu_cli.errors import did_you_mean
 
         raise UserError(f"unknown --kind {kind!r}: {did_you_mean(kind, ('linear', 'transformer'))}")
-    from ahriuwu_cli.training.restart import typed
-    from ahriuwu_cli.training.signals import StopRequest
+    from ahriuwu_cli.training.restart import stoppable
 
     settings = {
         "tokens": tokens, "steps": steps, "batch": batch, "frames": frames, "lr": lr, "seed": seed,
         "lpips_weights": str(lpips_weights) if lpips_weights else None,
         "log_every": log_every, "save_every": save_every, "keep": keep,
     }  # fmt: skip
-    with StopRequest(at_once=f"nothing of this is lost, start again with: {typed()}") as stop:
+    with stoppable() as stop:
         from ahriuwu_cli.training.distributed import refuse_several
 
         refuse_several("train tokenizer")

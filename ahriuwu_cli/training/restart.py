@@ -1,4 +1,7 @@
-"""The command line that starts this run again, ready to be pasted: quoted, and with the launcher it came from."""
+"""The command line that starts this run again, ready to be pasted: quoted, and with the launcher it came from.
+
+Nothing heavy is imported here, so that signals are minded before torch is there.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,17 @@ import os
 import shlex
 import sys
 
+from ahriuwu_cli.training.signals import StopRequest
+
+ECHO = 5.0  # seconds in which torchrun may pass on a signal that its processes already got
 _OF_THIS_TIME = ("--resume", "--overwrite")  # how a run is begun; not what is asked for
 
 
-def typed() -> str:
-    """This program's command line as it was typed."""
-    return f"{launcher()} {shlex.join(sys.argv[1:])}"
+def stoppable() -> StopRequest:
+    """What a training command does its work in, from its first import on: a signal ends it with the command to type."""
+    typed = f"{launcher()} {shlex.join(sys.argv[1:])}"
+    speaks = os.environ.get("RANK", "0") == "0"  # of a launcher's processes
+    return StopRequest(ECHO if _several() else 0.0, f"nothing of this is lost, start again with: {typed}", speaks)
 
 
 def command_line() -> str:
@@ -21,20 +29,14 @@ def command_line() -> str:
 
 def launcher() -> str:
     """How this program was started, as the beginning of a command line."""
-    if not several():
-        program, *rest = sys.orig_argv
-        return shlex.join([program, "-m", "ahriuwu_cli"]) if rest[:2] == ["-m", "ahriuwu_cli"] else "ahriuwu"
+    if not _several():
+        given = sys.orig_argv
+        return shlex.join(given[:3]) if given[1:3] == ["-m", "ahriuwu_cli"] else "ahriuwu"
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     each = os.environ.get("LOCAL_WORLD_SIZE", "1")
     where = "--standalone" if nodes == 1 else f"--nnodes {nodes}"
     return f"torchrun {where} --nproc-per-node {each} -m ahriuwu_cli"
 
 
-def several() -> bool:
-    """Whether a launcher started several processes."""
+def _several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def speaks() -> bool:
-    """Whether this process is the one of its launcher's that prints, as far as can be told before they meet."""
-    return os.environ.get("RANK", "0") == "0"
