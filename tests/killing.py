@@ -20,7 +20,7 @@ from pathlib import Path
 
 from small import small_dataset
 
-CLOCKS = {"seconds", "eta_s", "frames_per_s", "train_seconds", "elapsed"}  # what a clock decides
+CLOCKS = {"seconds", "eta_s", "frames_per_s", "train_seconds", "elapsed", "git"}  # what a clock or a commit decides
 KILLED = -signal.SIGKILL
 TINY = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_hidden": 32, "window": 6, "time_every": 2, "k_max": 8}
 TINY_TOKENIZER = {

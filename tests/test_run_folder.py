@@ -110,6 +110,19 @@ def test_going_on_cuts_the_log_after_the_state_and_clears_what_a_kill_left(tmp_p
     assert names == {".lock", ".mine"}
 
 
+@pytest.mark.parametrize("name", [".tokenizer.7.tmp", "state/.step-00000006.7.old"])
+def test_what_a_kill_left_in_a_finished_run_is_cleared_away_and_nothing_else_is_touched(tmp_path, name):
+    run = begun(tmp_path / "run", 6, total=6)
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"]
+    before = [p.stat().st_mtime_ns for p in files]
+    (tmp_path / "run" / name).mkdir()
+    assert run.go_on(print)[2]["step"] == 6
+    run.release()
+    assert "is finished: all 6 steps are done" in run.found
+    assert not (tmp_path / "run" / name).exists()
+    assert before == [p.stat().st_mtime_ns for p in files]
+
+
 def test_a_log_that_dies_while_it_is_cut_is_whole(tmp_path, monkeypatch):
     run = begun(tmp_path / "run", 3)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n')

@@ -69,7 +69,7 @@ class RunFolder:
         """
         self.command = read_run(self.folder)["command"]
         glance = self.states.glance()
-        finished = glance is not None and glance.get("step") == glance.get("total")
+        finished = glance is not None and glance.get("step") == glance.get("total") and not self._has_leftovers()
         found = self._read(announce) if finished or not self.writes else None
         if found is None and self.writes:
             with self.writing("nothing was trained"):
@@ -88,6 +88,10 @@ class RunFolder:
             if step == total:
                 self.found = f"the run in {self.folder} is finished: all {total} steps are done"
         return found
+
+    def _has_leftovers(self) -> bool:
+        """Whether a killed process left something under a hidden name."""
+        return any(_HIDDEN.fullmatch(p.name) for p in self.folder.iterdir()) or self.states.has_leftovers()
 
     def _read(self, announce: Announce) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
         """The newest state, left as it is; None when it is damaged and this process may mend it."""

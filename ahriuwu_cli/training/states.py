@@ -84,6 +84,10 @@ class States:
             raise CheckpointError(f"{self.folder} holds damaged states only, such as {aside[-1].name}: use --overwrite")
         return None
 
+    def has_leftovers(self) -> bool:
+        """Whether a killed save left something."""
+        return any(self.folder.glob(".step-*"))
+
     def clean(self) -> None:
         """Remove what killed saves left. Only for who holds the run's lock."""
         for left in self.folder.glob(".step-*"):
