@@ -250,7 +250,7 @@ def test_a_time_budget_decides_its_steps_once_and_a_kill_cannot_undo_it(tmp_path
     monkeypatch.setitem(SIZES, "test", TINY)
     store = small_dataset(tmp_path / "data", frames=14)
     tokenizer = fit_linear_tokenizer(store, (8, 8), 6, 0.5)
-    config = replace(CONFIG, steps=None, budget=1000.0, decay=0.4)
+    config = replace(CONFIG, steps=None, budget=100.0, decay=0.4)
 
     def trained(out, seconds: float, dies_at: int = -1):
         def lap(clock):
@@ -272,12 +272,12 @@ def test_a_time_budget_decides_its_steps_once_and_a_kill_cannot_undo_it(tmp_path
             trainer.train(lambda line: None, StopRequest())
         return trainer
 
-    whole = trained(tmp_path / "whole", 100.0)
+    whole = trained(tmp_path / "whole", 10.0)
     assert whole.step == 10
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "killed", 100.0, dies_at=7)
+        trained(tmp_path / "killed", 10.0, dies_at=7)
     assert States(tmp_path / "killed" / "state", 2).glance()["total"] == 10
-    resumed = trained(tmp_path / "killed", 10.0)
+    resumed = trained(tmp_path / "killed", 1.0)
     assert resumed.step == 10
     for name, tensor in whole.average.state_dict().items():
         assert torch.equal(tensor, resumed.average.state_dict()[name]), name

@@ -33,7 +33,7 @@ def tensors_of(states: States, step: int) -> Path:
 
 DAMAGE = {
     "truncated tensors": lambda s: tensors_of(s, 3).write_bytes(tensors_of(s, 3).read_bytes()[:-5]),
-    "altered tensors": lambda s: tensors_of(s, 3).write_bytes(bytes(len(tensors_of(s, 3).read_bytes()))),
+    "altered tensors": lambda s: tensors_of(s, 3).write_bytes(tensors_of(s, 3).read_bytes()[:-1] + b"!"),
     "no tensors": lambda s: tensors_of(s, 3).unlink(),
     "bad JSON": lambda s: (s.folder / "step-00000003" / "state.json").write_text("{"),
     "no JSON": lambda s: (s.folder / "step-00000003" / "state.json").unlink(),
