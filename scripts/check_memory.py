@@ -113,7 +113,7 @@ def measure(config, architecture, device) -> dict:
 
         dynamics = Dynamics(architecture).to(device).requires_grad_(False)
         world = SimpleNamespace(dynamics=dynamics, device=device, k_max=architecture.k_max)
-        return DynamicsTrainer(world, Pack(), None, SimpleNamespace(config=config, newest_state=lambda: None))
+        return DynamicsTrainer(world, Pack(), None, SimpleNamespace(config=config))
 
     small = replace(architecture, width=32, depth=2, heads=2, kv_heads=2, mlp_hidden=32, time_every=2)
     warm = trainer(small, config)  # the first use of a library costs memory too: not the model's

@@ -32,11 +32,16 @@ def small_world(seed: int = 0) -> World:
     )  # fmt: skip
 
 
-def small_dataset(path: Path, episodes: int = 8, frames: int = 40, labelled: bool = True, space=SPACE) -> EpisodeStore:
-    """A bright bar that moves left or right as the action says, on a noisy background: 16 x 16."""
+def small_dataset(
+    path: Path, episodes: int = 8, frames: int = 40, labelled: bool = True, space=SPACE, silent: int = 0
+) -> EpisodeStore:
+    """A bright bar that moves left or right as the action says, on a noisy background: 16 x 16.
+
+    silent: how many of the last episodes come without their actions.
+    """
     rng = np.random.default_rng(0)
     with EpisodeWriter(path, height=16, width=16, fps=10.0, action_space=space, name="bar", seed=0) as writer:
-        for _ in range(episodes):
+        for episode in range(episodes):
             actions = space.random(frames - 1, (2, 5), rng)
             place, clip = int(rng.integers(16)), []
             for t in range(frames):
@@ -45,5 +50,5 @@ def small_dataset(path: Path, episodes: int = 8, frames: int = 40, labelled: boo
                 clip.append(frame)
                 if t < frames - 1 and space.width:
                     place += int(actions[t, -1]) - int(actions[t, 0])
-            writer.add(np.stack(clip), actions if labelled else None)
+            writer.add(np.stack(clip), actions if labelled and episode < episodes - silent else None)
     return EpisodeStore.open(path)

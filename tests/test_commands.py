@@ -123,9 +123,14 @@ def test_a_world_is_trained_from_the_command_line(run, place):
     code, out, err = run(*train, "--json")
     assert code == 0, err
     assert json.loads(out)["steps"] == 3
-    code, _, err = run(*train)
+    before = snapshot(place / "run")
+    code, again, err = run(*train, "--json")
+    assert (code, json.loads(again)) == (0, json.loads(out))
+    assert "is finished: all 3 steps are done" in err
+    assert snapshot(place / "run") == before
+    code, _, err = run(*train, "--lr", 0.001)
     assert code == 2
-    assert "not empty" in err
+    assert "lr 0.003 -> 0.001" in err
     code, out, _ = run("info", place / "run", "--json")
     assert code == 0
     assert json.loads(out)["trained_d"] == [2.0**-i for i in range(7)]

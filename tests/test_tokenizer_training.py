@@ -17,7 +17,8 @@ from ahriuwu_cli.training import losses
 from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_state
-from ahriuwu_cli.training.tokenizer_loop import TokenizerTrainConfig, train_transformer_tokenizer
+from ahriuwu_cli.training.tokenizer_config import TokenizerTrainConfig
+from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
 
 TINY = TransformerTokenizerConfig(
     height=16, width=16, patch=8, model_width=32, depth_encoder=2, depth_decoder=2, heads=2, kv_heads=2, mlp_hidden=64,
@@ -52,7 +53,7 @@ def test_two_steps_and_a_resume_to_four_equal_four_unbroken_bit_for_bit(store, t
     whole = train_transformer_tokenizer(store, config, tmp_path / "whole")
 
     stop, progress = stop_after(2)
-    with pytest.raises(Interrupted, match="at step 2"):
+    with pytest.raises(Interrupted, match="at step 2; state saved, go on with: train tokenizer --resume"):
         train_transformer_tokenizer(store, config, tmp_path / "parts", progress=progress, stop=stop)
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss": 0}\n{"step": 3, "lo')  # what a killed run leaves behind
@@ -63,7 +64,7 @@ def test_two_steps_and_a_resume_to_four_equal_four_unbroken_bit_for_bit(store, t
     assert "after step 2 of 4" in sentences[0]
     assert whole.fingerprint() == parts.fingerprint()
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    a, b = load_state(tmp_path / "whole" / "state"), load_state(tmp_path / "parts" / "state")
+    a, b = (load_state(tmp_path / run / "state" / "step-00000004") for run in ("whole", "parts"))
     assert a[1] == b[1]
     assert a[0].keys() == b[0].keys()
     assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
@@ -106,10 +107,10 @@ def test_the_run_folder_says_what_was_trained_and_announces_mse_only(store, tmp_
     train_transformer_tokenizer(store, CONFIG, tmp_path / "run", announce=said.append)
     document = json.loads((tmp_path / "run" / "run.json").read_text())
     assert document["config"] == json.loads(json.dumps(CONFIG.to_json()))
-    assert document["dataset"] == store.fingerprint
-    assert document["loss"].startswith("MSE only")
+    assert document["facts"]["dataset_fingerprint"] == store.fingerprint
+    assert document["facts"]["loss"].startswith("MSE only")
     assert any("MSE only" in sentence for sentence in said)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "run.json", "state"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl", "run.json", "state"]
     assert {"step", "loss", "mse", "grad_norm", "lr"} <= metrics(tmp_path / "run")[0].keys()
 
 
@@ -123,7 +124,7 @@ def test_a_used_folder_is_refused_and_left_alone_unless_it_may_be_overwritten(st
 
 
 def test_a_resume_with_other_settings_or_nothing_to_resume_is_refused(store, tmp_path):
-    with pytest.raises(UserError, match="no saved tokenizer run"):
+    with pytest.raises(UserError, match="no run to resume"):
         train_transformer_tokenizer(store, CONFIG, tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()
     train_transformer_tokenizer(store, CONFIG, tmp_path / "run")
@@ -131,18 +132,33 @@ def test_a_resume_with_other_settings_or_nothing_to_resume_is_refused(store, tmp
         with pytest.raises(UserError, match=f"other settings.*{next(iter(change))}"):
             train_transformer_tokenizer(store, dataclasses.replace(CONFIG, **change), tmp_path / "run", resume=True)
     other = small_dataset(tmp_path / "other", episodes=3, frames=12)
-    with pytest.raises(UserError, match="dataset differs"):
+    with pytest.raises(UserError, match="dataset_fingerprint differs"):
         train_transformer_tokenizer(other, CONFIG, tmp_path / "run", resume=True)
 
 
-def test_a_damaged_state_is_refused(store, tmp_path):
-    train_transformer_tokenizer(store, CONFIG, tmp_path / "run")
-    (file,) = (tmp_path / "run" / "state").glob("*.safetensors")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 64
-    file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="was altered"):
-        train_transformer_tokenizer(store, CONFIG, tmp_path / "run", resume=True)
+def test_a_damaged_state_is_set_aside_for_the_one_before_and_refused_when_none_is_left(store, tmp_path):
+    whole = train_transformer_tokenizer(store, CONFIG, tmp_path / "run")
+    states = tmp_path / "run" / "state"
+    assert sorted(p.name for p in states.iterdir()) == ["step-00000002", "step-00000004"]
+
+    def damage(name):
+        (file,) = (states / name).glob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 64
+        file.write_bytes(content)
+
+    said = []
+    damage("step-00000004")
+    again = train_transformer_tokenizer(store, CONFIG, tmp_path / "run", resume=True, announce=said.append)
+    assert "step-00000004 is damaged" in said[0]
+    assert "set aside as step-00000004.damaged, going on from" in said[0]
+    assert "step-00000002 instead" in said[0]
+    assert again.fingerprint() == whole.fingerprint()
+    for name in ("step-00000002", "step-00000004"):
+        damage(name)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"was altered.*no other state is left"):
+            train_transformer_tokenizer(store, CONFIG, tmp_path / "run", resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_saves_nothing(store, tmp_path, monkeypatch):
@@ -153,9 +169,10 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_saves_nothing(store, 
         return real(self, value) * (float("nan") if len(calls) == 4 else 1)
 
     monkeypatch.setattr(losses.RunningRMS, "forward", breaks)
-    with pytest.raises(TrainingError, match="not finite at step 3"):
+    named = r"not finite at step 3.*windows 0000\d\d:\d+, 0000\d\d:\d+\).*step-00000002"
+    with pytest.raises(TrainingError, match=named):
         train_transformer_tokenizer(store, CONFIG, tmp_path / "run")
-    assert load_state(tmp_path / "run" / "state")[1]["step"] == 2
+    assert load_state(tmp_path / "run" / "state" / "step-00000002")[1]["step"] == 2
 
 
 def test_data_that_do_not_fit_are_refused_before_anything_is_written(store, tmp_path):

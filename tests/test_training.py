@@ -84,10 +84,16 @@ def test_a_resume_with_other_settings_is_refused_and_names_them(data, tmp_path):
 
 
 def test_a_used_folder_is_never_overwritten_unasked(data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for options in ({}, {"resume": True}):
+        with pytest.raises(UserError, match=r"not empty|no run to resume but other files"):
+            run(data, tmp_path / "mine", **options)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
     run(data, tmp_path / "r", stop_at=1)
-    with pytest.raises(UserError, match="not empty"):
-        run(data, tmp_path / "r")
-    assert run(data, tmp_path / "r", overwrite=True).step == 6
+    with pytest.raises(UserError, match=r"lr 0\.003 -> 0\.001.*--overwrite"):
+        run(data, tmp_path / "r", replace(CONFIG, lr=1e-3))
+    assert run(data, tmp_path / "r", replace(CONFIG, lr=1e-3), overwrite=True).step == 6
 
 
 def test_the_run_saves_a_world_that_can_be_loaded_and_logs_its_gain(data, tmp_path):

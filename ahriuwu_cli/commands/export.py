@@ -37,7 +37,7 @@ def export(
     from ahriuwu_cli.errors import UserError
     from ahriuwu_cli.training.checkpoint import load_world
     from ahriuwu_cli.training.export import export as write
-    from ahriuwu_cli.training.run import refuse_used
+    from ahriuwu_cli.training.run_folder import refuse_used
 
     refuse_used(out, overwrite)
     try:

@@ -10,6 +10,9 @@ import typer
 from ahriuwu_cli.errors import UserError
 
 Device = typer.Option("auto", "--device", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+Out = typer.Option(..., "--out", help="Folder to write: new, empty, or with this very run to go on with.")
+Overwrite = typer.Option(False, "--overwrite", help="Replace what is in --out.")
+AsJson = typer.Option(False, "--json", help="Print one JSON object instead of text.")
 
 
 def parse_pair(text: str, option: str) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def rollout(
     from ahriuwu_cli.imagine import Request, imagine
     from ahriuwu_cli.prompts import shipped_prompt
     from ahriuwu_cli.training.checkpoint import load_world
-    from ahriuwu_cli.training.run import refuse_used
+    from ahriuwu_cli.training.run_folder import refuse_used
 
     prompt = shipped_prompt(checkpoint) if prompt is None else prompt
     request = Request(prompt, episode, start, split, pick, context, length, tuple(actions), samples, seed)

@@ -1,20 +1,15 @@
-"""`ahriuwu train tokenizer` and `ahriuwu train dynamics`: a dataset in, a tokenizer or a world out."""
+"""`ahriuwu train dynamics`: a dataset in, a world out. And where `train` gets its two commands from."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import typer
 
-from ahriuwu_cli.commands.options import Device, parse_pair, parse_seconds
+from ahriuwu_cli.commands.options import AsJson, Device, Out, Overwrite, parse_seconds
+from ahriuwu_cli.commands.train_tokenizer import train_tokenizer
 from ahriuwu_cli.errors import UserError
-
-Out = typer.Option(..., "--out", help="Folder to write; must be new or empty unless --overwrite.")
-Overwrite = typer.Option(False, "--overwrite", help="Replace what is in --out.")
-ECHO = 5.0  # seconds in which torchrun may pass on a signal that its processes already got
-AsJson = typer.Option(False, "--json", help="Print one JSON object instead of text.")
 
 
 def register(app: typer.Typer) -> None:
@@ -22,82 +17,6 @@ def register(app: typer.Typer) -> None:
     train.command("tokenizer")(train_tokenizer)
     train.command("dynamics")(train_dynamics)
     app.add_typer(train, name="train")
-
-
-def train_tokenizer(
-    dataset: Path = typer.Argument(..., help="Dataset folder."),
-    out: Path = Out,
-    kind: str = typer.Option("linear", help="linear (principal components, seconds) or transformer."),
-    patch: str = typer.Option(None, help="Patch in pixels, 16 or 16x32 (default: linear 16, transformer 8)."),
-    latent_dim: int = typer.Option(None, help="Channels D of a latent token (default: linear 64, transformer 32)."),
-    whitening: float = typer.Option(0.5, help="linear: 0 keeps pixel distances, 1 equalises the components."),
-    tokens: int = typer.Option(16, help="transformer: latent tokens N of a frame."),
-    steps: int = typer.Option(2000, help="transformer: optimiser steps."),
-    batch: int = typer.Option(8, help="transformer: clips a step."),
-    frames: int = typer.Option(8, help="transformer: frames of a clip."),
-    lr: float = typer.Option(3e-3, help="transformer: learning rate."),
-    lpips_weights: Path = typer.Option(None, help="transformer: LPIPS backbone weights (extra: lpips)."),
-    seed: int = typer.Option(0, help="Seed of everything drawn."),
-    resume: bool = typer.Option(False, "--resume", help="transformer: go on with the run in --out."),
-    device: str = Device,
-    overwrite: bool = Overwrite,
-    as_json: bool = AsJson,
-) -> None:
-    """Fit a tokenizer (frames <-> latents) to the train split and print its reconstruction on the val split."""
-    if kind not in ("linear", "transformer"):
-        from ahriuwu_cli.errors import did_you_mean
-
-        raise UserError(f"unknown --kind {kind!r}: {did_you_mean(kind, ('linear', 'transformer'))}")
-    from ahriuwu_cli.commands.progress import bar
-    from ahriuwu_cli.data.episodes import EpisodeStore
-    from ahriuwu_cli.training.assemble import fit_linear_tokenizer
-    from ahriuwu_cli.training.checkpoint import pick_device, save_tokenizer
-    from ahriuwu_cli.training.distributed import refuse_several
-    from ahriuwu_cli.training.run import refuse_used, versions
-    from ahriuwu_cli.training.tokenizer_quality import reconstruction
-
-    refuse_several("train tokenizer")
-    store = EpisodeStore.open(dataset)
-    if not resume:
-        refuse_used(out, overwrite)
-    where = pick_device(device)
-    patch = patch or ("16" if kind == "linear" else "8")
-    latent_dim = latent_dim or (64 if kind == "linear" else 32)
-    if kind == "linear":
-        with bar("fit tokenizer", "episode", quiet=as_json) as progress:
-            tokenizer = fit_linear_tokenizer(store, parse_pair(patch, "--patch"), latent_dim, whitening, progress)
-    else:
-        from ahriuwu_cli.training.signals import StopRequest
-        from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
-
-        config = _transformer_config(
-            store, parse_pair(patch, "--patch"), tokens=tokens, latent_dim=latent_dim, steps=steps, batch=batch,
-            frames=frames, lr=lr, lpips_weights=str(lpips_weights) if lpips_weights else None, seed=seed,
-        )  # fmt: skip
-        with bar("train tokenizer", "step", quiet=as_json) as progress, StopRequest() as stop:
-            tokenizer = train_transformer_tokenizer(
-                store, config, out, where, progress, resume, overwrite=overwrite, stop=stop,
-                announce=lambda sentence: typer.echo(sentence, err=True),
-            )  # fmt: skip
-    quality = reconstruction(tokenizer, store, "val")
-    facts = {**versions(), "dataset": store.name, "dataset_fingerprint": store.fingerprint, "val": quality}
-    folder = out if kind == "linear" else out / "tokenizer"
-    save_tokenizer(tokenizer.cpu(), folder, facts)
-    result = {
-        "tokenizer": str(folder),
-        "kind": kind,
-        "tokens": tokenizer.tokens,
-        "latent_dim": tokenizer.latent_dim,
-        "hash": tokenizer.fingerprint(),
-        "val_psnr_db": quality["psnr_db"],
-    }
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    typer.echo(
-        f"{kind} tokenizer: {tokenizer.tokens} tokens x {tokenizer.latent_dim} channels a frame, "
-        f"{quality['psnr_db']:.2f} dB on {quality['frames']} val frames -> {folder}"
-    )
 
 
 def train_dynamics(
@@ -141,7 +60,11 @@ def train_dynamics(
     save_every: int = typer.Option(0, help="Steps between resumable states; 0: with every preview."),
     keep: int = typer.Option(2, help="Resumable states kept."),
     preview_windows: int = typer.Option(32, help="Windows of a preview."),
-    resume: bool = typer.Option(False, "--resume", help="Go on with the run in --out, exactly."),
+    resume: bool = typer.Option(
+        False,
+        "--resume",
+        help="Insist on going on with the run in --out, exactly; the same command does.",
+    ),
     init_from: Path = typer.Option(None, help="Start from the weights of this world."),
     forecast: bool = typer.Option(
         False,
@@ -157,39 +80,11 @@ def train_dynamics(
 ) -> None:
     """Train the dynamics on a dataset's latents: shortcut forcing (Dreamer 4, eq. 7 and 8), EMA, previews, resume."""
     settings = dict(locals())
-    from dataclasses import fields
+    from ahriuwu_cli.training.restart import stoppable
 
-    from ahriuwu_cli.config import TrainConfig
-
-    if steps is not None and budget is not None:
-        raise UserError("give either --steps or --budget, not both")
-    if steps is None:
-        settings["budget"] = parse_seconds(budget or "4m", "--budget")
-    settings["compile"] = compile_model
-    try:
-        config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
-    except ValueError as error:
-        raise UserError(f"bad training option: {error}") from None
-    _check_names(config)
-    if forecast:
-        from ahriuwu_cli.commands.dry_run import dry_run
-
-        return dry_run(dataset, tokenizer, config, device, as_json)
-
-    from ahriuwu_cli.training.distributed import join
-
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-    with join(device, parallel) as group:
-        if parallel == "fsdp" and group.world == 1:
-            typer.echo("one process: --parallel fsdp has nothing to share out", err=True)
-        result = _train(
-            group, config, dataset, out, tokenizer, resume=resume, overwrite=overwrite, init_from=init_from,
-            quiet=as_json or not group.leads,
-        )  # fmt: skip
-    if not group.leads:
+    with stoppable() as stop:
+        result = _with_options(settings, stop)
+    if result is None:
         return
     if as_json:
         typer.echo(json.dumps(result))
@@ -200,13 +95,49 @@ def train_dynamics(
     )
 
 
+def _with_options(settings: dict, stop) -> dict | None:
+    """Train with the command's options; the result, or None where another process of the group has it."""
+    from dataclasses import fields
+
+    from ahriuwu_cli.config import TrainConfig
+
+    if settings["steps"] is not None and settings["budget"] is not None:
+        raise UserError("give either --steps or --budget, not both")
+    if settings["steps"] is None:
+        settings["budget"] = parse_seconds(settings["budget"] or "4m", "--budget")
+    settings["compile"] = settings["compile_model"]
+    try:
+        config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
+    except ValueError as error:
+        raise UserError(f"bad training option: {error}") from None
+    _check_names(config)
+    if settings["forecast"]:
+        from ahriuwu_cli.commands.dry_run import dry_run
+
+        return dry_run(settings["dataset"], settings["tokenizer"], config, settings["device"], settings["as_json"])
+
+    from ahriuwu_cli.training.distributed import join
+
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    with join(settings["device"], settings["parallel"]) as group:
+        if settings["parallel"] == "fsdp" and group.world == 1:
+            typer.echo("one process: --parallel fsdp has nothing to share out", err=True)
+        given = {name: settings[name] for name in ("dataset", "out", "tokenizer", "resume", "overwrite", "init_from")}
+        result = _train(group, config, stop, **given, quiet=settings["as_json"] or not group.leads)
+    return result if group.leads else None
+
+
 def _train(
     group,
     config,
+    stop,
+    *,
     dataset: Path,
     out: Path,
     tokenizer: Path | None,
-    *,
     resume: bool,
     overwrite: bool,
     init_from: Path | None,
@@ -218,28 +149,29 @@ def _train(
     from ahriuwu_cli.training.assemble import assemble, fit_for_all
     from ahriuwu_cli.training.batches import check_shares
     from ahriuwu_cli.training.checkpoint import load_tokenizer
-    from ahriuwu_cli.training.distributed import launcher
-    from ahriuwu_cli.training.run import refuse_used
-    from ahriuwu_cli.training.signals import StopRequest
+    from ahriuwu_cli.training.restart import command_line
+    from ahriuwu_cli.training.run import run_goes_on
 
     def opened():
         check_shares(config, group.world)
         store = EpisodeStore.open(dataset)
-        if not resume:
-            refuse_used(out, overwrite)
-        return store, load_tokenizer(tokenizer) if tokenizer is not None else None
+        there = run_goes_on(out, config, {}, resume, overwrite)
+        kept = out / "tokenizer" if there and (out / "tokenizer" / "config.json").is_file() else None
+        return store, load_tokenizer(tokenizer or kept) if tokenizer or kept else None
 
     store, encoder = group.together(opened)
-    if encoder is None:
+    if fitted := encoder is None:
         with bar("fit tokenizer", "episode", quiet=quiet) as progress:
             encoder = fit_for_all(group, store, progress)
-    command = " ".join([launcher(), *sys.argv[1:]]).removesuffix(" --resume")
     with bar("encode", "frame", quiet=quiet) as progress:
         trainer = assemble(
-            store, encoder, config, out, command, device=group.device, resume=resume, overwrite=overwrite,
+            store, encoder, config, out, command_line(), device=group.device, resume=resume, overwrite=overwrite,
             init_from=init_from, progress=progress, group=group, announce=lambda s: typer.echo(s, err=True),
+            fitted=fitted,
         )  # fmt: skip
-    with StopRequest(echo=ECHO if group.world > 1 else 0.0) as stop, training_bar(config, quiet=quiet) as report:
+    if trainer.run.found and group.leads:
+        typer.echo(trainer.run.found, err=True)
+    with training_bar(config, quiet=quiet) as report:
         trainer.train(report, stop)
     return {
         "run": str(out),
@@ -248,22 +180,6 @@ def _train(
         "seconds": round(trainer.elapsed, 1),
         "best_preview_gain_db": trainer.best,
     }
-
-
-def _transformer_config(store, patch: tuple[int, int], *, tokens: int, latent_dim: int, frames: int, **settings):
-    """The training configuration of a transformer tokenizer for this dataset's frames."""
-    from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizerConfig
-    from ahriuwu_cli.training.tokenizer_loop import TokenizerTrainConfig
-
-    if patch[0] != patch[1]:
-        raise UserError(f"--patch {patch[0]}x{patch[1]} is not square, as the transformer tokenizer needs it")
-    try:
-        architecture = TransformerTokenizerConfig(
-            height=store.height, width=store.width, patch=patch[0], tokens=tokens, latent_dim=latent_dim, window=frames
-        )
-        return TokenizerTrainConfig(architecture=architecture, frames=frames, **settings)
-    except ValueError as error:
-        raise UserError(f"bad tokenizer option: {error}") from None
 
 
 def _check_names(config) -> None:

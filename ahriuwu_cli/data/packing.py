@@ -5,7 +5,6 @@ lock -> partial file and journal of what is finished -> encode the rest -> heade
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -23,13 +22,12 @@ from ahriuwu_cli.data.pack_format import (
     parts_of,
 )
 from ahriuwu_cli.data.pack_journal import Journal, Workplace, locked, read_journal, write_all
+from ahriuwu_cli.disk import FULL, sync
 from ahriuwu_cli.errors import DataError
 
 if TYPE_CHECKING:
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.models.tokenizer import Tokenizer
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def make_pack(
@@ -100,7 +98,7 @@ def _make(
     finally:
         os.close(descriptor)
     os.replace(place.partial, path)
-    _sync_folder(path.parent)
+    sync(path.parent)
     place.journal.unlink(missing_ok=True)
 
 
@@ -148,14 +146,6 @@ def _reserve(descriptor: int, place: Workplace, size: int) -> None:
     except OSError:
         place.partial.unlink(missing_ok=True)
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sentence(error: OSError, path: Path, layout: Layout) -> str:

@@ -23,7 +23,7 @@ from ahriuwu_cli.training.checkpoint import action_slots, load_world
 from ahriuwu_cli.training.distributed import Group, what_changed
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.preview import preview_manifest
-from ahriuwu_cli.training.run import Run, refuse_used
+from ahriuwu_cli.training.run import Run, run_goes_on
 from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
@@ -85,40 +85,36 @@ def assemble(
     progress: Progress | None = None,
     group: Group | None = None,
     announce: Callable[[str], None] | None = None,
+    fitted: bool = False,
 ) -> DynamicsTrainer:
-    """A trainer for a new run in `out`, or for the run that is there. All is checked before anything is written.
+    """A trainer for a new run in `out`, or for the same run where it is there already, to go on with it.
 
-    group: the processes that train together, this one alone by default. announce gets what a resume changed.
+    resume insists on a run being there. All is checked before anything is written. group: the processes that train
+    together, this one alone by default. announce gets what a resume changed, and states that are set aside.
+    fitted: the tokenizer was made for this run, which keeps it.
     """
     group = group or Group(device)
-    world = group.together(lambda: _new_world(store, tokenizer, config, group, None if resume else out, overwrite))
-    dynamics, architecture = world.dynamics, world.dynamics.config
-    facts = {
-        "dataset": store.name,
-        "dataset_fingerprint": store.fingerprint,
-        "tokenizer_hash": tokenizer.fingerprint(),
-        "architecture": architecture.to_json(),
-        "init_from": str(init_from) if init_from else None,
-    }
-    facts["architecture"]["action_space"] = store.action_space.to_json()
-    if init_from is not None:
+    announce = announce or (lambda sentence: None)
+    facts = group.together(lambda: _facts(store, tokenizer, config, init_from))
+    there = group.together(lambda: run_goes_on(out, config, facts, resume, overwrite))
+    world = group.together(lambda: _new_world(store, tokenizer, config, group))
+    dynamics, run, found = world.dynamics, Run(out, config, facts, command, writes=group.leads), None
+    if init_from is not None and not (there and run.states.newest()):
         group.together(lambda: _initialise_from(dynamics, init_from))
     pack = group.together(lambda: open_pack(store, tokenizer, "train", progress), lead_first=True)
     if init_from is None:
         dynamics.channel_scale.copy_(pack.spread())
-    run = group.together(
-        lambda: (
-            Run.resume(out, config, facts, command, group)
-            if resume
-            else Run.start(out, config, facts, command, overwrite, group)
-        )
-    )
+    if there:
+        found = group.together(lambda: run.go_on(announce, **group.facts()), lead_first=True)
+        group.check_same_step(found[2]["step"] if found else 0, out)
+    else:
+        group.together(lambda: run.begin(overwrite, announce, **group.facts()))
+    if fitted and found is None:
+        group.together(lambda: run.keep_tokenizer(tokenizer))
     trainer = DynamicsTrainer(world, pack, store, run, group)
-    if resume:
-        before = group.together(lambda: run.load(trainer))
-        group.check_same_step(trainer.step, out)
-        changed = what_changed(before, group, config)
-        if changed and announce is not None and group.leads:
+    if found is not None:
+        changed = what_changed(run.restore(trainer, found), group, config)
+        if changed and group.leads:
             announce(changed)
     return trainer
 
@@ -130,10 +126,20 @@ def _unfitted(store: EpisodeStore, patch: tuple[int, int], latent_dim: int) -> L
         raise UserError(f"{error}: choose another --patch or --latent-dim") from None
 
 
-def _new_world(
-    store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, group: Group, new: Path | None, overwrite: bool
-) -> World:
-    """An untrained world for this dataset, once all that was asked for fits. `new` is the folder of a new run."""
+def _facts(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, init_from: Path | None) -> dict:
+    """What must be the same when the run is gone on with, besides its configuration."""
+    architecture = architecture_for(config.size, tokenizer, store, config.predicts).to_json()
+    return {
+        "dataset": store.name,
+        "dataset_fingerprint": store.fingerprint,
+        "tokenizer_hash": tokenizer.fingerprint(),
+        "architecture": architecture | {"action_space": store.action_space.to_json()},
+        "init_from": str(init_from) if init_from else None,
+    }
+
+
+def _new_world(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, group: Group) -> World:
+    """An untrained world for this dataset, once all that was asked for fits."""
     architecture = architecture_for(config.size, tokenizer, store, config.predicts)
     if (tokenizer.height, tokenizer.width) != (store.height, store.width):
         raise CheckpointError(
@@ -141,8 +147,6 @@ def _new_world(
             f"{store.height}x{store.width}: train a tokenizer on this dataset"
         )
     check_shares(config, group.world)
-    if new is not None:
-        refuse_used(new, overwrite)
     preview_manifest(store, config.preview_windows, config.seed)  # a dataset too small for previews is refused now
     longest = max((e.frames for e in store.episodes("train")), default=0)
     if longest < max(config.frames, config.long_frames):

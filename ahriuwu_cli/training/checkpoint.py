@@ -13,21 +13,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.diffusion import tau as tau_
+from ahriuwu_cli.disk import replacing
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
 from ahriuwu_cli.models.tokenizer import Tokenizer, build_tokenizer
 from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.training.state import write_tensors
 from ahriuwu_cli.world import World
 
 FORMAT = "ahriuwu-checkpoint/1"
@@ -138,6 +139,11 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     return tokenizer.eval().requires_grad_(False)
 
 
+def tokenizer_facts(folder: Path) -> dict:
+    """What a tokenizer folder says of how its tokenizer came about. CheckpointError."""
+    return _read_config(folder, "tokenizer", _TOKENIZER_FIELDS)["facts"]
+
+
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load a safetensors file into a module, exactly: same names, shapes and number formats. CheckpointError if not."""
     tensors = read_tensors(path)
@@ -184,29 +190,6 @@ def write_tau_ctx(folder: Path, tau_ctx: float, evidence: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-class replacing:
-    """`with replacing(folder) as temporary`: fill a sibling, then rename it over `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind, value, trace) -> None:
-        if kind is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        retired = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.old")
-        if self.folder.exists():
-            os.rename(self.folder, retired)
-        os.rename(self.temporary, self.folder)
-        shutil.rmtree(retired, ignore_errors=True)
-
-
 def _tokenizer_document(tokenizer: Tokenizer, facts: dict) -> dict:
     return {
         "format": FORMAT,
@@ -219,7 +202,7 @@ def _tokenizer_document(tokenizer: Tokenizer, facts: dict) -> dict:
 
 def _write_module(folder: Path, module: nn.Module, document: dict) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": FORMAT, "tau_convention": tau_.CONVENTION})
+    write_tensors(folder / "model.safetensors", tensors, {"format": FORMAT, "tau_convention": tau_.CONVENTION})
     (folder / "config.json").write_text(json.dumps(document, indent=1))
 
 

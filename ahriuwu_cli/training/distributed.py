@@ -172,16 +172,6 @@ def refuse_several(what: str) -> None:
         raise UserError(f"{what} runs as one process: start it without torchrun")
 
 
-def launcher() -> str:
-    """How this program was started, as the beginning of a command line."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return "ahriuwu"
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    each = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    where = "--standalone" if nodes == 1 else f"--nnodes {nodes}"
-    return f"torchrun {where} --nproc-per-node {each} -m ahriuwu_cli"
-
-
 def what_changed(before: dict, group: Group, config: TrainConfig) -> str | None:
     """One sentence on a run that goes on with other processes than wrote its state, or None."""
     now = group.facts()

@@ -19,17 +19,19 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import LatentPack
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.diffusion.objective import ShortcutLoss
-from ahriuwu_cli.errors import Interrupted, TrainingError
+from ahriuwu_cli.errors import Interrupted
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of
 from ahriuwu_cli.training.clip_loss import ClipLoss
 from ahriuwu_cli.training.clock import TrainingClock
 from ahriuwu_cli.training.distributed import Group
+from ahriuwu_cli.training.finite import not_finite
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate, update_average
 from ahriuwu_cli.training.preview import choose_sampler, preview, preview_manifest
 from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.sharding import gathered, keeping_apart, shard, synchronised, whole
 from ahriuwu_cli.training.signals import StopRequest
+from ahriuwu_cli.training.states import SAVE_SECONDS
 from ahriuwu_cli.world import World
 
 Report = Callable[[dict], None]
@@ -66,45 +68,57 @@ class DynamicsTrainer:
         self.step = 0
         self.total = self.config.steps  # None until a time budget has decided it
         self.elapsed = 0.0  # seconds of training (`clock`), over all resumed parts
+        self.log = _Log(world.k_max)
         self.best: float | None = None  # gain over persistence at the last previewed horizon, dB
 
     def train(self, report: Report, stop: StopRequest, stop_at: int | None = None) -> World:
         """Train to the end (or to step `stop_at`, for tests) and return the world with its averaged weights.
 
-        Raises TrainingError on a loss or gradient that is not finite, Interrupted after a signal.
+        Raises TrainingError on a loss or gradient that is not finite or a disk that is full, Interrupted after a
+        signal. The run's folder is free for others afterwards.
         """
+        stop.wait_for_step()
+        try:
+            self._train(report, stop, stop_at)
+        finally:
+            self.run.release()
+        return self.world
+
+    def _train(self, report: Report, stop: StopRequest, stop_at: int | None) -> None:
         manifest = preview_manifest(self.store, self.config.preview_windows, self.config.seed)
         clock = TrainingClock(
             self.elapsed, lambda s: report(self.run.log({"step": self.step, "stood_still_s": round(s)})), self.now
         )
-        log = _Log(self.world.k_max)
+        saved_at, self.log.since = self.elapsed, time.monotonic()
         report = report if self.group.leads else lambda line: None
         while self.total is None or self.step < self.total:
-            self._decide_total()
+            if self._decide_total():
+                self.run.save(self)  # the schedule is part of the run: no step is taken on one that a kill could undo
             losses, norm, frames = self._update()
             self.step += 1
             self.elapsed, signal = self.group.agree(clock.lap(), stop.number)
-            log.add(losses, norm, frames)
+            self.log.add(losses, norm, frames)
 
             # once in a while: write a line of metrics
             if self.step % self.config.log_every == 0 or self.step == self.total:
-                report(self.run.log({**log.line(self.group), **self._progress()}))
+                report(self.run.log({**self.log.line(self.group), **self._progress()}))
             # once in a while: imagine held-out windows, keep the best world
             if self._due(self.config.preview_every, 3):
                 report(self.run.log({"step": self.step, "preview": self._preview(manifest)}))
+                signal = signal or self.group.agree(0.0, stop.number)[1]  # a preview takes its time
             # once in a while: make the run resumable from here
-            if self._due(self.config.save_every or self.config.preview_every, 3) or signal or self.step == stop_at:
+            due = self._due(self.config.save_every or self.config.preview_every, 3)
+            if due or signal or self.step == stop_at or self.elapsed - saved_at > SAVE_SECONDS:
                 self.run.save(self)
+                saved_at = self.elapsed
             if signal and self.step != self.total:
                 self.group.wait()  # none ends before the state is written
                 raise Interrupted(
-                    f"stopped by signal {signal} at step {self.step}; state saved, go on with: {self.run.command} "
-                    f"--resume", signal
-                )  # fmt: skip
+                    f"stopped by signal {signal} at step {self.step}; state saved, go on with: {self.run.again}", signal
+                )
             if self.step == stop_at:
                 break
             clock.rest()
-        return self.world
 
     def _update(self) -> tuple[list[tuple[Batch, ShortcutLoss]], Tensor, int]:
         """One optimiser step over all micro-batches: (what each gave, gradient norm, frames seen)."""
@@ -122,20 +136,20 @@ class DynamicsTrainer:
             results.append((batch, result))
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
         if not torch.isfinite(norm) or not all(torch.isfinite(r.loss) for _, r in results):
-            windows = ", ".join(w for b, _ in results for w in b.windows[:4])
-            raise TrainingError(
-                f"loss or gradient is not finite at step {self.step} (windows {windows}, ...); the last good state is "
-                f"{self.run.newest_state() or 'none'}: try a lower --lr or --precision float32"
-            )
+            windows = [window for batch, _ in results for window in batch.windows]
+            losses = ", ".join(f"{r.loss.item():.4g}" for _, r in results)
+            raise not_finite(f"loss {losses}, gradient norm {norm.item():.4g}", self.step, windows, self.run.states)
         apply(self.optimizers)
         update_average(self.average, self.model, self.config.ema, self.step)
         clips, frames = shape_of(self.config, self.step)
         return results, norm, clips * frames
 
-    def _decide_total(self) -> None:
-        """With a time budget: when only the decay's share of it is left, fix how many steps there will be."""
+    def _decide_total(self) -> bool:
+        """With a time budget: when only the decay's share of it is left, fix how many steps there will be, once."""
         if self.total is None and self.step and self.elapsed >= self.config.budget * (1 - self.config.decay):
             self.total = max(self.step + 1, round(self.step / max(1 - self.config.decay, 1e-3)))
+            return True
+        return False
 
     def _due(self, every: int, times_a_run: int) -> bool:
         """Every `every` steps and at the end; with every = 0 `times_a_run` times in a run of known length."""
@@ -206,12 +220,22 @@ class _Log:
             big = int((batch.d > 1 / self.k_max).sum())
             counts = torch.tensor([1, batch.d.numel() - big, big])  # shares of a step are alike: their losses weigh 1
             means = torch.stack([r.loss.detach(), r.flow, r.bootstrap]).cpu().double()
-            self.terms += torch.stack([means.nan_to_num() * counts, counts])  # NaN: no frame of this kind, so count 0
+            means = means.where(counts > 0, 0)  # no frame of this kind: its mean is NaN
+            self.terms += torch.stack([means * counts, counts])
             index = tau_.bin_index(batch.tau.flatten().cpu(), self.BINS)
             self.bins[0].index_add_(0, index, r.per_frame.flatten().double().cpu())
             self.bins[1].index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
         self.norms.append(norm.item())
         self.frames += frames
+
+    def unfinished(self, group: Group) -> tuple[Tensor, list[float]]:
+        """What the next line already has: sums and counts over all processes, and the norms of its steps."""
+        return group.sum(torch.cat([self.terms, self.bins], dim=1)), self.norms
+
+    def go_on(self, sums: Tensor, norms: list[float]) -> None:
+        """Take up what `unfinished` gave: a line's means are over the same steps, whatever stopped the run between."""
+        self.terms, self.bins = (part.clone() for part in sums.split([len(self.TERMS), self.BINS], dim=1))
+        self.norms = list(norms)
 
     def line(self, group: Group) -> dict:
         terms, bins = group.sum(torch.cat([self.terms, self.bins], dim=1)).split([len(self.TERMS), self.BINS], dim=1)

@@ -2,7 +2,7 @@
 
 A state is `state.json` and the one tensors file it names by hash. The tensors are written first and the rename of
 `state.json` is the moment the new state counts: whatever stops the writing, the state before it can still be loaded.
-Nothing is pickled. Optimizers are flattened to plain tensors and plain JSON, and restored strictly.
+Both renames are flushed. Nothing is pickled. Optimizers are flattened to plain tensors and JSON, and restored strictly.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ahriuwu_cli.disk import sync
 from ahriuwu_cli.errors import CheckpointError
 
 FORMAT = "ahriuwu-state-1"
@@ -27,17 +29,17 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], document: dict[str, 
     """Write tensors and a JSON document into `folder`, which is made if needed, in place of the state that is there.
 
     Tensors may lie on any device and share memory; each is stored by itself. ValueError when the document is not JSON
-    (NaN and infinity are not: say None). Other files of the folder are left alone.
+    (NaN and infinity are not: say None), OSError when the disk is full. Other files of the folder are left alone.
     """
-    from safetensors.torch import save_file
 
     text = json.dumps(document, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "state.safetensors.partial"
-    save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, partial)
+    write_tensors(partial, {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
     digest = _sha256(partial)
-    _sync(partial)
+    sync(partial)
     partial.rename(folder / _tensors_name(digest))
+    sync(folder)
     facts = {
         "format": FORMAT,
         "tensors_sha256": digest,
@@ -46,8 +48,9 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], document: dict[str, 
     }
     partial = folder / (DOCUMENT + ".partial")
     partial.write_text(json.dumps(facts, indent=1) + "\n")
-    _sync(partial)
+    sync(partial)
     partial.rename(folder / DOCUMENT)
+    sync(folder)
     for old in folder.glob("state-*.safetensors"):
         if old.name != _tensors_name(digest):
             old.unlink()
@@ -62,12 +65,26 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    document, digest = read_document(folder)
+    tensors = folder / _tensors_name(digest)
+    try:
+        if _sha256(tensors) != digest:
+            raise CheckpointError(f"{tensors} was altered after it was written (its sha256 differs): use another state")
+        return load_file(tensors), document
+    except OSError as error:
+        raise CheckpointError(f"cannot read {tensors}, which {folder / DOCUMENT} names: {error.strerror}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{tensors} is not a safetensors file ({error}): use another state") from None
+
+
+def read_document(folder: Path) -> tuple[dict[str, Any], str]:
+    """The document of the state in `folder`, unaltered, and the sha256 that its tensors must have. CheckpointError."""
     path = folder / DOCUMENT
     try:
         facts = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"cannot read a training state at {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not JSON: the training state is damaged, use another one") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a training state of the format {FORMAT}: use one that this version wrote")
@@ -77,15 +94,35 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} was altered after it was written (its sha256 differs): use another state")
     if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise CheckpointError(f"{path} names no tensors file: the training state is damaged, use another one")
-    tensors = folder / _tensors_name(digest)
+    return document, digest
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. OSError, as from any other file, when the disk is full or read-only."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
-        if _sha256(tensors) != digest:
-            raise CheckpointError(f"{tensors} was altered after it was written (its sha256 differs): use another state")
-        return load_file(tensors), document
-    except OSError as error:
-        raise CheckpointError(f"cannot read {tensors}, which {path} names: {error.strerror}") from None
+        save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
-        raise CheckpointError(f"{tensors} is not a safetensors file ({error}): use another state") from None
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+    if metadata:
+        _in_order(path)
+
+
+def _in_order(path: Path) -> None:
+    """Sort the metadata, which safetensors shuffles: the same tensors are the same bytes, and have the same hash."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, (len(text), size)
+        file.seek(8)
+        file.write(text)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -167,9 +204,3 @@ def _tensors_name(digest: str) -> str:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have the file on the disk before its name counts."""
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())

@@ -1,0 +1,158 @@
+"""`ahriuwu train tokenizer`: a dataset in, a tokenizer out, fitted in closed form or trained as a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from ahriuwu_cli.commands.options import AsJson, Device, Out, Overwrite, parse_pair
+from ahriuwu_cli.errors import UserError
+
+
+def train_tokenizer(
+    dataset: Path = typer.Argument(..., help="Dataset folder."),
+    out: Path = Out,
+    kind: str = typer.Option("linear", help="linear (principal components, seconds) or transformer."),
+    patch: str = typer.Option(None, help="Patch in pixels, 16 or 16x32 (default: linear 16, transformer 8)."),
+    latent_dim: int = typer.Option(None, help="Channels D of a latent token (default: linear 64, transformer 32)."),
+    whitening: float = typer.Option(0.5, help="linear: 0 keeps pixel distances, 1 equalises the components."),
+    tokens: int = typer.Option(16, help="transformer: latent tokens N of a frame."),
+    steps: int = typer.Option(2000, help="transformer: optimiser steps."),
+    batch: int = typer.Option(8, help="transformer: clips a step."),
+    frames: int = typer.Option(8, help="transformer: frames of a clip."),
+    lr: float = typer.Option(3e-3, help="transformer: learning rate."),
+    lpips_weights: Path = typer.Option(None, help="transformer: LPIPS backbone weights (extra: lpips)."),
+    seed: int = typer.Option(0, help="Seed of everything drawn."),
+    log_every: int = typer.Option(10, help="transformer: steps between lines of metrics."),
+    save_every: int = typer.Option(500, help="transformer: steps between resumable states."),
+    keep: int = typer.Option(2, help="transformer: resumable states kept."),
+    resume: bool = typer.Option(
+        False, "--resume", help="transformer: insist on going on with the run in --out; the same command does."
+    ),
+    device: str = Device,
+    overwrite: bool = Overwrite,
+    as_json: bool = AsJson,
+) -> None:
+    """Fit a tokenizer (frames <-> latents) to the train split and print its reconstruction on the val split."""
+    if kind not in ("linear", "transformer"):
+        from ahriuwu_cli.errors import did_you_mean
+
+        raise UserError(f"unknown --kind {kind!r}: {did_you_mean(kind, ('linear', 'transformer'))}")
+    from ahriuwu_cli.training.restart import stoppable
+
+    settings = {
+        "tokens": tokens, "steps": steps, "batch": batch, "frames": frames, "lr": lr, "seed": seed,
+        "lpips_weights": str(lpips_weights) if lpips_weights else None,
+        "log_every": log_every, "save_every": save_every, "keep": keep,
+    }  # fmt: skip
+    with stoppable() as stop:
+        from ahriuwu_cli.training.distributed import refuse_several
+
+        refuse_several("train tokenizer")
+        if kind == "linear":
+            if resume:
+                raise UserError(
+                    "--resume is for --kind transformer: a linear tokenizer is fitted at once, give --overwrite"
+                )
+            tokenizer, quality, folder = _linear(
+                dataset, out, patch or "16", latent_dim or 64, whitening, device, overwrite, quiet=as_json
+            )
+        else:
+            tokenizer, quality, folder = _transformer(
+                dataset, out, patch or "8", latent_dim or 32, settings, device, stop, resume, overwrite, quiet=as_json
+            )
+    result = {
+        "tokenizer": str(folder),
+        "kind": kind,
+        "tokens": tokenizer.tokens,
+        "latent_dim": tokenizer.latent_dim,
+        "hash": tokenizer.fingerprint(),
+        "val_psnr_db": quality["psnr_db"],
+    }
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(
+        f"{kind} tokenizer: {tokenizer.tokens} tokens x {tokenizer.latent_dim} channels a frame, "
+        f"{quality['psnr_db']:.2f} dB on {quality['frames']} val frames -> {folder}"
+    )
+
+
+def _linear(
+    dataset: Path, out: Path, patch: str, latent_dim: int, whitening: float, device: str, overwrite: bool, quiet: bool
+) -> tuple:
+    """(tokenizer, its quality, its folder): fitted in closed form and written."""
+    from ahriuwu_cli.commands.progress import bar
+    from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.training.assemble import fit_linear_tokenizer
+    from ahriuwu_cli.training.checkpoint import pick_device
+    from ahriuwu_cli.training.run_folder import refuse_used
+
+    store = EpisodeStore.open(dataset)
+    refuse_used(out, overwrite)
+    pick_device(device)
+    with bar("fit tokenizer", "episode", quiet=quiet) as progress:
+        tokenizer = fit_linear_tokenizer(store, parse_pair(patch, "--patch"), latent_dim, whitening, progress)
+    return tokenizer, _write_tokenizer(tokenizer, store, out), out
+
+
+def _transformer(
+    dataset: Path,
+    out: Path,
+    patch: str,
+    latent_dim: int,
+    settings: dict,
+    device: str,
+    stop,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+) -> tuple:
+    """(tokenizer, its quality, its folder): trained in the run folder `out`, or gone on with, or found finished."""
+    from ahriuwu_cli.commands.progress import bar
+    from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.training.checkpoint import load_tokenizer, pick_device, tokenizer_facts
+    from ahriuwu_cli.training.restart import command_line
+    from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
+
+    store = EpisodeStore.open(dataset)
+    where, folder = pick_device(device), out / "tokenizer"
+    config = _transformer_config(store, parse_pair(patch, "--patch"), latent_dim=latent_dim, **settings)
+    with bar("train tokenizer", "step", quiet=quiet) as progress:
+        tokenizer = train_transformer_tokenizer(
+            store, config, out, where, progress, resume, overwrite=overwrite, stop=stop, command=command_line(),
+            announce=lambda sentence: typer.echo(sentence, err=True),
+        )  # fmt: skip
+    if (folder / "config.json").is_file():  # written by a run that had come to its end
+        return load_tokenizer(folder), tokenizer_facts(folder)["val"], folder
+    return tokenizer, _write_tokenizer(tokenizer, store, folder), folder
+
+
+def _write_tokenizer(tokenizer, store, folder: Path) -> dict:
+    """Save a tokenizer with its reconstruction on the val split, which comes back."""
+    from ahriuwu_cli.training.checkpoint import save_tokenizer
+    from ahriuwu_cli.training.run_folder import versions
+    from ahriuwu_cli.training.tokenizer_quality import reconstruction
+
+    quality = reconstruction(tokenizer, store, "val")
+    facts = {**versions(), "dataset": store.name, "dataset_fingerprint": store.fingerprint, "val": quality}
+    save_tokenizer(tokenizer.cpu(), folder, facts)
+    return quality
+
+
+def _transformer_config(store, patch: tuple[int, int], *, tokens: int, latent_dim: int, frames: int, **settings):
+    """The training configuration of a transformer tokenizer for this dataset's frames."""
+    from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizerConfig
+    from ahriuwu_cli.training.tokenizer_config import TokenizerTrainConfig
+
+    if patch[0] != patch[1]:
+        raise UserError(f"--patch {patch[0]}x{patch[1]} is not square, as the transformer tokenizer needs it")
+    try:
+        architecture = TransformerTokenizerConfig(
+            height=store.height, width=store.width, patch=patch[0], tokens=tokens, latent_dim=latent_dim, window=frames
+        )
+        return TokenizerTrainConfig(architecture=architecture, frames=frames, **settings)
+    except ValueError as error:
+        raise UserError(f"bad tokenizer option: {error}") from None

@@ -1,0 +1,97 @@
+"""Files and folders that are there whole or not at all, whatever stops the writing: hidden name, flush, rename, flush.
+
+A rename counts only once the folder that holds the name is flushed too: without that a power cut can undo it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file under a hidden name and rename it over what was there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class replacing:
+    """`with replacing(folder) as temporary`: fill a sibling, then put it in the place of `folder`.
+
+    On Linux the two swap names in one step, so a reader or a kill finds the old one or the new one; elsewhere there is
+    a moment with neither, and `mend` puts the old one back after a kill in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, kind, value, trace) -> None:
+        retired = self.temporary
+        try:
+            if kind is not None:
+                return
+            for path in sorted(self.temporary.rglob("*"), reverse=True):
+                sync(path)
+            sync(self.temporary)
+            if not (self.folder.exists() and exchange(self.temporary, self.folder)):
+                retired = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.old")
+                if self.folder.exists():
+                    os.rename(self.folder, retired)
+                os.rename(self.temporary, self.folder)
+            sync(self.folder.parent)
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where system or file system cannot."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    return swap is not None and swap(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder so that a kill on the way leaves a hidden name, never half of it under its own."""
+    hidden = path
+    if not path.name.startswith("."):
+        hidden = path.with_name(f".{path.name}.{os.getpid()}.old")
+        os.rename(path, hidden)
+    shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+
+
+def mend(folder: Path, names: tuple[str, ...]) -> None:
+    """Clear away what killed writers of these names left in a folder. Only for who holds the folder's lock."""
+    for name in names:
+        if not (folder / name).exists():
+            for old in folder.glob(f".{name}.*.old"):
+                os.rename(old, folder / name)
+                break
+        for left in [*folder.glob(f".{name}.*.tmp"), *folder.glob(f".{name}.*.old")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -1,0 +1,35 @@
+"""What is not finite stops a run, by name: the step, its clips, the last state that is good. Nothing is zeroed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ahriuwu_cli.errors import TrainingError
+from ahriuwu_cli.training.states import States
+
+MOST_NAMED = 64  # windows in the sentence
+
+
+def not_finite(what: str, step: int, windows: Sequence[str], states: States) -> TrainingError:
+    """The error for a step whose loss or gradient is not finite; windows as "episode:first frame"."""
+    named = ", ".join(windows[:MOST_NAMED])
+    if len(windows) > MOST_NAMED:
+        named += f" and {len(windows) - MOST_NAMED} more"
+    return TrainingError(
+        f"loss or gradient is not finite at step {step} ({what}; windows {named}); the last good state is "
+        f"{states.newest() or 'none'}: try a lower --lr or --precision float32"
+    )
+
+
+def check_finite(tensors: Mapping[str, Tensor], step: int, newest: Path | None) -> None:
+    """TrainingError when a state that is about to be saved could only be gone on from to NaN."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"{name} is not finite after step {step}, so this state is not saved; the last good state is "
+                f"{newest or 'none'}: try a lower --lr or --precision float32"
+            )

@@ -1,0 +1,42 @@
+"""The command line that starts this run again, ready to be pasted: quoted, and with the launcher it came from.
+
+Nothing heavy is imported here, so that signals are minded before torch is there.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+from ahriuwu_cli.training.signals import StopRequest
+
+ECHO = 5.0  # seconds in which torchrun may pass on a signal that its processes already got
+_OF_THIS_TIME = ("--resume", "--overwrite")  # how a run is begun; not what is asked for
+
+
+def stoppable() -> StopRequest:
+    """What a training command does its work in, from its first import on: a signal ends it with the command to type."""
+    typed = f"{launcher()} {shlex.join(sys.argv[1:])}"
+    speaks = os.environ.get("RANK", "0") == "0"  # of a launcher's processes
+    return StopRequest(ECHO if _several() else 0.0, f"nothing of this is lost, start again with: {typed}", speaks)
+
+
+def command_line() -> str:
+    """This program's command line without --resume and --overwrite."""
+    return f"{launcher()} {shlex.join(a for a in sys.argv[1:] if a not in _OF_THIS_TIME)}"
+
+
+def launcher() -> str:
+    """How this program was started, as the beginning of a command line."""
+    if not _several():
+        given = sys.orig_argv
+        return shlex.join(given[:3]) if given[1:3] == ["-m", "ahriuwu_cli"] else "ahriuwu"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    each = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    where = "--standalone" if nodes == 1 else f"--nnodes {nodes}"
+    return f"torchrun {where} --nproc-per-node {each} -m ahriuwu_cli"
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -1,0 +1,259 @@
+"""The folder of a run, of whatever is trained: who may write in it, what was asked for, its log and its states.
+
+run.json        what was asked for: configuration, facts of the data, command line, versions
+metrics.jsonl   one JSON object a line
+state/step-N/   all that the next step depends on, the last few
+.lock           held by the process that writes here
+
+The same command again goes on with a run; other settings are refused by name; what is no run is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from ahriuwu_cli import __version__
+from ahriuwu_cli.disk import FULL, discard, mend, sync, write_whole
+from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
+from ahriuwu_cli.training.finite import check_finite
+from ahriuwu_cli.training.lock import LOCK, refuse_alive, take
+from ahriuwu_cli.training.states import States
+
+WRITTEN = ("run.json", "metrics.jsonl", "best", "last", "tokenizer", "state")  # under hidden names first
+_HIDDEN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.\d+\.(tmp|old)")
+
+Announce = Callable[[str], None]
+Asked = dict[str, Any]  # {"kind": "dynamics" or "tokenizer", "config": {...}, "facts": {...}}
+
+
+class RunFolder:
+    """A run on disk: what is asked for, the command that starts it (again), and how many states stay.
+
+    writes: whether this process may; the others of its group see the same run and leave the folder alone.
+    """
+
+    def __init__(self, folder: Path, asked: Asked, command: str, keep: int, writes: bool = True) -> None:
+        self.folder, self.asked, self.command = Path(folder), _plain(asked), command
+        self.writes = writes
+        self.states = States(self.folder / "state", keep)
+        self.again = f"{command} --resume"  # what the user is told to type
+        self.found: str | None = None  # one sentence on what was there, where there was something
+        self._lock: TextIO | None = None
+
+    def begin(self, overwrite: bool, announce: Announce, **more: Any) -> None:
+        """A new run in an empty or absent folder, or in place of what is there. UserError when that may not be."""
+        if not self.writes:
+            return
+        with self.writing("nothing was trained"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._hold(announce)
+            if not overwrite and _content(self.folder):  # somebody was quicker
+                raise UserError(f"{self.folder} is not empty any more: run the same command again")
+            self._begin(more)
+
+    def go_on(self, announce: Announce, **more: Any) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+        """The newest good state of the run that is here, after clearing away what a kill left; None: from step 0 again.
+
+        Nothing is written when the run is finished. UserError when it is alive, CheckpointError when it is damaged.
+        """
+        self.command = read_run(self.folder)["command"]
+        glance = self.states.glance()
+        finished = glance is not None and glance.get("step") == glance.get("total") and not self._has_leftovers()
+        found = self._read(announce) if finished or not self.writes else None
+        if found is None and self.writes:
+            with self.writing("nothing was trained"):
+                self._hold(announce)
+                mend(self.folder, WRITTEN)
+                self.states.clean()
+                found = self.states.load(announce)
+                if found is None:
+                    self._begin(more)
+                else:
+                    self._cut_log(found[2]["step"])
+        self.found = f"{self.folder} holds this run, stopped before its first saved state: starting again from step 0"
+        if found is not None:
+            step, total = found[2]["step"], found[2]["total"]
+            self.found = f"going on with the run in {self.folder} after step {step} of {total or 'a time budget'}"
+            if step == total:
+                self.found = f"the run in {self.folder} is finished: all {total} steps are done"
+        return found
+
+    def _has_leftovers(self) -> bool:
+        """Whether a killed process left something under a hidden name."""
+        return any(_HIDDEN.fullmatch(p.name) for p in self.folder.iterdir()) or self.states.has_leftovers()
+
+    def _read(self, announce: Announce) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+        """The newest state, left as it is; None when it is damaged and this process may mend it."""
+        try:
+            return self.states.load(announce, mend=False)
+        except CheckpointError:
+            if self.writes:
+                return None
+            raise
+
+    def log(self, line: dict) -> dict:
+        """Append one line to metrics.jsonl; NaN never gets in."""
+        if self.writes:
+            with self.writing(), open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        return line
+
+    def save_state(self, step: int, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
+        """Save all that the next step depends on; the log up to here is on the disk before it counts."""
+        check_finite(tensors, step, self.states.newest())
+        with self.writing():
+            if (self.folder / "metrics.jsonl").exists():
+                sync(self.folder / "metrics.jsonl")
+            self.states.save(step, tensors, document)
+
+    @contextmanager
+    def writing(self, otherwise: str | None = None) -> Iterator[None]:
+        """Writing that fails in here is a TrainingError in a sentence: the disk is full, the folder is read-only."""
+        try:
+            yield
+        except OSError as error:
+            remedy = "make room" if error.errno in FULL else "make it writable or choose another --out"
+            newest = self.states.newest()
+            stands = f"the last good state is {newest}, go on with: {self.again}" if newest else "no state is saved yet"
+            raise TrainingError(
+                f"cannot write {error.filename or self.folder} ({error.strerror}): {remedy}; {otherwise or stands}"
+            ) from error
+
+    def release(self) -> None:
+        """Let other runs into the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _hold(self, announce: Announce) -> None:
+        if self._lock is None:
+            self._lock = take(self.folder, announce)
+
+    def _begin(self, more: dict[str, Any]) -> None:
+        """Clear the folder, what is resumable first, and say in it what is asked for now."""
+        for path in sorted(self.folder.iterdir(), key=lambda p: (p.name == "run.json", p.name != "state")):
+            if path.name != LOCK:
+                discard(path)
+        document = {**self.asked, "command": self.command, "versions": versions(), **more}
+        write_whole(self.folder / "run.json", json.dumps(document, indent=1) + "\n")
+
+    def _cut_log(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that come after `step`, and one that a kill cut short."""
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+        if kept != lines:
+            write_whole(file, b"".join(kept))
+
+
+def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, overwrite: bool) -> bool:
+    """Whether a run that is asked for goes on with the one in the folder. Facts may still be missing in `asked`.
+
+    free: settings that may differ. UserError when the folder holds anything else, a run with other settings, or one
+    that is alive. Writes nothing.
+    """
+    if resume and overwrite:
+        raise UserError("give --resume to go on or --overwrite to start over, not both")
+    refuse_file(folder)
+    refuse_alive(folder)
+    content = _content(folder)
+    if overwrite or not content:
+        if resume:
+            raise UserError(f"{folder} holds no run to resume: start it without --resume")
+        return False
+    if "run.json" not in content:
+        if resume:
+            raise UserError(f"{folder} holds no run to resume but other files ({content[0]}): choose another --out")
+        refuse_used(folder, overwrite)
+    try:
+        before = read_run(folder)
+    except CheckpointError:
+        if not resume:
+            refuse_used(folder, overwrite)
+        raise
+    changed = _differences(before, _plain(asked), free)
+    if changed:
+        ways = "resume with the same" if resume else "give the same to go on, another --out, or --overwrite"
+        raise UserError(f"{folder} was started with other settings ({'; '.join(changed[:4])}): {ways}")
+    return True
+
+
+def refuse_used(folder: Path, overwrite: bool) -> None:
+    """UserError when a folder to write already holds something and --overwrite was not given, or when it is a file."""
+    refuse_file(folder)
+    if not overwrite and _content(folder):
+        raise UserError(f"{folder} is not empty: choose another --out, or give --overwrite")
+
+
+def refuse_file(folder: Path) -> None:
+    """UserError when what should be a folder is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder for the run")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder. CheckpointError when it cannot be read or is none of ours."""
+    path = folder / "run.json"
+    try:
+        document = {"kind": "dynamics"} | json.loads(path.read_text())
+        for name, kind in (("kind", str), ("config", dict), ("facts", dict), ("command", str)):
+            if not isinstance(document[name], kind):
+                raise TypeError(f"{name} is not a {kind.__name__}")
+    except KeyError as error:
+        raise CheckpointError(f"{path} cannot be read (it has no {error})") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+    return document
+
+
+def versions() -> dict:
+    """What this ran with: ahriuwu, torch, Python, and the git revision of the code where it is a checkout."""
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "ahriuwu": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "git": git.stdout.strip() or None,
+    }
+
+
+def _content(folder: Path) -> list[str]:
+    """Names in a folder, without the lock and what a killed start left under hidden names."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in names if name != LOCK and not _HIDDEN.fullmatch(name)]
+
+
+def _differences(before: dict[str, Any], asked: Asked, free: tuple[str, ...]) -> list[str]:
+    """What is asked for now and was not then, each as "name old -> new"; long values only by name."""
+    if before["kind"] != asked["kind"]:
+        return [f"train {before['kind']} -> train {asked['kind']}"]
+    old, new = before["config"], asked["config"]
+    pairs = [(name, old.get(name), new.get(name)) for name in [*new, *(old.keys() - new.keys())] if name not in free]
+    pairs += [(name, before["facts"].get(name), value) for name, value in asked.get("facts", {}).items()]
+    return [f"{n} {a!r} -> {b!r}" if len(repr(a) + repr(b)) < 80 else f"{n} differs" for n, a, b in pairs if a != b]
+
+
+def _plain(asked: Asked) -> Asked:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(asked))
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics; a line that is none counts as later than all."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf

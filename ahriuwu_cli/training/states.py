@@ -1,0 +1,106 @@
+"""The states of one run, step-N each: there whole or not at all, the last few kept, damaged ones set aside by name."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ahriuwu_cli.disk import discard, exchange, sync
+from ahriuwu_cli.errors import CheckpointError
+from ahriuwu_cli.training.state import load_state, read_document, save_state
+
+SAVE_SECONDS = 600.0  # of training between states at most: a run that dies loses no more
+_NAME = re.compile(r"step-\d{8,}")
+
+
+class States:
+    """The folder that holds them. keep: how many stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = Path(folder), keep
+
+    def newest(self) -> Path | None:
+        """The newest state, or None. It is as its save left it, or was damaged since: `load` tells."""
+        found = self._found()
+        return found[-1] if found else None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
+        """Write the state of a step, then drop the oldest. OSError leaves the states before it and no trace of this."""
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            sync(self.folder.parent)
+        target = self.folder / f"step-{step:08d}"
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            save_state(partial, tensors, document)
+            if not (target.exists() and exchange(partial, target)):
+                if target.exists():  # the same step again, on a system that cannot swap
+                    discard(target)
+                partial.rename(target)
+            sync(self.folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        for old in self._found()[: -self.keep]:
+            discard(old)
+
+    def glance(self) -> dict[str, Any] | None:
+        """The document of the newest state without its tensors; None when there is none, or a damaged one."""
+        newest = self.newest()
+        try:
+            return None if newest is None else read_document(newest)[0]
+        except CheckpointError:
+            return None
+
+    def load(
+        self, announce: Callable[[str], None], mend: bool = True
+    ) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+        """(its folder, tensors, document) of the newest state that is not damaged; None when none was ever saved.
+
+        mend: rename damaged ones, each with a sentence; otherwise a damaged one is an error. CheckpointError when all
+        are damaged: then they stay as they are.
+        """
+        damaged: list[tuple[Path, CheckpointError]] = []
+        for path in reversed(self._found()):
+            try:
+                tensors, document = load_state(path)
+            except CheckpointError as error:
+                if not mend:
+                    raise
+                damaged.append((path, error))
+                continue
+            for broken, error in damaged:
+                aside = self._set_aside(broken)
+                announce(f"{broken} is damaged ({error}): set aside as {aside.name}, going on from {path} instead")
+            return path, tensors, document
+        if damaged:
+            raise CheckpointError(f"{damaged[0][1]}; no other state is left in {self.folder}: start with --overwrite")
+        if aside := sorted(self.folder.glob("step-*.damaged*")):
+            raise CheckpointError(f"{self.folder} holds damaged states only, such as {aside[-1].name}: use --overwrite")
+        return None
+
+    def has_leftovers(self) -> bool:
+        """Whether a killed save left something."""
+        return any(self.folder.glob(".step-*"))
+
+    def clean(self) -> None:
+        """Remove what killed saves left. Only for who holds the run's lock."""
+        for left in self.folder.glob(".step-*"):
+            shutil.rmtree(left)
+
+    def _found(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+    def _set_aside(self, path: Path) -> Path:
+        aside, count = path.with_name(f"{path.name}.damaged"), 1
+        while aside.exists():
+            count += 1
+            aside = path.with_name(f"{path.name}.damaged-{count}")
+        path.rename(aside)
+        sync(self.folder)
+        return aside

@@ -1,0 +1,283 @@
+"""The folder of a run: when it is gone on with, who may write in it, what it says when disk or numbers fail."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from small import small_dataset
+
+from ahriuwu_cli.errors import CheckpointError, Interrupted, TrainingError, UserError
+from ahriuwu_cli.training.clock import TrainingClock
+from ahriuwu_cli.training.run_folder import RunFolder, goes_on
+from ahriuwu_cli.training.signals import StopRequest
+from ahriuwu_cli.training.states import States
+
+ASKED = {"kind": "dynamics", "config": {"lr": 0.1, "keep": 2, "size": "nano"}, "facts": {"dataset": "bar"}}
+FREE = ("keep",)
+
+
+def asked(**changes):
+    return json.loads(json.dumps(ASKED)) | changes
+
+
+def begun(folder, *steps: int, total: int = 9) -> RunFolder:
+    run = RunFolder(folder, ASKED, "ahriuwu train", keep=2)
+    run.begin(False, print)
+    for step in steps:
+        run.log({"step": step})
+        run.save_state(step, {"a": torch.ones(2)}, {"step": step, "total": total})
+    run.release()
+    return run
+
+
+def test_a_run_goes_on_when_all_that_counts_is_the_same(tmp_path):
+    begun(tmp_path / "run")
+    for resume in (False, True):
+        assert goes_on(tmp_path / "run", ASKED, FREE, resume, False)
+        assert goes_on(tmp_path / "run", asked(config={**ASKED["config"], "keep": 5}), FREE, resume, False)
+        assert goes_on(tmp_path / "run", asked(facts={}), FREE, resume, False)  # not known yet
+    assert not goes_on(tmp_path / "run", ASKED, FREE, False, True)
+    assert not goes_on(tmp_path / "new", ASKED, FREE, False, False)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".lock").touch()  # what a start that was killed at once leaves
+    (tmp_path / "empty" / ".run.json.7.tmp").touch()
+    assert not goes_on(tmp_path / "empty", ASKED, FREE, False, False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "tokenizer"}, "train dynamics -> train tokenizer"),
+        ({"config": {"lr": 0.2, "keep": 2, "size": "mini"}}, "lr 0.1 -> 0.2; size 'nano' -> 'mini'"),
+        ({"config": {**ASKED["config"], "new": 1}}, "new None -> 1"),
+        ({"config": {"lr": 0.1, "keep": 2}}, "size 'nano' -> None"),
+        ({"facts": {"dataset": "a" * 90}}, "dataset differs"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tmp_path, resume, changes, words):
+    begun(tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        goes_on(tmp_path / "run", asked(**changes), FREE, resume, False)
+    assert f"was started with other settings ({words})" in str(caught.value)
+    assert ("resume with the same" if resume else "--overwrite") in str(caught.value)
+
+
+FOREIGN = {
+    "a file": (lambda f: f.write_text("x"), 2, 2),
+    "notes": (lambda f: (f.mkdir(), (f / "notes.txt").write_text("x")), 2, 2),
+    "another program's run.json": (lambda f: (f.mkdir(), (f / "run.json").write_text('{"a": 1}')), 2, 4),
+    "a list": (lambda f: (f.mkdir(), (f / "run.json").write_text("[]")), 2, 4),
+    "half a run.json": (lambda f: (f.mkdir(), (f / "run.json").write_text('{"config": {')), 2, 4),
+    "deep nesting": (lambda f: (f.mkdir(), (f / "run.json").write_text("[" * 99999)), 2, 4),
+}
+
+
+@pytest.mark.parametrize(("make", "code", "code_of_resume"), FOREIGN.values(), ids=FOREIGN)
+def test_what_is_no_run_is_left_alone(tmp_path, make, code, code_of_resume):
+    make(tmp_path / "run")
+    for resume, expected in ((False, code), (True, code_of_resume)):
+        with pytest.raises(UserError) as caught:
+            goes_on(tmp_path / "run", ASKED, FREE, resume, False)
+        assert caught.value.exit_code == expected
+    with pytest.raises(UserError, match="not both"):
+        goes_on(tmp_path / "run", ASKED, FREE, True, True)
+
+
+def test_a_resume_of_nothing_says_to_start_it(tmp_path):
+    with pytest.raises(UserError, match="no run to resume: start it without --resume"):
+        goes_on(tmp_path / "run", ASKED, FREE, True, False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_going_on_cuts_the_log_after_the_state_and_clears_what_a_kill_left(tmp_path):
+    run = begun(tmp_path / "run", 3, 6)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7}\n{"step": 6}\n{"step": 5')
+    for name in (".best.7.tmp", ".last.8.old", "state/.step-00000009.partial"):
+        (tmp_path / "run" / name).mkdir()
+    (tmp_path / "run" / ".mine").touch()
+    _, _, document = run.go_on(print)
+    run.release()
+    assert document["step"] == 6
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 3}\n{"step": 6}\n{"step": 6}\n'
+    names = {p.name for p in (tmp_path / "run").rglob("*") if p.name.startswith(".")}
+    assert names == {".lock", ".mine"}
+
+
+@pytest.mark.parametrize("name", [".tokenizer.7.tmp", "state/.step-00000006.7.old"])
+def test_what_a_kill_left_in_a_finished_run_is_cleared_away_and_nothing_else_is_touched(tmp_path, name):
+    run = begun(tmp_path / "run", 6, total=6)
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"]
+    before = [p.stat().st_mtime_ns for p in files]
+    (tmp_path / "run" / name).mkdir()
+    assert run.go_on(print)[2]["step"] == 6
+    run.release()
+    assert "is finished: all 6 steps are done" in run.found
+    assert not (tmp_path / "run" / name).exists()
+    assert before == [p.stat().st_mtime_ns for p in files]
+
+
+def test_a_log_that_dies_while_it_is_cut_is_whole(tmp_path, monkeypatch):
+    run = begun(tmp_path / "run", 3)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n')
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run.go_on(print)
+    run.release()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 3}\n{"step": 4}\n'
+
+
+def test_an_overwrite_that_dies_on_the_way_leaves_no_mixture_of_two_runs(tmp_path, monkeypatch):
+    begun(tmp_path / "run", 3)
+    (tmp_path / "run" / "best").mkdir()
+    other = RunFolder(tmp_path / "run", asked(config={"lr": 7}), "ahriuwu train", keep=2)
+    calls, rename = [], os.rename
+
+    def dies(a, b):
+        calls.append(a)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        other.begin(True, print)
+    other.release()
+    monkeypatch.undo()
+    assert goes_on(tmp_path / "run", ASKED, FREE, False, False)  # still the old run, from step 0
+    assert States(tmp_path / "run" / "state", 2).newest() is None
+
+
+def test_the_lock_says_who_holds_it_and_a_system_without_locks_is_announced(tmp_path, monkeypatch):
+    run = begun(tmp_path / "run")
+    run.go_on(print)
+    with pytest.raises(UserError, match=rf"is alive \(pid {os.getpid()} on .+\): stop that one"):
+        goes_on(tmp_path / "run", ASKED, FREE, False, False)
+    with pytest.raises(UserError, match="is alive"):
+        RunFolder(tmp_path / "run", ASKED, "", 2).go_on(print)
+    run.release()
+    assert goes_on(tmp_path / "run", ASKED, FREE, False, False)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    said = []
+    run.go_on(said.append)
+    run.release()
+    assert "has no file locks: nothing keeps a second run out of it" in said[0]
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "make room"), (errno.EROFS, "make it writable")])
+def test_a_disk_that_cannot_be_written_is_a_sentence_with_the_last_good_state(tmp_path, monkeypatch, number, remedy):
+    run = begun(tmp_path / "run", 3)
+
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(TrainingError) as caught:
+        run.save_state(6, {"a": torch.ones(2)}, {"step": 6})
+    assert caught.value.exit_code == 1
+    for part in (os.strerror(number), remedy, "state/step-00000003", "go on with: ahriuwu train --resume"):
+        assert part in str(caught.value)
+    monkeypatch.undo()
+    assert run.go_on(print)[2]["step"] == 3
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    run = begun(tmp_path / "run", 3)
+    with pytest.raises(TrainingError, match=r"model\.w is not finite after step 6.*last good state is .*step-00000003"):
+        run.save_state(6, {"model.w": torch.tensor([1.0, float("inf")])}, {"step": 6})
+    assert run.states.newest().name == "step-00000003"
+
+
+def test_a_damaged_run_json_of_a_run_with_states_is_an_error_and_not_a_new_run(tmp_path):
+    begun(tmp_path / "run", 3)
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError, match="not empty"):
+        goes_on(tmp_path / "run", ASKED, FREE, False, False)
+    with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
+        goes_on(tmp_path / "run", ASKED, FREE, True, False)
+
+
+def stopped(by: list[signal.Signals], waits: bool = False, after: str | None = None, **options) -> None:
+    """Signals come, in the loop or before it; then the loop is over."""
+    with StopRequest(**options) as stop:
+        if waits:
+            stop.wait_for_step()
+        for number in by:
+            os.kill(os.getpid(), number)
+        assert stop.number == by[0]
+        assert waits
+        if after:
+            stop.end_at_once(after)
+
+
+def test_a_signal_before_the_loop_ends_at_once_and_one_in_it_waits():
+    with pytest.raises(Interrupted, match="stopped by signal 10; start again") as caught:
+        stopped([signal.SIGUSR1], at_once="start again")
+    assert caught.value.exit_code == 138
+    with pytest.raises(SystemExit) as silent:
+        stopped([signal.SIGTERM], at_once="start again", speaks=False)
+    assert silent.value.code == 143
+    stopped([signal.SIGTERM], waits=True, at_once="start again")
+    with pytest.raises(Interrupted, match="stopped by signal 15; nearly done") as caught:
+        stopped([signal.SIGTERM], waits=True, after="nearly done", at_once="start again")
+    assert caught.value.exit_code == 143
+    with pytest.raises(Interrupted, match="stopped by signal 2; asked twice"):
+        stopped([signal.SIGINT, signal.SIGTERM], waits=True)
+
+
+def test_a_time_budget_decides_its_steps_once_and_a_kill_cannot_undo_it(tmp_path, monkeypatch):
+    """The clock decides at step 6 that there are 10; killed in step 8, a slower clock must not decide again."""
+    from test_training import CONFIG, TINY
+
+    from ahriuwu_cli.models.sizes import SIZES
+    from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
+    from ahriuwu_cli.training.loop import DynamicsTrainer
+
+    monkeypatch.setitem(SIZES, "test", TINY)
+    store = small_dataset(tmp_path / "data", frames=14)
+    tokenizer = fit_linear_tokenizer(store, (8, 8), 6, 0.5)
+    config = replace(CONFIG, steps=None, budget=100.0, decay=0.4)
+
+    def trained(out, seconds: float, dies_at: int = -1):
+        def lap(clock):
+            clock.elapsed += seconds
+            return clock.elapsed
+
+        update = DynamicsTrainer._update
+
+        def dies(trainer):
+            if trainer.step == dies_at:
+                raise KeyboardInterrupt
+            return update(trainer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingClock, "lap", lap)
+            patch.setattr(TrainingClock, "rest", lambda clock: None)
+            patch.setattr(DynamicsTrainer, "_update", dies)
+            trainer = assemble(store, tokenizer, config, out, "train", device=torch.device("cpu"))
+            trainer.train(lambda line: None, StopRequest())
+        return trainer
+
+    whole = trained(tmp_path / "whole", 10.0)
+    assert whole.step == 10
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed", 10.0, dies_at=7)
+    assert States(tmp_path / "killed" / "state", 2).glance()["total"] == 10
+    resumed = trained(tmp_path / "killed", 1.0)
+    assert resumed.step == 10
+    for name, tensor in whole.average.state_dict().items():
+        assert torch.equal(tensor, resumed.average.state_dict()[name]), name

@@ -1,0 +1,204 @@
+"""The states of a run: the last few are kept, a save is there whole or not at all, a damaged one is set aside."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ahriuwu_cli.disk import replacing
+from ahriuwu_cli.errors import CheckpointError
+from ahriuwu_cli.training.states import States
+
+
+def saved(folder: Path, *steps: int, keep: int = 3) -> States:
+    states = States(folder / "state", keep)
+    for step in steps:
+        states.save(step, {"a": torch.full((4,), float(step))}, {"step": step, "total": 9})
+    return states
+
+
+def names(states: States) -> list[str]:
+    return sorted(path.name for path in states.folder.iterdir())
+
+
+def silent(sentence: str) -> None:
+    raise AssertionError(sentence)
+
+
+def tensors_of(states: States, step: int) -> Path:
+    return next((states.folder / f"step-{step:08d}").glob("state-*"))
+
+
+DAMAGE = {
+    "truncated tensors": lambda s: tensors_of(s, 3).write_bytes(tensors_of(s, 3).read_bytes()[:-5]),
+    "altered tensors": lambda s: tensors_of(s, 3).write_bytes(tensors_of(s, 3).read_bytes()[:-1] + b"!"),
+    "no tensors": lambda s: tensors_of(s, 3).unlink(),
+    "bad JSON": lambda s: (s.folder / "step-00000003" / "state.json").write_text("{"),
+    "no JSON": lambda s: (s.folder / "step-00000003" / "state.json").unlink(),
+    "nothing": lambda s: [p.unlink() for p in (s.folder / "step-00000003").iterdir()],
+}
+
+
+def test_the_last_few_are_kept_and_the_newest_is_loaded(tmp_path):
+    states = saved(tmp_path, 1, 2, 3, 4)
+    assert names(states) == ["step-00000002", "step-00000003", "step-00000004"]
+    path, tensors, document = states.load(silent)
+    assert (path.name, document["step"]) == ("step-00000004", 4)
+    assert torch.equal(tensors["a"], torch.full((4,), 4.0))
+    assert saved(tmp_path / "new").load(silent) is None
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_newest_state_is_named_and_set_aside_and_the_one_before_is_used(tmp_path, damage):
+    states, said = saved(tmp_path, 1, 2, 3), []
+    damage(states)
+    with pytest.raises(CheckpointError):
+        states.load(silent, mend=False)
+    assert "step-00000003" in names(states)
+    assert states.load(said.append)[2]["step"] == 2
+    (sentence,) = said
+    assert "step-00000003 is damaged" in sentence
+    assert "set aside as step-00000003.damaged, going on from" in sentence
+    assert "step-00000002 instead" in sentence
+    assert names(states) == ["step-00000001", "step-00000002", "step-00000003.damaged"]
+    states.save(3, {"a": torch.zeros(1)}, {"step": 3})  # trained again, and damaged again
+    damage(states)
+    assert states.load(said.append)[2]["step"] == 2
+    assert names(states)[-2:] == ["step-00000003.damaged", "step-00000003.damaged-2"]
+    saved(tmp_path, 4, 5, 6)
+    assert names(states)[-5:] == [
+        "step-00000003.damaged", "step-00000003.damaged-2", "step-00000004", "step-00000005", "step-00000006",
+    ]  # fmt: skip
+
+
+def test_when_all_are_damaged_it_is_an_error_every_time_and_they_stay(tmp_path):
+    states = saved(tmp_path, 2, 3, keep=2)
+    for path in states.folder.glob("*/state.json"):
+        path.write_text("")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no other state is left"):
+            states.load(silent)
+    assert names(states) == ["step-00000002", "step-00000003"]
+    for path in states.folder.iterdir():
+        path.rename(path.with_name(path.name + ".damaged"))
+    with pytest.raises(CheckpointError, match="holds damaged states only"):
+        states.load(silent)
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (2, 2)], ids=["another step", "the same step again"])
+def test_a_save_that_dies_at_any_call_of_the_system_leaves_the_state_before_it_or_its_own(tmp_path, monkeypatch, steps):
+    """Every fsync, rename, replace, unlink, mkdir and rmdir in turn is the last thing that the process does."""
+
+    class Dies(BaseException):
+        pass
+
+    def fatal(at: int) -> bool:
+        """Save a first state, then a second that dies at call number `at`. Whether it got that far."""
+        states, calls = saved(tmp_path / str(at), steps[0], keep=1), []
+        real = {name: getattr(os, name) for name in ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "open")}
+
+        def counted(name):
+            def call(*args, **kwargs):
+                calls.append(name)
+                if len(calls) > at:
+                    raise Dies
+                return real[name](*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(os, name, counted(name))
+            try:
+                states.save(steps[1], {"a": torch.full((4,), 77.0)}, {"step": steps[1]})
+            except Dies:
+                pass
+            else:
+                return False
+        states.clean()
+        _, tensors, document = states.load(silent)
+        assert (document["step"], tensors["a"][0].item()) in ((steps[0], float(steps[0])), (steps[1], 77.0)), calls
+        assert all(name.startswith("step-") for name in names(states)), names(states)
+        return True
+
+    at = 0
+    while fatal(at):
+        at += 1
+    assert at > 8
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_save_on_a_full_disk_leaves_the_states_before_it_and_no_trace(tmp_path, monkeypatch, number):
+    states = saved(tmp_path, 1, 2)
+
+    def full(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        states.save(3, {"a": torch.zeros(2)}, {"step": 3})
+    assert names(states) == ["step-00000001", "step-00000002"]
+    assert states.load(silent)[2]["step"] == 2
+
+
+def test_what_a_killed_save_left_is_no_state_and_is_cleared_away(tmp_path):
+    states = saved(tmp_path, 1)
+    left = states.folder / ".step-00000002.partial"
+    left.mkdir()
+    (left / "state.safetensors.partial").write_text("half")
+    assert states.load(silent)[2]["step"] == 1
+    states.clean()
+    assert names(states) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "renamed twice"])
+def test_a_folder_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path, monkeypatch, swap):
+    from ahriuwu_cli import disk
+
+    if not swap:
+        monkeypatch.setattr(disk, "exchange", lambda a, b: False)
+    for content in ("old", "new"):
+        with replacing(tmp_path / "world") as temporary:
+            (temporary / "file").write_text(content)
+        assert (tmp_path / "world" / "file").read_text() == content
+        assert [p.name for p in tmp_path.iterdir()] == ["world"]
+
+
+def test_a_reader_never_finds_a_folder_gone_while_it_is_replaced(tmp_path):
+    """On systems that swap two names in one step; the loop dies with the writer's process if it ever fails."""
+    import subprocess
+    import sys
+
+    from ahriuwu_cli import disk
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    if not disk.exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot swap names")
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom ahriuwu_cli.disk import replacing\n"
+        "for i in range(300):\n    with replacing(Path(sys.argv[1])) as t:\n        (t / 'file').write_text(str(i))\n"
+    )
+    with replacing(tmp_path / "world") as temporary:
+        (temporary / "file").write_text("first")
+    writer = subprocess.Popen([sys.executable, "-c", script, tmp_path / "world"])
+    looks = 0
+    while writer.poll() is None:
+        assert (tmp_path / "world").is_dir()
+        looks += 1
+    assert writer.returncode == 0
+    assert looks > 300
+    assert (tmp_path / "world" / "file").read_text() == "299"
+
+
+def test_after_a_kill_between_two_renames_the_old_folder_is_put_back(tmp_path):
+    from ahriuwu_cli.disk import mend
+
+    for name in (".best.7.old", ".best.7.tmp", ".last.7.tmp", ".mine.7.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    mend(tmp_path, ("best", "last"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.7.tmp", "best"]
+    assert (tmp_path / "best" / "file").read_text() == ".best.7.old"
