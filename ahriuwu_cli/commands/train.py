@@ -8,13 +8,15 @@ from pathlib import Path
 
 import typer
 
-from ahriuwu_cli.commands.options import Device, parse_pair, parse_seconds
+from ahriuwu_cli.commands import options, values
+from ahriuwu_cli.commands.values import listed
 from ahriuwu_cli.errors import UserError
 
 Out = typer.Option(..., "--out", help="Folder to write; must be new or empty unless --overwrite.")
 Overwrite = typer.Option(False, "--overwrite", help="Replace what is in --out.")
+KINDS = ("linear", "transformer")
 ECHO = 5.0  # seconds in which torchrun may pass on a signal that its processes already got
-AsJson = typer.Option(False, "--json", help="Print one JSON object instead of text.")
+TRANSFORMER = ("tokens", "steps", "batch", "frames", "lr", "lpips_weights", "resume")  # options of that kind alone
 
 
 def register(app: typer.Typer) -> None:
@@ -25,53 +27,64 @@ def register(app: typer.Typer) -> None:
 
 
 def train_tokenizer(
+    ctx: typer.Context,
     dataset: Path = typer.Argument(..., help="Dataset folder."),
     out: Path = Out,
-    kind: str = typer.Option("linear", help="linear (principal components, seconds) or transformer."),
-    patch: str = typer.Option(None, help="Patch in pixels, 16 or 16x32 (default: linear 16, transformer 8)."),
-    latent_dim: int = typer.Option(None, help="Channels D of a latent token (default: linear 64, transformer 32)."),
-    whitening: float = typer.Option(0.5, help="linear: 0 keeps pixel distances, 1 equalises the components."),
-    tokens: int = typer.Option(16, help="transformer: latent tokens N of a frame."),
-    steps: int = typer.Option(2000, help="transformer: optimiser steps."),
-    batch: int = typer.Option(8, help="transformer: clips a step."),
-    frames: int = typer.Option(8, help="transformer: frames of a clip."),
-    lr: float = typer.Option(3e-3, help="transformer: learning rate."),
+    kind: str = options.name(
+        "linear", "--kind", lambda: KINDS, "linear (principal components, seconds) or transformer."
+    ),
+    patch: str = options.text(
+        None, "--patch", values.pair, "Patch in pixels, 16 or 16x32 (default: linear 16, transformer 8)."
+    ),
+    latent_dim: int = options.whole(
+        None, "--latent-dim", 1, 65536, "Channels D of a latent token (default: linear 64, transformer 32)."
+    ),
+    whitening: float = options.number(
+        0.5, "--whitening", 0, 1, "linear: 0 keeps pixel distances, 1 equalises the components."
+    ),
+    tokens: int = options.whole(16, "--tokens", 1, 4096, "transformer: latent tokens N of a frame."),
+    steps: int = options.whole(2000, "--steps", 1, options.MANY, "transformer: optimiser steps."),
+    batch: int = options.whole(8, "--batch", 1, 65536, "transformer: clips a step."),
+    frames: int = options.whole(8, "--frames", 1, 10_000, "transformer: frames of a clip."),
+    lr: float = options.number(3e-3, "--lr", 0, 10, "transformer: learning rate.", "()"),
     lpips_weights: Path = typer.Option(None, help="transformer: LPIPS backbone weights (extra: lpips)."),
-    seed: int = typer.Option(0, help="Seed of everything drawn."),
+    seed: int = options.seed("Seed of everything drawn."),
     resume: bool = typer.Option(False, "--resume", help="transformer: go on with the run in --out."),
-    device: str = Device,
+    device: str = options.Device,
     overwrite: bool = Overwrite,
-    as_json: bool = AsJson,
+    as_json: bool = options.AsJson,
 ) -> None:
     """Fit a tokenizer (frames <-> latents) to the train split and print its reconstruction on the val split."""
-    if kind not in ("linear", "transformer"):
-        from ahriuwu_cli.errors import did_you_mean
-
-        raise UserError(f"unknown --kind {kind!r}: {did_you_mean(kind, ('linear', 'transformer'))}")
+    if kind == "linear":
+        options.only_for(ctx, "is for --kind transformer", *TRANSFORMER)
+    else:
+        options.only_for(ctx, "is for --kind linear", "whitening")
+    if resume:
+        options.only_for(ctx, "contradicts --resume, which keeps what is in --out", "overwrite")
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.checkpoint import pick_device, save_tokenizer
     from ahriuwu_cli.training.distributed import refuse_several
-    from ahriuwu_cli.training.run import refuse_used, versions
+    from ahriuwu_cli.training.run import versions
     from ahriuwu_cli.training.tokenizer_quality import reconstruction
 
     refuse_several("train tokenizer")
-    store = EpisodeStore.open(dataset)
-    if not resume:
-        refuse_used(out, overwrite)
+    check_folder(out, overwrite or resume)
     where = pick_device(device)
+    store = EpisodeStore.open(dataset)
     patch = patch or ("16" if kind == "linear" else "8")
     latent_dim = latent_dim or (64 if kind == "linear" else 32)
     if kind == "linear":
         with bar("fit tokenizer", "episode", quiet=as_json) as progress:
-            tokenizer = fit_linear_tokenizer(store, parse_pair(patch, "--patch"), latent_dim, whitening, progress)
+            tokenizer = fit_linear_tokenizer(store, values.pair(patch), latent_dim, whitening, progress)
     else:
         from ahriuwu_cli.training.signals import StopRequest
         from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
 
         config = _transformer_config(
-            store, parse_pair(patch, "--patch"), tokens=tokens, latent_dim=latent_dim, steps=steps, batch=batch,
+            store, values.pair(patch), tokens=tokens, latent_dim=latent_dim, steps=steps, batch=batch,
             frames=frames, lr=lr, lpips_weights=str(lpips_weights) if lpips_weights else None, seed=seed,
         )  # fmt: skip
         with bar("train tokenizer", "step", quiet=as_json) as progress, StopRequest() as stop:
@@ -101,62 +114,114 @@ def train_tokenizer(
 
 
 def train_dynamics(
+    ctx: typer.Context,
     dataset: Path = typer.Argument(..., help="Dataset folder."),
     out: Path = Out,
     tokenizer: Path = typer.Option(None, help="Tokenizer folder; without it a linear one is fitted first."),
-    size: str = typer.Option("nano", help="nano, mini, tiny, small, medium, large or xlarge; see `ahriuwu info`."),
-    steps: int = typer.Option(None, help="Optimiser steps. Give this or --budget."),
-    budget: str = typer.Option(None, help="Training time, such as 90s, 4m or 2h (default 4m)."),
-    batch: int = typer.Option(16, help="Clips a step, of all micro-batches and processes together."),
-    frames: int = typer.Option(12, help="Frames of a clip."),
-    long_frames: int = typer.Option(0, help="Frames of a long clip, at equal frames a step."),
-    long_every: int = typer.Option(0, help="Every how many steps the clips are long ones."),
-    accumulate: int = typer.Option(1, help="Micro-batches a step of a process; a resume may change it."),
-    forcing: str = typer.Option(
-        "independent", help="Draws of tau and d: independent, context, uniform, horizon, prefix."
+    size: str = options.name(
+        "nano",
+        "--size",
+        listed("models.sizes", "SIZES"),
+        "nano, mini, tiny, small, medium, large or xlarge; see `ahriuwu info`.",
     ),
-    tau_ctx: float = typer.Option(0.1, help="Noise of context frames, tau (0 clean, 1 noise)."),
-    ramp: str = typer.Option("paper", help="Loss weight over tau: paper, inverted, flat, velocity."),
-    bootstrap_share: float = typer.Option(0.125, help="Share of clips that train larger step sizes d (eq. 7)."),
-    bootstrap_target: str = typer.Option("eq7", help="Target of larger steps: eq7, or for ablation second."),
-    predicts: str = typer.Option("x", help="What the network gives: x (z_clean), or for ablation v (velocity)."),
-    single_image_share: float = typer.Option(0.0, help="Share of clips seen as single images."),
-    optimizer: str = typer.Option("muon", help="muon, adamw, or adafactor (hardly any state; wants ten times the lr)."),
-    optimizer_state: str = typer.Option("float32", help="Number format of muon's momentum: float32 or bfloat16."),
-    lr: float = typer.Option(3e-3, help="Learning rate."),
-    weight_decay: float = typer.Option(0.0, help="Decoupled weight decay."),
-    warmup: int = typer.Option(20, help="Steps of linear warm-up."),
-    decay: float = typer.Option(0.4, help="Share of the run in which the learning rate falls to 0."),
-    clip: float = typer.Option(1.0, help="Largest gradient norm."),
-    ema: float = typer.Option(0.98, help="Decay of the averaged weights that are sampled from."),
-    precision: str = typer.Option("float32", help="float32, or bfloat16 autocast."),
+    steps: int = options.whole(None, "--steps", 1, options.MANY, "Optimiser steps. Give this or --budget."),
+    budget: str = options.text(None, "--budget", values.seconds, "Training time, such as 90s, 4m or 2h (default 4m)."),
+    batch: int = options.whole(16, "--batch", 1, 65536, "Clips a step, of all micro-batches and processes together."),
+    frames: int = options.whole(12, "--frames", 2, 10_000, "Frames of a clip."),
+    long_frames: int = options.whole(0, "--long-frames", 0, 10_000, "Frames of a long clip, at equal frames a step."),
+    long_every: int = options.whole(
+        0, "--long-every", 0, options.MANY, "Every how many steps the clips are long ones."
+    ),
+    accumulate: int = options.whole(
+        1, "--accumulate", 1, 65536, "Micro-batches a step of a process; a resume may change it."
+    ),
+    forcing: str = options.name(
+        "independent",
+        "--forcing",
+        listed("diffusion.forcing", "FORCINGS"),
+        "Draws of tau and d: independent, context, uniform, horizon, prefix.",
+    ),
+    tau_ctx: float = options.tau_ctx(0.1),
+    ramp: str = options.name(
+        "paper", "--ramp", listed("diffusion.objective", "RAMPS"), "Loss weight over tau: paper, inverted, flat, velocity."
+    ),
+    bootstrap_share: float = options.number(
+        0.125, "--bootstrap-share", 0, 1, "Share of clips that train larger step sizes d (eq. 7)."
+    ),
+    bootstrap_target: str = options.name(
+        "eq7",
+        "--bootstrap-target",
+        listed("diffusion.objective", "BOOTSTRAPS"),
+        "Target of larger steps: eq7, or for ablation second.",
+    ),
+    predicts: str = options.name(
+        "x",
+        "--predicts",
+        listed("models.dynamics", "PREDICTS"),
+        "What the network gives: x (z_clean), or for ablation v (velocity).",
+    ),
+    single_image_share: float = options.number(
+        0.0, "--single-image-share", 0, 1, "Share of clips seen as single images."
+    ),
+    optimizer: str = options.name(
+        "muon",
+        "--optimizer",
+        listed("config", "OPTIMIZERS"),
+        "muon, adamw, or adafactor (hardly any state; wants ten times the lr).",
+    ),
+    optimizer_state: str = options.name(
+        "float32",
+        "--optimizer-state",
+        listed("config", "PRECISIONS"),
+        "Number format of muon's momentum: float32 or bfloat16.",
+    ),
+    lr: float = options.number(3e-3, "--lr", 0, 10, "Learning rate.", "()"),
+    weight_decay: float = options.number(0.0, "--weight-decay", 0, 10, "Decoupled weight decay.", "[)"),
+    warmup: int = options.whole(20, "--warmup", 0, options.MANY, "Steps of linear warm-up."),
+    decay: float = options.number(0.4, "--decay", 0, 1, "Share of the run in which the learning rate falls to 0."),
+    clip: float = options.number(1.0, "--clip", 0, 1e9, "Largest gradient norm.", "(]"),
+    ema: float = options.number(0.98, "--ema", 0, 1, "Decay of the averaged weights that are sampled from."),
+    precision: str = options.name(
+        "float32", "--precision", listed("config", "PRECISIONS"), "float32, or bfloat16 autocast."
+    ),
     checkpoint_activations: bool = typer.Option(
         False, "--checkpoint-activations", help="Compute activations again instead of keeping them: less memory."
     ),
     compile_model: bool = typer.Option(False, "--compile", help="torch.compile the blocks: slow start, faster steps."),
-    threads: int = typer.Option(0, help="CPU threads; 0 leaves it to PyTorch."),
-    seed: int = typer.Option(0, help="Seed of everything drawn."),
-    log_every: int = typer.Option(10, help="Steps between lines of metrics."),
-    preview_every: int = typer.Option(0, help="Steps between held-out rollouts; 0: three a run."),
-    save_every: int = typer.Option(0, help="Steps between resumable states; 0: with every preview."),
-    keep: int = typer.Option(2, help="Resumable states kept."),
-    preview_windows: int = typer.Option(32, help="Windows of a preview."),
+    threads: int = options.whole(0, "--threads", 0, 1024, "CPU threads; 0 leaves it to PyTorch."),
+    seed: int = options.seed("Seed of everything drawn."),
+    log_every: int = options.whole(10, "--log-every", 1, options.MANY, "Steps between lines of metrics."),
+    preview_every: int = options.whole(
+        0, "--preview-every", 0, options.MANY, "Steps between held-out rollouts; 0: three a run."
+    ),
+    save_every: int = options.whole(
+        0, "--save-every", 0, options.MANY, "Steps between resumable states; 0: with every preview."
+    ),
+    keep: int = options.whole(2, "--keep", 1, 1_000_000, "Resumable states kept."),
+    preview_windows: int = options.whole(32, "--preview-windows", 1, 1_000_000, "Windows of a preview."),
     resume: bool = typer.Option(False, "--resume", help="Go on with the run in --out, exactly."),
     init_from: Path = typer.Option(None, help="Start from the weights of this world."),
     forecast: bool = typer.Option(
         False,
         "--dry-run",
-        help="Write nothing: forecast parameters, FLOPs and memory, and what fits on a card.",
+        help="Write nothing: forecast parameters, FLOPs and memory of this command, and what fits on a card.",
     ),
-    parallel: str = typer.Option(
-        None, help="Under torchrun: ddp (default), or fsdp for models that do not fit one GPU; a resume may change it."
+    parallel: str = options.name(
+        None,
+        "--parallel",
+        listed("training.distributed", "PARALLEL"),
+        "Under torchrun: ddp (default), or fsdp for models that do not fit one GPU; a resume may change it.",
     ),
-    device: str = Device,
+    device: str = options.Device,
     overwrite: bool = Overwrite,
-    as_json: bool = AsJson,
+    as_json: bool = options.AsJson,
 ) -> None:
     """Train the dynamics on a dataset's latents: shortcut forcing (Dreamer 4, eq. 7 and 8), EMA, previews, resume."""
     settings = dict(locals())
+    if resume:
+        options.only_for(ctx, "contradicts --resume, which keeps what is in --out", "overwrite")
+    if forcing == "horizon":
+        options.only_for(ctx, "says nothing to --forcing horizon, which trains the smallest d alone", "bootstrap_share")
     from dataclasses import fields
 
     from ahriuwu_cli.config import TrainConfig
@@ -164,13 +229,12 @@ def train_dynamics(
     if steps is not None and budget is not None:
         raise UserError("give either --steps or --budget, not both")
     if steps is None:
-        settings["budget"] = parse_seconds(budget or "4m", "--budget")
+        settings["budget"] = values.seconds(budget or "4m")
     settings["compile"] = compile_model
     try:
         config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
     except ValueError as error:
         raise UserError(f"bad training option: {error}") from None
-    _check_names(config)
     if forecast:
         from ahriuwu_cli.commands.dry_run import dry_run
 
@@ -264,19 +328,3 @@ def _transformer_config(store, patch: tuple[int, int], *, tokens: int, latent_di
         return TokenizerTrainConfig(architecture=architecture, frames=frames, **settings)
     except ValueError as error:
         raise UserError(f"bad tokenizer option: {error}") from None
-
-
-def _check_names(config) -> None:
-    from ahriuwu_cli.diffusion.forcing import FORCINGS
-    from ahriuwu_cli.diffusion.objective import BOOTSTRAPS, RAMPS
-    from ahriuwu_cli.errors import did_you_mean
-    from ahriuwu_cli.models.dynamics import PREDICTS
-
-    for option, name, known in (
-        ("--forcing", config.forcing, tuple(FORCINGS)),
-        ("--ramp", config.ramp, RAMPS),
-        ("--bootstrap-target", config.bootstrap_target, BOOTSTRAPS),
-        ("--predicts", config.predicts, PREDICTS),
-    ):
-        if name not in known:
-            raise UserError(f"unknown {option} {name!r}: {did_you_mean(name, known)}")

@@ -171,7 +171,7 @@ class EpisodeWriter:
         }
         self._episodes: list[dict[str, Any]] = []
         check_target(self.path, overwrite)
-        split_episodes(1, fractions, seed)  # refuse bad fractions now, not after an hour of recording
+        check_fractions(fractions)  # now, not after an hour of recording
         near = next(p for p in self.path.parents if p.is_dir())  # parents are made only at the end
         self._staging = near / f".{self.path.name}.partial-{os.getpid()}"
         # Cleaned up by __exit__, and at the process's end where an interrupt hits before __exit__ has begun.
@@ -254,7 +254,18 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
         train, val, test = (float(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"the splits {text!r} are not three shares: give train,val,test such as 0.8,0.1,0.1") from None
+    check_fractions((train, val, test))
     return train, val, test
+
+
+def check_fractions(fractions: tuple[float, ...]) -> None:
+    """UserError unless these are three shares that sum to 1 and leave something to train on."""
+    if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(
+            f"splits {fractions} must be three shares (train, val, test) that sum to 1, such as 0.8,0.1,0.1"
+        )
+    if fractions[0] == 0:
+        raise UserError(f"splits {fractions} leave nothing to train on: give train a share above 0")
 
 
 def split_episodes(n: int, fractions: tuple[float, float, float], seed: int) -> list[str]:
@@ -262,12 +273,7 @@ def split_episodes(n: int, fractions: tuple[float, float, float], seed: int) -> 
     gets at least one; 2 become train and val; 1 is train. Raises UserError on fractions that are not shares of 1."""
     import numpy as np
 
-    if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(
-            f"splits {fractions} must be three shares (train, val, test) that sum to 1, such as 0.8,0.1,0.1"
-        )
-    if fractions[0] == 0:
-        raise UserError(f"splits {fractions} leave nothing to train on: give train a share above 0")
+    check_fractions(fractions)
     wanted = [max(1, round(n * f)) if f > 0 else 0 for f in fractions[1:]]
     while sum(wanted) > n - 1:  # train keeps one; test gives way before val
         wanted[1 if wanted[1] >= wanted[0] else 0] -= 1
