@@ -41,9 +41,11 @@ def generate(
     from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, ready
     from ahriuwu_cli.evaluation.saved import save_rollouts
     from ahriuwu_cli.evaluation.shards import choose_device, find_shards, shard_windows
+    from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.training.checkpoint import load_world
 
     mine = find_shards(shard, "cells", os.environ)  # here the windows are what is shared
+    check_folder(out, overwrite=True)
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, choose_device(device, mine))
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}

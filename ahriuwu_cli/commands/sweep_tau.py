@@ -96,6 +96,7 @@ def sweep_tau(
     from ahriuwu_cli.evaluation import report, sweep_cells, sweep_report
     from ahriuwu_cli.evaluation.cells import weights_hash
     from ahriuwu_cli.evaluation.sweep import Storage, SweepConfig, ready, sweep
+    from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.training.checkpoint import load_world
 
     config = SweepConfig(
@@ -104,6 +105,7 @@ def sweep_tau(
         seed=seed, batch=batch, delta=delta, test=not no_test,
     )  # fmt: skip
     seconds = values.seconds(budget) if budget else None
+    check_folder(out, overwrite=True)  # what may be in it, only the sweep itself can say
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
     asked = {"split": split, "windows": windows, "context": context, "horizon": horizon}

@@ -10,7 +10,7 @@ import typer
 
 from ahriuwu_cli.commands import options, values
 from ahriuwu_cli.commands.values import listed
-from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.errors import CheckpointError, UserError
 
 Out = typer.Option(..., "--out", help="Folder to write; must be new or empty unless --overwrite.")
 Overwrite = typer.Option(False, "--overwrite", help="Replace what is in --out.")
@@ -279,18 +279,19 @@ def _train(
     """What every process of the group does, from the dataset to the end of the run."""
     from ahriuwu_cli.commands.progress import bar, training_bar
     from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.training.assemble import assemble, fit_for_all
     from ahriuwu_cli.training.batches import check_shares
     from ahriuwu_cli.training.checkpoint import load_tokenizer
     from ahriuwu_cli.training.distributed import launcher
-    from ahriuwu_cli.training.run import refuse_used
     from ahriuwu_cli.training.signals import StopRequest
 
     def opened():
+        if init_from is not None and not init_from.exists():
+            raise CheckpointError(f"there is no checkpoint at {init_from}")
+        check_folder(out, overwrite or resume)
         check_shares(config, group.world)
         store = EpisodeStore.open(dataset)
-        if not resume:
-            refuse_used(out, overwrite)
         return store, load_tokenizer(tokenizer) if tokenizer is not None else None
 
     store, encoder = group.together(opened)
