@@ -114,7 +114,7 @@ def whole(folder: Path, read: Callable[[], T]) -> T:
             old, missing = _put_away(folder), missing + 1
             if not old and missing > MISSING:
                 return read()  # which says what is wrong
-            if old and missing > PATIENCE / PAUSE:
+            if old and time.monotonic() > deadline:
                 raise UserError(f"{folder} is not there: saving it was cut short, rename {old} back") from None
         else:
             try:
@@ -129,8 +129,8 @@ def whole(folder: Path, read: Callable[[], T]) -> T:
 
 
 @contextmanager
-def claimed(out: Path, announce: Callable[[str], None]) -> Iterator[None]:
-    """Hold `out` (made when it is missing) for this process; UserError when another one holds it.
+def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iterator[None]:
+    """Hold `out` (made when it is missing) for this process; UserError when another one holds it, or has filled it.
 
     The lock is `flock` on the folder itself, so nothing is left behind, however the process ends. An `out` that stays
     empty is removed. A file system without locks is said.
@@ -149,6 +149,7 @@ def claimed(out: Path, announce: Callable[[str], None]) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
             announce(f"{out} has no file locks: see to it that no other process writes there")
+        check_folder(out, overwrite)
         yield
     finally:
         for folder in made:

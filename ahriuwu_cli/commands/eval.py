@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
+    ctx: typer.Context,
     checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
     dataset: Path = typer.Argument(..., help="Dataset folder with the same actions and frame size."),
     out: Path = typer.Option(
@@ -70,7 +71,7 @@ def evaluate(
     from ahriuwu_cli.evaluation.looks import look_closer, optional_looks, parse_looks
     from ahriuwu_cli.evaluation.looks_text import looks_text
     from ahriuwu_cli.evaluation.prepare import prepare
-    from ahriuwu_cli.folders import check_folder
+    from ahriuwu_cli.folders import check_folder, claimed
     from ahriuwu_cli.training.checkpoint import load_world
 
     wanted = parse_looks(looks)
@@ -84,6 +85,7 @@ def evaluate(
     config = EvaluationConfig(seed=seed, batch=batch, noise_seeds=noise_seeds)
     config, stored = choose_windows(config, asked, manifest, store)
     config, stored = prepare(world, store, config, generation, stored)
+    ctx.with_resource(claimed(out, overwrite, options.say))
     with bar("eval", "frame", quiet=as_json) as progress:
         result = run(world, store, config, generation, stored, progress)
     say = None if as_json else lambda name: typer.echo(f"looking closer: {name}", err=True)
@@ -91,7 +93,6 @@ def evaluate(
     result["timing"]["looks"] = closer.pop("look_seconds")
     result |= closer
 
-    out.mkdir(parents=True, exist_ok=True)
     files = {name: out / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png", "windows.json")}
     if "error" in result.get("levels", {}):
         files |= {name: out / name for name in ("levels.png", "levels_map.png")}

@@ -67,6 +67,7 @@ def generate(
 
 
 def score(
+    ctx: typer.Context,
     rollouts: Path = typer.Argument(..., help="The --out of `ahriuwu eval generate`."),
     dataset: Path = typer.Argument(..., help="The dataset that the windows are of."),
     out: Path = typer.Option(..., "--out", help="Folder for eval.json, eval.csv, windows.csv, curve.png."),
@@ -82,13 +83,13 @@ def score(
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.evaluation import plots, report
     from ahriuwu_cli.evaluation.saved import score_rollouts
-    from ahriuwu_cli.folders import check_folder
+    from ahriuwu_cli.folders import check_folder, claimed
 
     check_folder(out, overwrite)
     store = EpisodeStore.open(dataset)
+    ctx.with_resource(claimed(out, overwrite, options.say))
     with bar("score", "window", quiet=as_json) as progress:
         result = score_rollouts(rollouts, store, delta_at, progress)
-    out.mkdir(parents=True, exist_ok=True)
     files = {name: out / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png")}
     result["files"] = {name: str(path) for name, path in files.items()}
     report.write_text(files["eval.csv"], report.as_csv(report.evaluation_rows(result)))

@@ -41,6 +41,11 @@ def text(default: str | None, option: str, parse: Callable[[str], Any], help: st
     return typer.Option(default, option, parser=Text(parse), help=help)
 
 
+def say(sentence: str) -> None:
+    """A line on stderr, for people."""
+    typer.echo(sentence, err=True)
+
+
 def only_for(context: typer.Context, reason: str, *names: str) -> None:
     """UserError when one of these parameters was given by the user: it would be ignored, for this reason."""
     for parameter in context.command.params:

@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sweep_tau(
+    ctx: typer.Context,
     checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
     dataset: Path = typer.Argument(..., help="Dataset folder with the same actions and frame size."),
     out: Path = typer.Option(
@@ -96,7 +97,7 @@ def sweep_tau(
     from ahriuwu_cli.evaluation import report, sweep_cells, sweep_report
     from ahriuwu_cli.evaluation.cells import weights_hash
     from ahriuwu_cli.evaluation.sweep import Storage, SweepConfig, ready, sweep
-    from ahriuwu_cli.folders import check_folder
+    from ahriuwu_cli.folders import check_folder, claimed
     from ahriuwu_cli.training.checkpoint import load_world
 
     config = SweepConfig(
@@ -116,6 +117,8 @@ def sweep_tau(
     weights = weights_hash(world)
     identity = _identity(weights, plan, config, world)
     sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite)
+    ctx.with_resource(claimed(out, True, options.say))
+    sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite)  # no one else wrote there meanwhile
 
     storage = Storage(out / sweep_cells.FOLDER, weights, redo=overwrite)
     storage.folder.mkdir(parents=True, exist_ok=True)

@@ -110,21 +110,22 @@ class EpisodeStore:
         stop = shape[0] if stop is None else stop
         if not 0 <= start <= stop <= shape[0]:
             raise IndexError(f"{name} {start}..{stop} of episode {episode_id}, which has {shape[0]}")
-        try:
-            if (episode_id, name) not in self._offsets:
-                self._offsets |= {(episode_id, n): t.offset for n, t in self._check_file(episode).items()}
-            info = TensorInfo(dtype, shape, self._offsets[episode_id, name])
-            return read_rows(self.file(episode_id), info, start, stop, every)
-        finally:
-            self._still_the_same()
-
-    def _still_the_same(self) -> None:
-        """DataError once another dataset took this one's place: after every read, so that none is of two datasets."""
-        now = _identity(self.path)
-        if now != self._page:
+        while True:  # until dataset.json was the same file before and after: rows of a replacement are never given
+            try:
+                if (episode_id, name) not in self._offsets:
+                    self._offsets |= {(episode_id, n): t.offset for n, t in self._check_file(episode).items()}
+                info = TensorInfo(dtype, shape, self._offsets[episode_id, name])
+                rows, failed = read_rows(self.file(episode_id), info, start, stop, every), None
+            except DataError as error:
+                rows, failed = None, error
+            now = _identity(self.path)
+            if now == self._page and failed:
+                raise failed
+            if now == self._page:
+                return rows
             if now is None or EpisodeStore.open(self.path).fingerprint != self.fingerprint:
                 raise DataError(f"{self.path} was replaced by another dataset while it was read: start again")
-            self._page = now  # touched, or copied over itself
+            self._page = now  # touched, or the same dataset once more
 
     def _expected(self, episode: Episode) -> dict[str, tuple[str, tuple[int, ...]]]:
         expected: dict[str, tuple[str, tuple[int, ...]]] = {
