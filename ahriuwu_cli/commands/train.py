@@ -143,7 +143,10 @@ def train_dynamics(
     ),
     tau_ctx: float = options.tau_ctx(0.1),
     ramp: str = options.name(
-        "paper", "--ramp", listed("diffusion.objective", "RAMPS"), "Loss weight over tau: paper, inverted, flat, velocity."
+        "paper",
+        "--ramp",
+        listed("diffusion.objective", "RAMPS"),
+        "Loss weight over tau: paper, inverted, flat, velocity.",
     ),
     bootstrap_share: float = options.number(
         0.125, "--bootstrap-share", 0, 1, "Share of clips that train larger step sizes d (eq. 7)."
