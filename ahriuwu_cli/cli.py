@@ -9,7 +9,8 @@ import typer
 from typer.main import get_command
 
 from ahriuwu_cli import __version__
-from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.commands.values import check_words
+from ahriuwu_cli.errors import UserError, did_you_mean
 
 app = typer.Typer(
     name="ahriuwu",
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     debug = "--debug" in arguments or bool(os.environ.get("AHRIUWU_DEBUG"))
     arguments = [a for a in arguments if a != "--debug"]
     try:
+        check_words(arguments)
         code = get_command(app).main(args=arguments, prog_name="ahriuwu", standalone_mode=False)
     except UserError as error:
         if debug:
@@ -68,20 +70,39 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except Exception as error:
-        # Typer's own usage errors carry format_message(); everything else is a defect of ours.
-        if not hasattr(error, "format_message") or debug:
-            if debug:
-                raise
-            _complain(f"internal error: {type(error).__name__}: {error} (run again with --debug, and please report it)")
-            code = 70
-        else:
-            _complain(error.format_message())
-            code = getattr(error, "exit_code", 2)
+        if debug:
+            raise
+        code = _explain(error)
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _explain(error: Exception) -> int:
+    """Say what is wrong, in one sentence, and return the exit code."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # a word is missing that says what to do
+        typer.echo(context.get_help())
+        _complain(f"name a command after `{context.command_path}`")
+        return 2
+    if hasattr(error, "format_message"):  # Typer's own usage errors
+        sentence = error.format_message().removesuffix(".").replace(". Did", ": did")
+        if unknown := getattr(error, "option_name", None) if hasattr(error, "possibilities") else None:
+            known = [name for parameter in context.command.params for name in parameter.opts if name[:2] == "--"]
+            sentence = f"unknown option {unknown}: {did_you_mean(unknown, sorted(known))}"
+        hint = f"; see `{context.command_path} --help`" if context and not sentence.endswith("?") else ""
+        _complain(sentence + hint)
+        return getattr(error, "exit_code", 2)
+    if isinstance(error, OSError) and error.filename is not None:  # the system refused a path that somebody gave
+        _complain(f"{str(error.filename)[:200]}: {error.strerror}; give another path, or make this one usable")
+        return 2
+    _complain(f"internal error: {type(error).__name__}: {error} (run again with --debug, and please report it)")
+    return 70
+
+
 def _complain(sentence: str) -> None:
-    sys.stderr.write("error: " + " ".join(sentence.split()) + "\n")
+    """One line on stderr: what would move the cursor or colour the terminal is written as an escape."""
+    line = " ".join(sentence.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    sys.stderr.write(f"error: {line}\n")
 
 
 _add_commands()

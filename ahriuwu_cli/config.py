@@ -8,6 +8,7 @@ from ahriuwu_cli.diffusion.tau import TAU_CTX
 
 OPTIMIZERS = ("muon", "adamw", "adafactor")
 PRECISIONS = ("float32", "bfloat16")
+MOST_FRAMES = 1 << 22  # of a step: beyond it are slips of the finger, not clusters
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class TrainConfig:
             (self.budget is not None and not 0 < self.budget < 1e8, f"budget {self.budget} is not a number of seconds"),
             (self.frames < 2, f"frames must be at least 2 for the dynamics to see motion, got {self.frames}"),
             (bool(self.long_every) != bool(self.long_frames), "long_frames and long_every go together"),
+            (
+                self.batch * self.frames > MOST_FRAMES,
+                f"batch {self.batch} of {self.frames} frames is more than {MOST_FRAMES} frames a step",
+            ),
             (self.long_frames > self.batch * self.frames, "long_frames is larger than a whole batch of frames"),
             (not 0 <= self.tau_ctx < 1, f"tau_ctx must be in [0, 1) where 0 is clean, got {self.tau_ctx}"),
             (not 0 < self.lr < 10, f"lr {self.lr} is not in (0, 10)"),

@@ -1,6 +1,7 @@
-"""Files and folders that are there whole or not at all, whatever stops the writing: hidden name, flush, rename, flush.
+"""Files that are there whole or not at all, whatever stops the writing: hidden name, flush, rename, flush.
 
-A rename counts only once the folder that holds the name is flushed too: without that a power cut can undo it.
+A rename counts only once the folder that holds the name is flushed too: without that a power cut can undo it. Folders
+are put in place by `folders`.
 """
 
 from __future__ import annotations
@@ -34,41 +35,6 @@ def write_whole(path: Path, content: bytes | str) -> None:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-class replacing:
-    """`with replacing(folder) as temporary`: fill a sibling, then put it in the place of `folder`.
-
-    On Linux the two swap names in one step, so a reader or a kill finds the old one or the new one; elsewhere there is
-    a moment with neither, and `mend` puts the old one back after a kill in it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind, value, trace) -> None:
-        retired = self.temporary
-        try:
-            if kind is not None:
-                return
-            for path in sorted(self.temporary.rglob("*"), reverse=True):
-                sync(path)
-            sync(self.temporary)
-            if not (self.folder.exists() and exchange(self.temporary, self.folder)):
-                retired = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.old")
-                if self.folder.exists():
-                    os.rename(self.folder, retired)
-                os.rename(self.temporary, self.folder)
-            sync(self.folder.parent)
-        finally:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            shutil.rmtree(retired, ignore_errors=True)
 
 
 def exchange(a: Path, b: Path) -> bool:

@@ -1,69 +1,86 @@
-"""One request to imagine, from a world and a prompt to files: mp4, GIF, PNG strip and the raw arrays."""
+"""One request to imagine, from a world and a prompt to files: mp4, GIF, PNG strip and the raw arrays.
+
+Frames are written as they are decoded, CHUNK at a time, so a rollout of 10,000 frames takes no more memory than one of
+100; only the truth that it is compared with is held whole, which is never longer than its episode or video. All is
+made in a hidden folder beside `out` and gets its name at the end: a rollout that stops, by a signal or by a frame that
+is not finite, leaves `out` as it was.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from torch import Tensor
 
-from ahriuwu_cli.data.video import compose_grid, write_gif, write_mp4, write_strip
+from ahriuwu_cli.data.tensor_writer import TensorWriter
+from ahriuwu_cli.data.video import MAX_PIXELS, Page, mp4_writer, write_gif, write_strip
 from ahriuwu_cli.diffusion.tau import LABEL
-from ahriuwu_cli.errors import TrainingError
+from ahriuwu_cli.errors import TrainingError, UserError
 from ahriuwu_cli.evaluation.metrics import psnr_per_frame
+from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.models.dynamics import incoming_actions
 from ahriuwu_cli.prompts import Prompt, Request, read_prompts
-from ahriuwu_cli.rollout import KeyedNoise, rollout
+from ahriuwu_cli.rollout import KeyedNoise, RolloutConfig, rollout
 from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
 CHUNK = 64  # frames decoded at a time
 STRIP = 12  # frames of the PNG strip at most
+GIF = 128  # frames of the GIF at most
 
 
-def imagine(world: World, request: Request, given: dict, out: Path, scale: int, progress: Progress) -> dict:
-    """Generate and write everything into `out`; returns what `rollout.json` holds. given: overrides, None is unset."""
+def imagine(
+    world: World,
+    request: Request,
+    given: dict,
+    out: Path,
+    scale: int | None,
+    progress: Progress,
+    overwrite: bool = True,
+) -> dict:
+    """Generate and write everything into `out`; returns what `rollout.json` holds. given: overrides, None is unset.
+
+    overwrite False: UserError when another process filled `out` meanwhile. TrainingError names the frame from which on
+    a rollout is not finite.
+    """
     config = world.generation_with(given)
     world.check_generation(config)
     prompts = read_prompts(world, request)
-    seconds = time.monotonic()
-    frames = _generate(world, request, prompts, config, progress)  # (sources, samples, L, H, W, 3)
-    seconds = time.monotonic() - seconds
-    psnr, compared = None, 0
-    for prompt, made in zip(prompts, frames[:, 0], strict=True):
-        if prompt.same_actions and len(prompt.truth):
-            compared = min(len(prompt.truth), request.length)
-            psnr = float(np.mean(psnr_per_frame(made[:compared], prompt.truth[:compared])))
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-    result = {
-        "prompt": prompts[0].name,
-        "context": len(prompts[0].context),
-        "length": request.length,
-        "samples": request.samples,
-        "seed": request.seed,
-        "actions": list(request.actions) or ["default"],
-        "generation": asdict(config),
-        "tau": LABEL,
-        "frames_per_s": round(len(prompts) * request.samples * request.length / max(seconds, 1e-9), 2),
-        "psnr_db": psnr,
-        "psnr_frames": compared,
-        "checkpoint": str(world.path),
-        "files": _write(world, request, prompts, frames, out, scale),
-    }
-    (out / "rollout.json").write_text(json.dumps(result, indent=1))
+    scale = scale or max(1, min(8, 256 // world.tokenizer.height))
+    with replacing(out, overwrite) as folder:
+        with Film(world, request, prompts, folder, scale) as film:
+            for first, frames in _generate(world, request, prompts, config, progress):
+                film.add(first, frames)
+        result = {
+            "prompt": prompts[0].name,
+            "context": len(prompts[0].context),
+            "length": request.length,
+            "samples": request.samples,
+            "seed": request.seed,
+            "actions": list(request.actions) or ["default"],
+            "generation": asdict(config),
+            "tau": LABEL,
+            "frames_per_s": round(len(prompts) * request.samples * request.length / max(film.waited, 1e-9), 2),
+            "psnr_db": float(np.mean(film.psnr)) if film.psnr else None,
+            "psnr_frames": len(film.psnr),
+            "checkpoint": str(world.path),
+            "files": {name: str(out / path.name) for name, path in film.files.items()},
+        }
+        (folder / "rollout.json").write_text(json.dumps(result, indent=1))
     return result
 
 
-def _generate(world: World, request: Request, prompts: list[Prompt], config, progress: Progress) -> np.ndarray:
-    """uint8 (sources of actions, samples, L, H, W, 3). TrainingError names the frame where a rollout is not finite.
+def _generate(
+    world: World, request: Request, prompts: list[Prompt], config: RolloutConfig, progress: Progress
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (number of its first frame, uint8 (sources of actions * samples, up to CHUNK, H, W, 3)).
 
     All sources share context and noise, so that what differs comes from the actions.
     """
@@ -74,58 +91,131 @@ def _generate(world: World, request: Request, prompts: list[Prompt], config, pro
     actions, known = incoming_actions(given, torch.ones(rows, dtype=torch.bool))
     known[:, 1:] = torch.from_numpy(np.stack([p.known for p in prompts])).repeat_interleave(n, dim=0)
     keys = [f"{prompts[0].name}/{i}" for i in range(n)] * len(prompts)
-    noise = KeyedNoise(request.seed, keys, latents.shape[2:], device)
-    imagined = rollout(world.dynamics, latents, actions.to(device), known.to(device), config, noise, world.k_max)
+    noise, passes = KeyedNoise(request.seed, keys, latents.shape[2:], device), []
+    imagined = rollout(
+        world.dynamics, latents, actions.to(device), known.to(device), config, noise, world.k_max, passes
+    )
     lead = world.tokenizer.decoder_window - 1  # latents that a tokenizer looks back at
-    shown, waiting, past = [], [], latents[:, max(0, latents.shape[1] - lead) :] if lead else latents[:, :0]
+    waiting, past = [], latents[:, max(0, latents.shape[1] - lead) :] if lead else latents[:, :0]
     for t, z_hat in enumerate(imagined):
         if not torch.isfinite(z_hat).all():
-            raise TrainingError(
-                f"the rollout is not finite from generated frame {t} on: try another --tau-ctx or --steps"
-            )
+            raise TrainingError(_not_finite(t, passes))
         waiting.append(z_hat)
         if len(waiting) == CHUNK or t + 1 == request.length:
             clip = torch.cat([past, torch.stack(waiting, dim=1)], dim=1)
-            shown.append(world.decode(clip).numpy()[:, past.shape[1] :])
+            yield t + 1 - len(waiting), world.decode(clip).numpy()[:, past.shape[1] :]
             waiting, past = [], clip[:, clip.shape[1] - lead :] if lead else past
         progress(t + 1, request.length)
-    return np.concatenate(shown, axis=1).reshape(len(prompts), n, request.length, *shown[0].shape[2:])
 
 
-def _write(
-    world: World, request: Request, prompts: list[Prompt], frames: np.ndarray, out: Path, scale: int
-) -> dict[str, str]:
-    prompt, alone = prompts[0], len(prompts) == 1
-    known = len(prompt.truth)
-    scale = scale or max(1, min(8, 256 // world.tokenizer.height))
-    both = [np.concatenate([prompt.context, made]) for made in frames.reshape(-1, *frames.shape[2:])]
-    cells = []
-    if known:
-        truth = np.concatenate([prompt.context, prompt.truth])
-        truth = np.concatenate([truth, np.zeros((len(both[0]) - len(truth), *truth.shape[1:]), np.uint8)])
-        cells.append(("truth" if alone and prompt.same_actions else "recorded, with its own actions", truth))
-    cells += list(zip(_titles(request), both, strict=True))
-    if known and alone and prompt.same_actions:
-        difference = np.abs(both[0].astype(np.int16) - truth).astype(np.uint8)
-        difference[len(prompt.context) + known :] = 0
-        cells.append(("difference", difference))
-    captions = [""] + [
-        f"action {world.action_space.describe(row)}" if seen else "action unknown"
-        for row, seen in zip(prompt.actions, prompt.known, strict=True)
-    ]
-    if not world.action_space.width or not alone:
-        captions = []  # with several sources of actions their names are the titles
-    page = compose_grid(cells, columns=min(len(cells), 4), scale=scale, context=len(prompt.context), captions=captions)
-    files = {"mp4": out / "rollout.mp4", "gif": out / "rollout.gif", "strip": out / "strip.png"}
-    write_mp4(files["mp4"], page, world.fps)
-    write_gif(files["gif"], page[:128], world.fps)
-    column = compose_grid(cells, columns=1, scale=max(1, 128 // world.tokenizer.height), context=len(prompt.context))
-    write_strip(files["strip"], column, every=-(-len(column) // STRIP))
-    files["arrays"] = out / "arrays.safetensors"
-    arrays = {"frames": frames[0] if alone else frames, "context": prompt.context, "truth": prompt.truth}
-    arrays["actions"] = prompt.actions if alone else np.stack([p.actions for p in prompts])
-    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, files["arrays"])
-    return {name: str(path) for name, path in files.items()}
+def _not_finite(t: int, passes: list[Tensor]) -> str:
+    """passes: z_hat (B, 1, N, D) of every pass of frame t."""
+    bad = [i + 1 for i, z_hat in enumerate(passes) if not torch.isfinite(z_hat).all()]
+    where = f"at pass {bad[0]} of {len(passes)}" if bad else "after its last pass"
+    return (
+        f"the rollout is not finite from generated frame {t} on ({where}), so nothing was written: "
+        "try another --tau-ctx or --steps, or a shorter --length"
+    )
+
+
+class Film:
+    """Writes frames as they come: context manager, `add` every chunk in order. `psnr` has a number a known frame."""
+
+    def __init__(self, world: World, request: Request, prompts: list[Prompt], folder: Path, scale: int) -> None:
+        self.prompts, self.length = prompts, request.length
+        prompt, alone = prompts[0], len(prompts) == 1
+        self._samples, self._alone = request.samples, alone
+        true = [i for i, each in enumerate(prompts) if each.same_actions and len(each.truth)]
+        self._scored = true[-1] if true else None  # the source of actions whose rollout the truth is known of
+        self._difference = alone and bool(true)
+        titles = _titles(request)
+        if len(prompt.truth):
+            titles.insert(0, "truth" if self._difference else "recorded, with its own actions")
+        titles += ["difference"] if self._difference else []
+        captions = [""] + [
+            f"action {world.action_space.describe(row)}" if seen else "action unknown"
+            for row, seen in zip(prompt.actions, prompt.known, strict=True)
+        ]
+        if not world.action_space.width or not alone:
+            captions = []  # with several sources of actions their names are the titles
+        height, width, context = world.tokenizer.height, world.tokenizer.width, len(prompt.context)
+        columns = min(len(titles), 4)
+        if -(-len(titles) // columns) * columns * height * width * scale**2 > MAX_PIXELS:
+            raise UserError(
+                f"{len(titles)} panels of {height}x{width}, enlarged {scale} times, are more than {MAX_PIXELS} pixels: "
+                "give a smaller --scale, or fewer --samples and --actions"
+            )
+        self._page = Page(titles, height, width, columns=columns, scale=scale, context=context, captions=captions)
+        self._column = Page(titles, height, width, columns=1, scale=max(1, 128 // height), context=context)
+        self._every = -(-(context + self.length) // STRIP)
+        self._gif, self._strip = [], []
+        self._fps = world.fps
+        names = {"mp4": "rollout.mp4", "gif": "rollout.gif", "strip": "strip.png", "arrays": "arrays.safetensors"}
+        self.files = {kind: folder / name for kind, name in names.items()}
+        self.psnr: list[float] = []
+        self.waited, self._since = 0.0, time.monotonic()  # seconds in which frames were made, not written
+
+    def __enter__(self) -> Film:
+        prompt, frame = self.prompts[0], self.prompts[0].context.shape[1:]
+        actions = np.stack([p.actions for p in self.prompts]).astype(np.float32)
+        actions = actions[0] if self._alone else actions
+        rows = (self._samples,) if self._alone else (len(self.prompts), self._samples)
+        tensors = {
+            "frames": ("U8", (*rows, self.length, *frame)),
+            "context": ("U8", prompt.context.shape),
+            "truth": ("U8", prompt.truth.shape),
+            "actions": ("F32", actions.shape),
+        }
+        with ExitStack() as stack:
+            self._arrays = stack.enter_context(TensorWriter(self.files["arrays"], tensors))
+            self._show = stack.enter_context(mp4_writer(self.files["mp4"], *self._page.shape[:2], self._fps))
+            for name, values in (("context", prompt.context), ("truth", prompt.truth), ("actions", actions)):
+                self._arrays.write(name, values)
+            for t, picture in enumerate(prompt.context):
+                self._draw(t, picture, [picture] * (len(self.prompts) * self._samples))
+            self._stack = stack.pop_all()
+        self._since = time.monotonic()
+        return self
+
+    def add(self, first: int, frames: np.ndarray) -> None:
+        """uint8 (sources * samples, T, H, W, 3): generated frames first..first + T - 1."""
+        self.waited += time.monotonic() - self._since
+        prompt = self.prompts[0]
+        for row, clip in enumerate(frames):
+            place = (row,) if self._alone else divmod(row, self._samples)
+            self._arrays.write("frames", clip, *place, first)
+        if self._scored is not None:
+            known = prompt.truth[first : first + frames.shape[1]]
+            made = frames[self._scored * self._samples, : len(known)]
+            self.psnr += psnr_per_frame(made, known).tolist() if len(known) else []
+        for i in range(frames.shape[1]):
+            t = first + i
+            truth = prompt.truth[t] if t < len(prompt.truth) else None
+            self._draw(len(prompt.context) + t, truth, list(frames[:, i]))
+        self._since = time.monotonic()
+
+    def __exit__(self, *error) -> None:
+        try:
+            if error[0] is None:
+                write_gif(self.files["gif"], np.stack(self._gif), self._fps)
+                write_strip(self.files["strip"], np.stack(self._strip))
+        finally:
+            self._stack.__exit__(*error)
+
+    def _draw(self, t: int, truth: np.ndarray | None, made: list[np.ndarray]) -> None:
+        """One frame of the film; truth is None where nobody knows it."""
+        panels, blank = list(made), np.zeros_like(made[0])
+        if len(self.prompts[0].truth):
+            panels.insert(0, blank if truth is None else truth)
+        if self._difference:
+            difference = np.abs(made[0].astype(np.int16) - (made[0] if truth is None else truth))
+            panels.append(difference.astype(np.uint8))
+        picture = self._page.picture(t, panels)
+        self._show(picture)
+        if t < GIF:
+            self._gif.append(picture)
+        if t % self._every == 0:
+            self._strip.append(self._column.picture(t, panels))
 
 
 def _titles(request: Request) -> list[str]:

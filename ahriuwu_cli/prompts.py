@@ -213,6 +213,8 @@ def _chosen_actions(
     """(steps, A) actions and (steps,) known, from a source of actions."""
     space = world.action_space
     known = np.ones(steps, bool)
+    if not space.width and source not in ("none", "data"):
+        raise UserError(f"--actions {source} says nothing to this world, which has no actions: leave it out")
     if source == "none" or not space.width:
         if space.width and not world.trained_unlabelled:
             raise CheckpointError(

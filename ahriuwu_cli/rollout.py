@@ -72,11 +72,13 @@ def rollout(
     config: RolloutConfig,
     noise: NoiseSource,
     k_max: int,
+    passes: list[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yields z_hat (B, N, D) of every frame after the prompt.
 
     prompt: clean latents (B, P, N, D), P >= 1. actions: incoming (B, P + L, A) for prompt and new frames, known
-    (B, P + L) likewise (`models.dynamics.incoming_actions`); L frames are generated. noise: see NoiseSource.
+    (B, P + L) likewise (`models.dynamics.incoming_actions`); L frames are generated. noise: see NoiseSource. passes:
+    a list that then holds z_hat (B, 1, N, D) of each pass of the frame that was yielded last, to find where it broke.
     """
     batch, prompt_frames = prompt.shape[:2]
     device = prompt.device
@@ -103,18 +105,24 @@ def rollout(
     pending, pending_tau = noisy[-1][:, None], told(config.tau_ctx)  # waits to be committed with the next first pass
     for t in range(prompt_frames, actions.shape[1]):
         uncommitted = True
+        if passes is not None:
+            passes.clear()
 
         def denoise(
             z: Tensor, tau: Tensor, d: Tensor, t: int = t, last: Tensor = pending, last_tau: float = pending_tau
         ) -> Tensor:
             nonlocal uncommitted
-            if not uncommitted:
-                return dynamics.extend(z, tau, d, *inputs(t, t + 1), cache, keep=0)
-            uncommitted = False
-            both = torch.cat([last, z], dim=1)
-            taus = torch.cat([level(last_tau, 1), tau], dim=1)
-            sizes = torch.cat([level(d_min, 1), d], dim=1)
-            return dynamics.extend(both, taus, sizes, *inputs(t - 1, t + 1), cache, keep=1, unread=1)
+            if uncommitted:
+                uncommitted = False
+                both = torch.cat([last, z], dim=1)
+                taus = torch.cat([level(last_tau, 1), tau], dim=1)
+                sizes = torch.cat([level(d_min, 1), d], dim=1)
+                z_hat = dynamics.extend(both, taus, sizes, *inputs(t - 1, t + 1), cache, keep=1, unread=1)
+            else:
+                z_hat = dynamics.extend(z, tau, d, *inputs(t, t + 1), cache, keep=0)
+            if passes is not None:
+                passes.append(z_hat)
+            return z_hat
 
         z_hat, z_end, tau_end = SAMPLERS[config.sampler](
             denoise,

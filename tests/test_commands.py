@@ -189,7 +189,7 @@ BAD = [
     ((*TRAIN, "--frames", "1"), 2, "frames"),
     ((*TRAIN, "--tokenizer", "{tok}", "--frames", "500"), 3, "--frames"),
     ((*TRAIN, "--lr", "-1"), 2, "lr"),
-    ((*TRAIN, "--bootstrap-share", "2"), 2, "bootstrap_share"),
+    ((*TRAIN, "--bootstrap-share", "2"), 2, "--bootstrap-share"),
     ((*TRAIN, "--tokenizer", "{tok}", "--resume"), 2, "no run to resume"),
     ((*TRAIN, "--tokenizer", "{tok}", "--init-from", "nowhere"), 4, "no checkpoint"),
     (("train", "tokenizer", D, *TO, "--kind", "conv"), 2, "linear"),

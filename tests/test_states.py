@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ahriuwu_cli.disk import replacing
 from ahriuwu_cli.errors import CheckpointError
+from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.training.states import States
 
 
@@ -178,7 +178,7 @@ def test_a_reader_never_finds_a_folder_gone_while_it_is_replaced(tmp_path):
     if not disk.exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system cannot swap names")
     script = (
-        "import sys\nfrom pathlib import Path\nfrom ahriuwu_cli.disk import replacing\n"
+        "import sys\nfrom pathlib import Path\nfrom ahriuwu_cli.folders import replacing\n"
         "for i in range(300):\n    with replacing(Path(sys.argv[1])) as t:\n        (t / 'file').write_text(str(i))\n"
     )
     with replacing(tmp_path / "world") as temporary:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ahriuwu_cli.commands import eval_plan
-from ahriuwu_cli.commands.options import Device
+from ahriuwu_cli.commands import eval_plan, options
 
 if TYPE_CHECKING:
     from ahriuwu_cli.data.episodes import EpisodeStore
@@ -26,26 +25,25 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
+    ctx: typer.Context,
     checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
     dataset: Path = typer.Argument(..., help="Dataset folder with the same actions and frame size."),
     out: Path = typer.Option(
         ..., "--out", help="Folder for eval.json, eval.csv, windows.csv, curve.png, windows.json, levels*.png."
     ),
-    split: str = typer.Option(None, help="Episodes to take windows from (default: test)."),
-    windows: int = typer.Option(None, help="Windows to score (default: 64)."),
-    context: int = typer.Option(None, help="Frames that are given, never scored (default: 8)."),
-    horizon: int = typer.Option(None, help="Frames that are generated (default: 16)."),
+    split: str = options.name(None, "--split", options.SPLITS, "Episodes to take windows from (default: test)."),
+    windows: int = options.windows("Windows to score (default: 64)."),
+    context: int = options.context(),
+    horizon: int = options.horizon(),
     manifest: Path = typer.Option(None, help="Score the windows of this windows.json instead of drawing new ones."),
-    steps: int = typer.Option(None, help="K, model passes a frame (default: the checkpoint's)."),
-    sampler: str = typer.Option(None, help="shortcut, euler or renoise (default: the checkpoint's)."),
-    tau_ctx: float = typer.Option(None, help="Noise of context frames, tau (0 clean, 1 noise)."),
-    ctx_mode: str = typer.Option(
-        None, help="stop: the state at tau_ctx becomes context; renoise: z_hat with fresh noise."
-    ),
-    ctx_label: str = typer.Option(None, help="Label of context frames: honest, its level; clean, a lie for ablation."),
-    seed: int = typer.Option(0, help="Seed of the windows, the noise and the random actions."),
-    noise_seeds: int = typer.Option(1, help="Rollouts of every window with different noise, averaged."),
-    batch: int = typer.Option(32, help="Windows at a time; changes the speed, not the numbers."),
+    steps: int = options.passes(),
+    sampler: str = options.sampler(),
+    tau_ctx: float = options.tau_ctx(),
+    ctx_mode: str = options.ctx_mode("stop: the state at tau_ctx becomes context; renoise: z_hat with fresh noise."),
+    ctx_label: str = options.ctx_label("Label of context frames: honest, its level; clean, a lie for ablation."),
+    seed: int = options.seed("Seed of the windows, the noise and the random actions."),
+    noise_seeds: int = options.noise_seeds(),
+    batch: int = options.batch(),
     looks: str = typer.Option(
         "all", help="Closer looks: all, none, or of step_sizes,consistency,spread,distances,levels by commas."
     ),
@@ -56,9 +54,9 @@ def evaluate(
     fvd_hash: str = typer.Option(None, help="sha256 of --fvd-weights."),
     report_page: bool = typer.Option(False, "--report", help="Also write report.html: one page, with films."),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
-    device: str = Device,
+    device: str = options.Device,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+    as_json: bool = options.AsJson,
 ) -> None:
     """Score a world on held-out windows: gain over persistence with intervals, tokenizer ceiling, action following.
 
@@ -73,11 +71,12 @@ def evaluate(
     from ahriuwu_cli.evaluation.looks import look_closer, optional_looks, parse_looks
     from ahriuwu_cli.evaluation.looks_text import looks_text
     from ahriuwu_cli.evaluation.prepare import prepare
+    from ahriuwu_cli.folders import check_folder, claimed
     from ahriuwu_cli.training.checkpoint import load_world
 
     wanted = parse_looks(looks)
     extra = optional_looks(features_weights, (lpips_weights, lpips_hash), (fvd_weights, fvd_hash))
-    report.check_folder(out, overwrite)
+    check_folder(out, overwrite)
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
@@ -86,6 +85,7 @@ def evaluate(
     config = EvaluationConfig(seed=seed, batch=batch, noise_seeds=noise_seeds)
     config, stored = choose_windows(config, asked, manifest, store)
     config, stored = prepare(world, store, config, generation, stored)
+    ctx.with_resource(claimed(out, overwrite, options.say))
     with bar("eval", "frame", quiet=as_json) as progress:
         result = run(world, store, config, generation, stored, progress)
     say = None if as_json else lambda name: typer.echo(f"looking closer: {name}", err=True)
@@ -93,7 +93,6 @@ def evaluate(
     result["timing"]["looks"] = closer.pop("look_seconds")
     result |= closer
 
-    out.mkdir(parents=True, exist_ok=True)
     files = {name: out / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png", "windows.json")}
     if "error" in result.get("levels", {}):
         files |= {name: out / name for name in ("levels.png", "levels_map.png")}

@@ -5,6 +5,7 @@ They are subcommands of a word that is a command itself: `register` puts them be
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ahriuwu_cli.commands import eval_saved
-from ahriuwu_cli.commands.options import Device
+from ahriuwu_cli.commands import eval_saved, options
+from ahriuwu_cli.commands.values import listed
+from ahriuwu_cli.commands.values import shard as parse_shard
 from ahriuwu_cli.errors import UserError
 
 
@@ -29,6 +31,9 @@ class DefaultGroup(TyperGroup):
         default, *others = self.list_commands(None)
         if args and args[0] in others:
             return super().make_context(info_name, args, parent, **extra)
+        near = difflib.get_close_matches(args[0], others, n=1) if args else []
+        if near and not os.path.exists(args[0]):
+            raise UserError(f"there is no checkpoint at {args[0]}: did you mean `{info_name} {near[0]}`?")
         return self.commands[default].make_context(info_name, args, parent, **extra)
 
 
@@ -55,12 +60,19 @@ def register(app: typer.Typer, name: str, default: Callable[..., None]) -> None:
 def plan(
     plan: Path = typer.Argument(..., help="Cells in TOML ([defaults], [[cell]]) or JSON lines (an object a line)."),
     out: Path = typer.Option(..., "--out", help="Folder for the cells; those that are finished there are skipped."),
-    shard: str = typer.Option(None, help="Only this share of the cells, as 1/4 (default: SLURM's array, else all)."),
-    share: str = typer.Option("windows", help="What torchrun's processes share: windows of every cell, or cells."),
-    batch: int = typer.Option(32, help="Windows at a time; changes the speed, not the numbers."),
+    shard: str = options.text(
+        None, "--shard", parse_shard, "Only this share of the cells, as 1/4 (default: SLURM's array, else all)."
+    ),
+    share: str = options.name(
+        "windows",
+        "--share",
+        listed("evaluation.shards", "SHARES"),
+        "What torchrun's processes share: windows of every cell, or cells.",
+    ),
+    batch: int = options.batch(),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
-    device: str = Device,
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+    device: str = options.Device,
+    as_json: bool = options.AsJson,
 ) -> None:
     """Evaluate many checkpoints and settings: one JSON file a cell, several processes if you like.
 
@@ -99,7 +111,7 @@ def merge(
     reference: str = typer.Option(None, help="Compare with this checkpoint or cell (default: the best of each table)."),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout was not finite."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the files of --out."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+    as_json: bool = options.AsJson,
 ) -> None:
     """Compare the finished cells of a plan: one CSV, and a table with paired 95 % intervals for every set of windows.
 

@@ -8,29 +8,31 @@ from pathlib import Path
 
 import typer
 
-from ahriuwu_cli.commands.options import Device
+from ahriuwu_cli.commands import options, values
 
 
 def generate(
     checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
     dataset: Path = typer.Argument(..., help="Dataset folder with the same actions and frame size."),
     out: Path = typer.Option(..., "--out", help="Folder for the rollouts; parts that are finished there are skipped."),
-    split: str = typer.Option(None, help="Episodes to take windows from (default: test)."),
-    windows: int = typer.Option(None, help="Windows to score (default: 64)."),
-    context: int = typer.Option(None, help="Frames that are given, never scored (default: 8)."),
-    horizon: int = typer.Option(None, help="Frames that are generated (default: 16)."),
+    split: str = options.name(None, "--split", options.SPLITS, "Episodes to take windows from (default: test)."),
+    windows: int = options.windows("Windows to score (default: 64)."),
+    context: int = options.context(),
+    horizon: int = options.horizon(),
     manifest: Path = typer.Option(None, help="The windows of this windows.json instead of new ones."),
-    steps: int = typer.Option(None, help="K, model passes a frame (default: the checkpoint's)."),
-    sampler: str = typer.Option(None, help="shortcut, euler or renoise (default: the checkpoint's)."),
-    tau_ctx: float = typer.Option(None, help="Noise of context frames, tau (0 clean, 1 noise)."),
-    ctx_mode: str = typer.Option(None, help="stop or renoise (default: the checkpoint's)."),
-    ctx_label: str = typer.Option(None, help="honest, or clean, a lie for ablation (default: the checkpoint's)."),
-    seed: int = typer.Option(0, help="Seed of the windows, the noise and the random actions."),
-    noise_seeds: int = typer.Option(1, help="Rollouts of every window with different noise, averaged."),
-    batch: int = typer.Option(32, help="Windows at a time, and in a part."),
-    shard: str = typer.Option(None, help="Only this share of the windows, as 1/4 (default: by SLURM or torchrun)."),
-    device: str = Device,
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+    steps: int = options.passes(),
+    sampler: str = options.sampler(),
+    tau_ctx: float = options.tau_ctx(),
+    ctx_mode: str = options.ctx_mode("stop or renoise (default: the checkpoint's)."),
+    ctx_label: str = options.ctx_label("honest, or clean, a lie for ablation (default: the checkpoint's)."),
+    seed: int = options.seed("Seed of the windows, the noise and the random actions."),
+    noise_seeds: int = options.noise_seeds(),
+    batch: int = options.batch("Windows at a time, and in a part."),
+    shard: str = options.text(
+        None, "--shard", values.shard, "Only this share of the windows, as 1/4 (default: by SLURM or torchrun)."
+    ),
+    device: str = options.Device,
+    as_json: bool = options.AsJson,
 ) -> None:
     """Roll out all that `eval` scores, true and wrong actions, and save it: frames as they are scored, no metrics."""
     from ahriuwu_cli.commands.progress import bar
@@ -39,9 +41,11 @@ def generate(
     from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, ready
     from ahriuwu_cli.evaluation.saved import save_rollouts
     from ahriuwu_cli.evaluation.shards import choose_device, find_shards, shard_windows
+    from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.training.checkpoint import load_world
 
     mine = find_shards(shard, "cells", os.environ)  # here the windows are what is shared
+    check_folder(out, overwrite=True)
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, choose_device(device, mine))
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
@@ -63,25 +67,29 @@ def generate(
 
 
 def score(
+    ctx: typer.Context,
     rollouts: Path = typer.Argument(..., help="The --out of `ahriuwu eval generate`."),
     dataset: Path = typer.Argument(..., help="The dataset that the windows are of."),
     out: Path = typer.Option(..., "--out", help="Folder for eval.json, eval.csv, windows.csv, curve.png."),
-    delta_at: int = typer.Option(None, help="Generated frame of the action delta, beside the last (default: 4)."),
+    delta_at: int = options.whole(
+        None, "--delta-at", 1, 100_000, "Generated frame of the action delta, beside the last (default: 4)."
+    ),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+    as_json: bool = options.AsJson,
 ) -> None:
     """Score saved rollouts: the same numbers as `eval`, with neither the world nor a GPU. No closer looks."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.evaluation import plots, report
     from ahriuwu_cli.evaluation.saved import score_rollouts
+    from ahriuwu_cli.folders import check_folder, claimed
 
-    report.check_folder(out, overwrite)
+    check_folder(out, overwrite)
     store = EpisodeStore.open(dataset)
+    ctx.with_resource(claimed(out, overwrite, options.say))
     with bar("score", "window", quiet=as_json) as progress:
         result = score_rollouts(rollouts, store, delta_at, progress)
-    out.mkdir(parents=True, exist_ok=True)
     files = {name: out / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png")}
     result["files"] = {name: str(path) for name, path in files.items()}
     report.write_text(files["eval.csv"], report.as_csv(report.evaluation_rows(result)))

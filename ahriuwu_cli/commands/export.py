@@ -7,6 +7,9 @@ from pathlib import Path
 
 import typer
 
+from ahriuwu_cli.commands import options
+from ahriuwu_cli.commands.values import listed
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -14,32 +17,42 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
+    ctx: typer.Context,
     checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
     out: Path = typer.Option(..., "--out", help="Folder to write; must be new or empty unless --overwrite."),
-    weights: str = typer.Option("bfloat16", help="Number format of the weights: bfloat16, float16 or float32."),
+    weights: str = options.name(
+        "bfloat16",
+        "--weights",
+        listed("training.export", "FORMATS"),
+        "Number format of the weights: bfloat16, float16 or float32.",
+    ),
     prompts: Path = typer.Option(None, help="Dataset to take prompts from, so that a rollout needs no other file."),
-    clips: int = typer.Option(3, help="Prompt clips."),
-    frames: int = typer.Option(40, help="Frames of a prompt clip."),
-    split: str = typer.Option("test", help="Split of the prompts."),
-    pick: str = typer.Option("random", help="Prompts at random, or the busiest (most edges in view) of 64."),
-    steps: int = typer.Option(None, help="Another default K, model passes a frame."),
-    sampler: str = typer.Option(None, help="Another default sampler: shortcut, euler or renoise."),
-    seed: int = typer.Option(0, help="Seed by which prompts are drawn."),
+    clips: int = options.whole(3, "--clips", 1, 10_000, "Prompt clips."),
+    frames: int = options.whole(40, "--frames", 2, 10_000, "Frames of a prompt clip."),
+    split: str = options.name("test", "--split", options.SPLITS, "Split of the prompts."),
+    pick: str = options.name(
+        "random", "--pick", options.PICKS, "Prompts at random, or the busiest (most edges in view) of 64."
+    ),
+    steps: int = options.passes("Another default K, model passes a frame."),
+    sampler: str = options.sampler("Another default sampler: shortcut, euler or renoise."),
+    seed: int = options.seed("Seed by which prompts are drawn."),
     evidence: Path = typer.Option(None, help="Folder of `ahriuwu eval`, whose scores go into the model card."),
     notes: Path = typer.Option(
         None, help="Text file with the first words of the model card: limits, licence of the art."
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in --out."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+    as_json: bool = options.AsJson,
 ) -> None:
     """Write a world ready to ship: weights in 16 bits, prompts, and a model card. `ahriuwu rollout` runs it alone."""
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.errors import UserError
+    from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.training.checkpoint import load_world
     from ahriuwu_cli.training.export import export as write
-    from ahriuwu_cli.training.run_folder import refuse_used
 
-    refuse_used(out, overwrite)
+    if prompts is None:
+        options.only_for(ctx, "is about the prompts that --prompts takes", "clips", "frames", "split", "pick", "seed")
+    check_folder(out, overwrite)
     try:
         words = notes.read_text() if notes else ""
     except (OSError, UnicodeDecodeError) as error:

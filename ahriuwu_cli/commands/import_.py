@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
 import typer
+
+from ahriuwu_cli.commands import options, values
 
 
 def register(app: typer.Typer) -> None:
@@ -15,15 +16,19 @@ def register(app: typer.Typer) -> None:
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Folder with the videos (mp4, mkv, webm, avi, mov, gif).")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the dataset to make.")],
-    size: Annotated[str, typer.Option(help="Pixels of a frame: a side, or HEIGHTxWIDTH; videos are cropped.")] = "64",
-    fps: Annotated[float | None, typer.Option(help="Thin videos without actions to this rate.")] = None,
-    max_frames: Annotated[int, typer.Option(min=2, help="Refuse a video with more frames.")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the splits.")] = 0,
-    splits: Annotated[str, typer.Option(help="Shares of episodes for train, val, test.")] = "0.8,0.1,0.1",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier dataset at --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    folder: Path = typer.Argument(..., help="Folder with the videos (mp4, mkv, webm, avi, mov, gif)."),
+    out: Path = typer.Option(..., "--out", help="Folder of the dataset to make."),
+    size: str = options.text(
+        "64", "--size", values.parse_size, "Pixels of a frame: a side, or HEIGHTxWIDTH; videos are cropped."
+    ),
+    fps: float | None = options.number(None, "--fps", 0, 1000, "Thin videos without actions to this rate.", "()"),
+    max_frames: int = options.whole(100_000, "--max-frames", 2, options.MANY, "Refuse a video with more frames."),
+    seed: int = options.seed("Seed of the splits."),
+    splits: str = options.text(
+        "0.8,0.1,0.1", "--splits", values.parse_splits, "Shares of episodes for train, val, test."
+    ),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier dataset at --out."),
+    as_json: bool = options.AsJson,
 ) -> None:
     """Import video files, each an episode, into a dataset.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ahriuwu_cli.commands.options import AsJson
 from ahriuwu_cli.errors import DataError, UserError
 
 
@@ -19,7 +20,7 @@ def register(app: typer.Typer) -> None:
 def info(
     path: Annotated[Path | None, typer.Argument(help="A dataset, world, tokenizer or run; none: model sizes.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Read every byte of a dataset; exit 1 on defects.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: bool = AsJson,
 ) -> None:
     """Describe a dataset, a world, a tokenizer or a run; without a path, list the model sizes and their parameters."""
     if path is not None and not path.exists():

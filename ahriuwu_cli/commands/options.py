@@ -1,32 +1,105 @@
-"""Options that several commands share, and the parsing of their values."""
+"""Options that commands share, and typer options whose values are checked as the command line is read (`values`)."""
 
 from __future__ import annotations
 
-import math
-import re
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
+from ahriuwu_cli.commands.values import Name, Number, Text, Whole, device_name, listed
 from ahriuwu_cli.errors import UserError
 
-Device = typer.Option("auto", "--device", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+SEEDS = 2**63 - 1
+MANY = 10**9  # steps, frames: more than anybody waits for
+CLEAN_TO_NOISE = " where 0 is clean and 1 is noise"
+SPLITS = listed("data.metadata", "SPLITS")
+SAMPLERS = listed("diffusion.samplers", "SAMPLERS")
+CTX_MODES, CTX_LABELS = listed("rollout", "CTX_MODES"), listed("rollout", "CTX_LABELS")
+PICKS = listed("prompts", "PICKS")
+
+
+def whole(default: int | None, option: str, low: int, high: int, help: str) -> Any:
+    """A typer option for a whole number in low..high."""
+    return typer.Option(default, option, parser=Whole(option, low, high), help=help)
+
+
+def number(
+    default: float | None, option: str, low: float, high: float, help: str, ends: str = "[]", meaning: str = ""
+) -> Any:
+    """A typer option for a finite number from low to high, see `Number`."""
+    return typer.Option(default, option, parser=Number(option, low, high, ends, meaning), help=help)
+
+
+def name(default: str | None, option: str, known: Callable[[], tuple[str, ...]], help: str) -> Any:
+    """A typer option for one of the names that known() gives."""
+    return typer.Option(default, option, parser=Name(option, default, known), help=help)
+
+
+def text(default: str | None, option: str, parse: Callable[[str], Any], help: str) -> Any:
+    """A typer option for a text that `parse` understands."""
+    return typer.Option(default, option, parser=Text(parse), help=help)
+
+
+def say(sentence: str) -> None:
+    """A line on stderr, for people."""
+    typer.echo(sentence, err=True)
+
+
+def only_for(context: typer.Context, reason: str, *names: str) -> None:
+    """UserError when one of these parameters was given by the user: it would be ignored, for this reason."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if parameter.name in names and source is not None and source.name != "DEFAULT":
+            raise UserError(f"{parameter.opts[-1]} {reason}: leave it out")
+
+
+Device = text("auto", "--device", device_name, "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
 Out = typer.Option(..., "--out", help="Folder to write: new, empty, or with this very run to go on with.")
 Overwrite = typer.Option(False, "--overwrite", help="Replace what is in --out.")
 AsJson = typer.Option(False, "--json", help="Print one JSON object instead of text.")
 
 
-def parse_pair(text: str, option: str) -> tuple[int, int]:
-    """'16x32' or '16' -> (16, 32) or (16, 16)."""
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
-        raise UserError(f"{option} {text!r} is not a size: write 16 or 16x32")
-    return int(match[1]), int(match[2] or match[1])
+def passes(help: str = "K, model passes a frame (default: the checkpoint's).") -> Any:
+    return whole(None, "--steps", 1, 65536, help)
 
 
-def parse_seconds(text: str, option: str) -> float:
-    """'90', '90s', '4m' or '2h' in seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else math.nan
-    if not 0 < seconds < 1e8:
-        raise UserError(f"{option} {text!r} is not a time: write 90s, 4m or 2h")
-    return seconds
+def sampler(help: str = "shortcut, euler or renoise (default: the checkpoint's).") -> Any:
+    return name(None, "--sampler", SAMPLERS, help)
+
+
+def tau_ctx(default: float | None = None) -> Any:
+    help = "Noise of context frames, tau (0 clean, 1 noise)."
+    return number(default, "--tau-ctx", 0, 1, help, "[)", CLEAN_TO_NOISE)
+
+
+def ctx_mode(help: str) -> Any:
+    return name(None, "--ctx-mode", CTX_MODES, help)
+
+
+def ctx_label(help: str) -> Any:
+    return name(None, "--ctx-label", CTX_LABELS, help)
+
+
+def seed(help: str) -> Any:
+    return whole(0, "--seed", 0, SEEDS, help)
+
+
+def windows(help: str) -> Any:
+    return whole(None, "--windows", 1, 1_000_000, help)
+
+
+def context(help: str = "Frames that are given, never scored (default: 8).") -> Any:
+    return whole(None, "--context", 1, 10_000, help)
+
+
+def horizon() -> Any:
+    return whole(None, "--horizon", 1, 100_000, "Frames that are generated (default: 16).")
+
+
+def batch(help: str = "Windows at a time; changes the speed, not the numbers.") -> Any:
+    return whole(32, "--batch", 1, 65536, help)
+
+
+def noise_seeds() -> Any:
+    return whole(1, "--noise-seeds", 1, 1024, "Rollouts of every window with different noise, averaged.")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
 import typer
+
+from ahriuwu_cli.commands import options, values
 
 
 def register(app: typer.Typer) -> None:
@@ -15,40 +16,40 @@ def register(app: typer.Typer) -> None:
 
 
 def record(
-    source: Annotated[
-        str, typer.Argument(help="doom:SCENARIO or gym:NAME, such as doom:defend_the_center or gym:ALE/Breakout-v5.")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the dataset to make.")],
-    episodes: Annotated[int, typer.Option(min=1, help="How many episodes.")] = 64,
-    frames: Annotated[
-        int | None, typer.Option(min=2, help="Stop after the episode that reaches so many frames in all.")
-    ] = None,
-    size: Annotated[str, typer.Option(help="Pixels of a frame: a side, or HEIGHTxWIDTH.")] = "64",
-    frame_skip: Annotated[
-        int | None,
-        typer.Option(min=1, max=1000, help="Steps of the world for a frame; default 4 for doom and Atari, else 1."),
-    ] = None,
-    max_frames: Annotated[int, typer.Option(min=2, max=1_000_000, help="Cut episodes to so many frames.")] = 512,
-    min_frames: Annotated[int, typer.Option(min=2, help="Drop episodes with fewer frames.")] = 32,
-    hold_min: Annotated[int, typer.Option(min=1, help="Hold a random action for at least so many frames.")] = 2,
-    hold_max: Annotated[int, typer.Option(min=1, help="Hold a random action for at most so many frames.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of worlds, actions and splits.")] = 0,
-    splits: Annotated[str, typer.Option(help="Shares of episodes for train, val, test.")] = "0.8,0.1,0.1",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier dataset at --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    source: str = typer.Argument(
+        ..., help="doom:SCENARIO or gym:NAME, such as doom:defend_the_center or gym:ALE/Breakout-v5."
+    ),
+    out: Path = typer.Option(..., "--out", help="Folder of the dataset to make."),
+    episodes: int = options.whole(64, "--episodes", 1, 1_000_000, "How many episodes."),
+    frames: int | None = options.whole(
+        None, "--frames", 2, options.MANY, "Stop after the episode that reaches so many frames in all."
+    ),
+    size: str = options.text("64", "--size", values.parse_size, "Pixels of a frame: a side, or HEIGHTxWIDTH."),
+    frame_skip: int | None = options.whole(
+        None, "--frame-skip", 1, 1000, "Steps of the world for a frame; default 4 for doom and Atari, else 1."
+    ),
+    max_frames: int = options.whole(512, "--max-frames", 2, 1_000_000, "Cut episodes to so many frames."),
+    min_frames: int = options.whole(32, "--min-frames", 2, 1_000_000, "Drop episodes with fewer frames."),
+    hold_min: int = options.whole(2, "--hold-min", 1, 1_000_000, "Hold a random action for at least so many frames."),
+    hold_max: int = options.whole(8, "--hold-max", 1, 1_000_000, "Hold a random action for at most so many frames."),
+    seed: int = options.seed("Seed of worlds, actions and splits."),
+    splits: str = options.text(
+        "0.8,0.1,0.1", "--splits", values.parse_splits, "Shares of episodes for train, val, test."
+    ),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier dataset at --out."),
+    as_json: bool = options.AsJson,
 ) -> None:
     """Record episodes of random play from ViZDoom or a Gymnasium environment into a dataset."""
     from tqdm import tqdm
 
     from ahriuwu_cli.data.describe import as_text, describe
-    from ahriuwu_cli.data.episodes import EpisodeWriter, check_target, parse_fractions, split_episodes
+    from ahriuwu_cli.data.episodes import EpisodeWriter, check_target, parse_fractions
     from ahriuwu_cli.data.recording import RecordConfig, Shortfall, record_episodes
     from ahriuwu_cli.data.resize import parse_size
     from ahriuwu_cli.data.sources import open_world
 
     height, width = parse_size(size)
     fractions = parse_fractions(splits)
-    split_episodes(episodes, fractions, seed)
     config = RecordConfig(source, height, width, frame_skip, max_frames, min_frames, (hold_min, hold_max), seed)
     check_target(out, overwrite)
     world = open_world(source, config)

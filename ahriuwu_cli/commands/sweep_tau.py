@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ahriuwu_cli.commands.options import Device, parse_seconds
-from ahriuwu_cli.errors import CheckpointError, UserError
+from ahriuwu_cli.commands import options, values
+from ahriuwu_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ahriuwu_cli.evaluation.sweep import Ready, Sweep
     from ahriuwu_cli.world import World
 
 TAUS = "0,.02,.05,.1,.2,.3,.5,.9"
+_TAUS = values.by_commas("--taus", values.Number("--taus", 0, 1, "[)", options.CLEAN_TO_NOISE))
+_STEPS = values.by_commas("--steps", values.Whole("--steps", 1, 65536))
+_SAMPLERS = values.by_commas("--sampler", values.Name("--sampler", None, options.SAMPLERS))
+_CTX_MODES = values.by_commas("--ctx-mode", values.Name("--ctx-mode", None, options.CTX_MODES))
+_CTX_LABELS = values.by_commas("--ctx-label", values.Name("--ctx-label", None, options.CTX_LABELS))
 
 
 def register(app: typer.Typer) -> None:
@@ -28,41 +32,59 @@ def register(app: typer.Typer) -> None:
 
 
 def sweep_tau(
+    ctx: typer.Context,
     checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
     dataset: Path = typer.Argument(..., help="Dataset folder with the same actions and frame size."),
     out: Path = typer.Option(
         ..., "--out", help="Folder for sweep.json, CSVs, sweep.md, plots, video and the finished cells."
     ),
-    taus: str = typer.Option(TAUS, help="Noise of context frames to try, tau (0 clean, 1 noise), by commas."),
-    steps: str = typer.Option(None, help="K to try, model passes a frame, by commas (default: the checkpoint's)."),
-    sampler: str = typer.Option(None, help="shortcut, euler, renoise, by commas (default: the checkpoint's)."),
-    ctx_mode: str = typer.Option(
-        None, help="By commas: stop (the state at tau_ctx becomes context), renoise (z_hat with fresh noise)."
+    taus: str = options.text(
+        TAUS, "--taus", _TAUS, "Noise of context frames to try, tau (0 clean, 1 noise), by commas."
     ),
-    ctx_label: str = typer.Option(
-        None, help="By commas: honest (context is labelled tau_ctx), clean (labelled 0, a lie, for ablation)."
+    steps: str = options.text(
+        None, "--steps", _STEPS, "K to try, model passes a frame, by commas (default: the checkpoint's)."
     ),
-    split: str = typer.Option(None, help="Episodes to choose on (default: val; the choice is reported on test)."),
-    windows: int = typer.Option(None, help="Windows, the same in every cell (default: 32)."),
-    context: int = typer.Option(None, help="Frames that are given, never scored (default: 8)."),
-    horizon: int = typer.Option(None, help="Frames that are generated (default: 16)."),
+    sampler: str = options.text(
+        None, "--sampler", _SAMPLERS, "shortcut, euler, renoise, by commas (default: the checkpoint's)."
+    ),
+    ctx_mode: str = options.text(
+        None,
+        "--ctx-mode",
+        _CTX_MODES,
+        "By commas: stop (the state at tau_ctx becomes context), renoise (z_hat with fresh noise).",
+    ),
+    ctx_label: str = options.text(
+        None,
+        "--ctx-label",
+        _CTX_LABELS,
+        "By commas: honest (context is labelled tau_ctx), clean (labelled 0, a lie, for ablation).",
+    ),
+    split: str = options.name(
+        None, "--split", options.SPLITS, "Episodes to choose on (default: val; the choice is reported on test)."
+    ),
+    windows: int = options.windows("Windows, the same in every cell (default: 32)."),
+    context: int = options.context(),
+    horizon: int = options.horizon(),
     manifest: Path = typer.Option(None, help="Choose on the windows of this windows.json instead of drawing new ones."),
     no_test: bool = typer.Option(False, "--no-test", help="Do not report the choice on the test split."),
-    seed: int = typer.Option(0, help="Seed of the windows and of the noise."),
-    batch: int = typer.Option(32, help="Windows at a time; changes the speed, not the numbers."),
+    seed: int = options.seed("Seed of the windows and of the noise."),
+    batch: int = options.batch(),
     delta: bool = typer.Option(True, "--delta/--no-delta", help="The action delta of every cell: a quarter more work."),
-    budget: str = typer.Option(
-        None, help="Begin no cell that would not end in this time: 90s, 5m, 2h. The same command goes on later."
+    budget: str = options.text(
+        None,
+        "--budget",
+        values.seconds,
+        "Begin no cell that would not end in this time: 90s, 5m, 2h. The same command goes on later.",
     ),
     write_back: bool = typer.Option(
         False, "--write-back", help="Store a tau_ctx that beats the checkpoint's default in it, with the evidence."
     ),
     no_video: bool = typer.Option(False, "--no-video", help="Leave out the comparison video."),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
-    device: str = Device,
+    device: str = options.Device,
     resume: bool = typer.Option(False, "--resume", help="Go on in --out also with another grid; keeps what fits."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out, finished cells as well."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+    as_json: bool = options.AsJson,
 ) -> None:
     """Sweep the noise of context frames, tau (0 clean, 1 noise), on common windows and noise.
 
@@ -75,15 +97,16 @@ def sweep_tau(
     from ahriuwu_cli.evaluation import report, sweep_cells, sweep_report
     from ahriuwu_cli.evaluation.cells import weights_hash
     from ahriuwu_cli.evaluation.sweep import Storage, SweepConfig, ready, sweep
+    from ahriuwu_cli.folders import check_folder, claimed
     from ahriuwu_cli.training.checkpoint import load_world
 
     config = SweepConfig(
-        taus=_list(taus, "--taus", float), steps=_list(steps, "--steps", int),
-        samplers=_list(sampler, "--sampler", str), ctx_modes=_list(ctx_mode, "--ctx-mode", str),
-        ctx_labels=_list(ctx_label, "--ctx-label", str),
+        taus=_TAUS(taus), steps=_STEPS(steps), samplers=_SAMPLERS(sampler), ctx_modes=_CTX_MODES(ctx_mode),
+        ctx_labels=_CTX_LABELS(ctx_label),
         seed=seed, batch=batch, delta=delta, test=not no_test,
     )  # fmt: skip
-    seconds = parse_seconds(budget, "--budget") if budget else None
+    seconds = values.seconds(budget) if budget else None
+    check_folder(out, overwrite=True)  # what may be in it, only the sweep itself can say
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
     asked = {"split": split, "windows": windows, "context": context, "horizon": horizon}
@@ -94,6 +117,8 @@ def sweep_tau(
     weights = weights_hash(world)
     identity = _identity(weights, plan, config, world)
     sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite)
+    ctx.with_resource(claimed(out, True, options.say))
+    sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite)  # no one else wrote there meanwhile
 
     storage = Storage(out / sweep_cells.FOLDER, weights, redo=overwrite)
     storage.folder.mkdir(parents=True, exist_ok=True)
@@ -117,16 +142,6 @@ def sweep_tau(
     typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{sweep_report.sweep_text(result)}\n-> {out}")
     if result["status"] != "ok" and not allow_nan:
         raise typer.Exit(1)
-
-
-def _list(text: str | None, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    """'0,.1' -> (0.0, 0.1); nothing given is ()."""
-    if text is None:
-        return ()
-    try:
-        return tuple(kind(part.strip()) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} {text!r} is not a list of numbers: write them with commas, as in {TAUS}") from None
 
 
 def _identity(weights: str, plan: Ready, config: Any, world: World) -> dict[str, Any]:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import typer
 
-from ahriuwu_cli.commands.options import AsJson, Device, Out, Overwrite, parse_seconds
+from ahriuwu_cli.commands import options, values
 from ahriuwu_cli.commands.train_tokenizer import train_tokenizer
+from ahriuwu_cli.commands.values import listed
 from ahriuwu_cli.errors import UserError
+
+ONE_STEP_SIZE = ("uniform", "horizon")  # as in `diffusion.forcing`, which needs torch
 
 
 def register(app: typer.Typer) -> None:
@@ -20,66 +23,123 @@ def register(app: typer.Typer) -> None:
 
 
 def train_dynamics(
+    ctx: typer.Context,
     dataset: Path = typer.Argument(..., help="Dataset folder."),
-    out: Path = Out,
+    out: Path = options.Out,
     tokenizer: Path = typer.Option(None, help="Tokenizer folder; without it a linear one is fitted first."),
-    size: str = typer.Option("nano", help="nano, mini, tiny, small, medium, large or xlarge; see `ahriuwu info`."),
-    steps: int = typer.Option(None, help="Optimiser steps. Give this or --budget."),
-    budget: str = typer.Option(None, help="Training time, such as 90s, 4m or 2h (default 4m)."),
-    batch: int = typer.Option(16, help="Clips a step, of all micro-batches and processes together."),
-    frames: int = typer.Option(12, help="Frames of a clip."),
-    long_frames: int = typer.Option(0, help="Frames of a long clip, at equal frames a step."),
-    long_every: int = typer.Option(0, help="Every how many steps the clips are long ones."),
-    accumulate: int = typer.Option(1, help="Micro-batches a step of a process; a resume may change it."),
-    forcing: str = typer.Option(
-        "independent", help="Draws of tau and d: independent, context, uniform, horizon, prefix."
+    size: str = options.name(
+        "nano",
+        "--size",
+        listed("models.sizes", "SIZES"),
+        "nano, mini, tiny, small, medium, large or xlarge; see `ahriuwu info`.",
     ),
-    tau_ctx: float = typer.Option(0.1, help="Noise of context frames, tau (0 clean, 1 noise)."),
-    ramp: str = typer.Option("paper", help="Loss weight over tau: paper, inverted, flat, velocity."),
-    bootstrap_share: float = typer.Option(0.125, help="Share of clips that train larger step sizes d (eq. 7)."),
-    bootstrap_target: str = typer.Option("eq7", help="Target of larger steps: eq7, or for ablation second."),
-    predicts: str = typer.Option("x", help="What the network gives: x (z_clean), or for ablation v (velocity)."),
-    single_image_share: float = typer.Option(0.0, help="Share of clips seen as single images."),
-    optimizer: str = typer.Option("muon", help="muon, adamw, or adafactor (hardly any state; wants ten times the lr)."),
-    optimizer_state: str = typer.Option("float32", help="Number format of muon's momentum: float32 or bfloat16."),
-    lr: float = typer.Option(3e-3, help="Learning rate."),
-    weight_decay: float = typer.Option(0.0, help="Decoupled weight decay."),
-    warmup: int = typer.Option(20, help="Steps of linear warm-up."),
-    decay: float = typer.Option(0.4, help="Share of the run in which the learning rate falls to 0."),
-    clip: float = typer.Option(1.0, help="Largest gradient norm."),
-    ema: float = typer.Option(0.98, help="Decay of the averaged weights that are sampled from."),
-    precision: str = typer.Option("float32", help="float32, or bfloat16 autocast."),
+    steps: int = options.whole(None, "--steps", 1, options.MANY, "Optimiser steps. Give this or --budget."),
+    budget: str = options.text(None, "--budget", values.seconds, "Training time, such as 90s, 4m or 2h (default 4m)."),
+    batch: int = options.whole(16, "--batch", 1, 65536, "Clips a step, of all micro-batches and processes together."),
+    frames: int = options.whole(12, "--frames", 2, 10_000, "Frames of a clip."),
+    long_frames: int = options.whole(0, "--long-frames", 0, 10_000, "Frames of a long clip, at equal frames a step."),
+    long_every: int = options.whole(
+        0, "--long-every", 0, options.MANY, "Every how many steps the clips are long ones."
+    ),
+    accumulate: int = options.whole(
+        1, "--accumulate", 1, 65536, "Micro-batches a step of a process; a resume may change it."
+    ),
+    forcing: str = options.name(
+        "independent",
+        "--forcing",
+        listed("diffusion.forcing", "FORCINGS"),
+        "Draws of tau and d: independent, context, uniform, horizon, prefix.",
+    ),
+    tau_ctx: float = options.tau_ctx(0.1),
+    ramp: str = options.name(
+        "paper",
+        "--ramp",
+        listed("diffusion.objective", "RAMPS"),
+        "Loss weight over tau: paper, inverted, flat, velocity.",
+    ),
+    bootstrap_share: float = options.number(
+        0.125, "--bootstrap-share", 0, 1, "Share of clips that train larger step sizes d (eq. 7)."
+    ),
+    bootstrap_target: str = options.name(
+        "eq7",
+        "--bootstrap-target",
+        listed("diffusion.objective", "BOOTSTRAPS"),
+        "Target of larger steps: eq7, or for ablation second.",
+    ),
+    predicts: str = options.name(
+        "x",
+        "--predicts",
+        listed("models.dynamics", "PREDICTS"),
+        "What the network gives: x (z_clean), or for ablation v (velocity).",
+    ),
+    single_image_share: float = options.number(
+        0.0, "--single-image-share", 0, 1, "Share of clips seen as single images."
+    ),
+    optimizer: str = options.name(
+        "muon",
+        "--optimizer",
+        listed("config", "OPTIMIZERS"),
+        "muon, adamw, or adafactor (hardly any state; wants ten times the lr).",
+    ),
+    optimizer_state: str = options.name(
+        "float32",
+        "--optimizer-state",
+        listed("config", "PRECISIONS"),
+        "Number format of muon's momentum: float32 or bfloat16.",
+    ),
+    lr: float = options.number(3e-3, "--lr", 0, 10, "Learning rate.", "()"),
+    weight_decay: float = options.number(0.0, "--weight-decay", 0, 10, "Decoupled weight decay.", "[)"),
+    warmup: int = options.whole(20, "--warmup", 0, options.MANY, "Steps of linear warm-up."),
+    decay: float = options.number(0.4, "--decay", 0, 1, "Share of the run in which the learning rate falls to 0."),
+    clip: float = options.number(1.0, "--clip", 0, 1e9, "Largest gradient norm.", "(]"),
+    ema: float = options.number(0.98, "--ema", 0, 1, "Decay of the averaged weights that are sampled from."),
+    precision: str = options.name(
+        "float32", "--precision", listed("config", "PRECISIONS"), "float32, or bfloat16 autocast."
+    ),
     checkpoint_activations: bool = typer.Option(
         False, "--checkpoint-activations", help="Compute activations again instead of keeping them: less memory."
     ),
     compile_model: bool = typer.Option(False, "--compile", help="torch.compile the blocks: slow start, faster steps."),
-    threads: int = typer.Option(0, help="CPU threads; 0 leaves it to PyTorch."),
-    seed: int = typer.Option(0, help="Seed of everything drawn."),
-    log_every: int = typer.Option(10, help="Steps between lines of metrics."),
-    preview_every: int = typer.Option(0, help="Steps between held-out rollouts; 0: three a run."),
-    save_every: int = typer.Option(0, help="Steps between resumable states; 0: with every preview."),
-    keep: int = typer.Option(2, help="Resumable states kept."),
-    preview_windows: int = typer.Option(32, help="Windows of a preview."),
+    threads: int = options.whole(0, "--threads", 0, 1024, "CPU threads; 0 leaves it to PyTorch."),
+    seed: int = options.seed("Seed of everything drawn."),
+    log_every: int = options.whole(10, "--log-every", 1, options.MANY, "Steps between lines of metrics."),
+    preview_every: int = options.whole(
+        0, "--preview-every", 0, options.MANY, "Steps between held-out rollouts; 0: three a run."
+    ),
+    save_every: int = options.whole(
+        0, "--save-every", 0, options.MANY, "Steps between resumable states; 0: with every preview."
+    ),
+    keep: int = options.whole(2, "--keep", 1, 1_000_000, "Resumable states kept."),
+    preview_windows: int = options.whole(32, "--preview-windows", 1, 1_000_000, "Windows of a preview."),
     resume: bool = typer.Option(
-        False,
-        "--resume",
-        help="Insist on going on with the run in --out, exactly; the same command does.",
+        False, "--resume", help="Insist on going on with the run in --out, exactly; the same command does."
     ),
     init_from: Path = typer.Option(None, help="Start from the weights of this world."),
     forecast: bool = typer.Option(
         False,
         "--dry-run",
-        help="Write nothing: forecast parameters, FLOPs and memory, and what fits on a card.",
+        help="Write nothing: forecast parameters, FLOPs and memory of this command, and what fits on a card.",
     ),
-    parallel: str = typer.Option(
-        None, help="Under torchrun: ddp (default), or fsdp for models that do not fit one GPU; a resume may change it."
+    parallel: str = options.name(
+        None,
+        "--parallel",
+        listed("training.distributed", "PARALLEL"),
+        "Under torchrun: ddp (default), or fsdp for models that do not fit one GPU; a resume may change it.",
     ),
-    device: str = Device,
-    overwrite: bool = Overwrite,
-    as_json: bool = AsJson,
+    device: str = options.Device,
+    overwrite: bool = options.Overwrite,
+    as_json: bool = options.AsJson,
 ) -> None:
     """Train the dynamics on a dataset's latents: shortcut forcing (Dreamer 4, eq. 7 and 8), EMA, previews, resume."""
     settings = dict(locals())
+    if resume:
+        options.only_for(ctx, "contradicts --resume, which keeps what is in --out", "overwrite")
+    if forcing in ONE_STEP_SIZE:
+        options.only_for(
+            ctx, f"says nothing to --forcing {forcing}, which draws the smallest d alone", "bootstrap_share"
+        )
+    if steps is not None and budget is not None:
+        raise UserError("give either --steps or --budget, not both")
     from ahriuwu_cli.training.restart import stoppable
 
     with stoppable() as stop:
@@ -101,16 +161,13 @@ def _with_options(settings: dict, stop) -> dict | None:
 
     from ahriuwu_cli.config import TrainConfig
 
-    if settings["steps"] is not None and settings["budget"] is not None:
-        raise UserError("give either --steps or --budget, not both")
     if settings["steps"] is None:
-        settings["budget"] = parse_seconds(settings["budget"] or "4m", "--budget")
+        settings["budget"] = values.seconds(settings["budget"] or "4m")
     settings["compile"] = settings["compile_model"]
     try:
         config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
     except ValueError as error:
         raise UserError(f"bad training option: {error}") from None
-    _check_names(config)
     if settings["forecast"]:
         from ahriuwu_cli.commands.dry_run import dry_run
 
@@ -146,6 +203,7 @@ def _train(
     """What every process of the group does, from the dataset to the end of the run."""
     from ahriuwu_cli.commands.progress import bar, training_bar
     from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.errors import CheckpointError
     from ahriuwu_cli.training.assemble import assemble, fit_for_all
     from ahriuwu_cli.training.batches import check_shares
     from ahriuwu_cli.training.checkpoint import load_tokenizer
@@ -153,6 +211,8 @@ def _train(
     from ahriuwu_cli.training.run import run_goes_on
 
     def opened():
+        if init_from is not None and not init_from.exists():
+            raise CheckpointError(f"there is no checkpoint at {init_from}")
         check_shares(config, group.world)
         store = EpisodeStore.open(dataset)
         there = run_goes_on(out, config, {}, resume, overwrite)
@@ -180,19 +240,3 @@ def _train(
         "seconds": round(trainer.elapsed, 1),
         "best_preview_gain_db": trainer.best,
     }
-
-
-def _check_names(config) -> None:
-    from ahriuwu_cli.diffusion.forcing import FORCINGS
-    from ahriuwu_cli.diffusion.objective import BOOTSTRAPS, RAMPS
-    from ahriuwu_cli.errors import did_you_mean
-    from ahriuwu_cli.models.dynamics import PREDICTS
-
-    for option, name, known in (
-        ("--forcing", config.forcing, tuple(FORCINGS)),
-        ("--ramp", config.ramp, RAMPS),
-        ("--bootstrap-target", config.bootstrap_target, BOOTSTRAPS),
-        ("--predicts", config.predicts, PREDICTS),
-    ):
-        if name not in known:
-            raise UserError(f"unknown {option} {name!r}: {did_you_mean(name, known)}")

@@ -7,39 +7,57 @@ from pathlib import Path
 
 import typer
 
-from ahriuwu_cli.commands.options import AsJson, Device, Out, Overwrite, parse_pair
+from ahriuwu_cli.commands import options, values
 from ahriuwu_cli.errors import UserError
+
+KINDS = ("linear", "transformer")
+TRANSFORMER = (  # options of that kind alone
+    "tokens", "steps", "batch", "frames", "lr", "lpips_weights", "log_every", "save_every", "keep", "resume",
+)  # fmt: skip
 
 
 def train_tokenizer(
+    ctx: typer.Context,
     dataset: Path = typer.Argument(..., help="Dataset folder."),
-    out: Path = Out,
-    kind: str = typer.Option("linear", help="linear (principal components, seconds) or transformer."),
-    patch: str = typer.Option(None, help="Patch in pixels, 16 or 16x32 (default: linear 16, transformer 8)."),
-    latent_dim: int = typer.Option(None, help="Channels D of a latent token (default: linear 64, transformer 32)."),
-    whitening: float = typer.Option(0.5, help="linear: 0 keeps pixel distances, 1 equalises the components."),
-    tokens: int = typer.Option(16, help="transformer: latent tokens N of a frame."),
-    steps: int = typer.Option(2000, help="transformer: optimiser steps."),
-    batch: int = typer.Option(8, help="transformer: clips a step."),
-    frames: int = typer.Option(8, help="transformer: frames of a clip."),
-    lr: float = typer.Option(3e-3, help="transformer: learning rate."),
+    out: Path = options.Out,
+    kind: str = options.name(
+        "linear", "--kind", lambda: KINDS, "linear (principal components, seconds) or transformer."
+    ),
+    patch: str = options.text(
+        None, "--patch", values.pair, "Patch in pixels, 16 or 16x32 (default: linear 16, transformer 8)."
+    ),
+    latent_dim: int = options.whole(
+        None, "--latent-dim", 1, 65536, "Channels D of a latent token (default: linear 64, transformer 32)."
+    ),
+    whitening: float = options.number(
+        0.5, "--whitening", 0, 1, "linear: 0 keeps pixel distances, 1 equalises the components."
+    ),
+    tokens: int = options.whole(16, "--tokens", 1, 4096, "transformer: latent tokens N of a frame."),
+    steps: int = options.whole(2000, "--steps", 1, options.MANY, "transformer: optimiser steps."),
+    batch: int = options.whole(8, "--batch", 1, 65536, "transformer: clips a step."),
+    frames: int = options.whole(8, "--frames", 1, 10_000, "transformer: frames of a clip."),
+    lr: float = options.number(3e-3, "--lr", 0, 10, "transformer: learning rate.", "()"),
     lpips_weights: Path = typer.Option(None, help="transformer: LPIPS backbone weights (extra: lpips)."),
-    seed: int = typer.Option(0, help="Seed of everything drawn."),
-    log_every: int = typer.Option(10, help="transformer: steps between lines of metrics."),
-    save_every: int = typer.Option(500, help="transformer: steps between resumable states."),
-    keep: int = typer.Option(2, help="transformer: resumable states kept."),
+    seed: int = options.seed("Seed of everything drawn."),
+    log_every: int = options.whole(10, "--log-every", 1, options.MANY, "transformer: steps between lines of metrics."),
+    save_every: int = options.whole(
+        500, "--save-every", 1, options.MANY, "transformer: steps between resumable states."
+    ),
+    keep: int = options.whole(2, "--keep", 1, 1_000_000, "transformer: resumable states kept."),
     resume: bool = typer.Option(
         False, "--resume", help="transformer: insist on going on with the run in --out; the same command does."
     ),
-    device: str = Device,
-    overwrite: bool = Overwrite,
-    as_json: bool = AsJson,
+    device: str = options.Device,
+    overwrite: bool = options.Overwrite,
+    as_json: bool = options.AsJson,
 ) -> None:
     """Fit a tokenizer (frames <-> latents) to the train split and print its reconstruction on the val split."""
-    if kind not in ("linear", "transformer"):
-        from ahriuwu_cli.errors import did_you_mean
-
-        raise UserError(f"unknown --kind {kind!r}: {did_you_mean(kind, ('linear', 'transformer'))}")
+    if kind == "linear":
+        options.only_for(ctx, "is for --kind transformer", *TRANSFORMER)
+    else:
+        options.only_for(ctx, "is for --kind linear", "whitening")
+    if resume:
+        options.only_for(ctx, "contradicts --resume, which keeps what is in --out", "overwrite")
     from ahriuwu_cli.training.restart import stoppable
 
     settings = {
@@ -52,10 +70,6 @@ def train_tokenizer(
 
         refuse_several("train tokenizer")
         if kind == "linear":
-            if resume:
-                raise UserError(
-                    "--resume is for --kind transformer: a linear tokenizer is fitted at once, give --overwrite"
-                )
             tokenizer, quality, folder = _linear(
                 dataset, out, patch or "16", latent_dim or 64, whitening, device, overwrite, quiet=as_json
             )
@@ -86,15 +100,15 @@ def _linear(
     """(tokenizer, its quality, its folder): fitted in closed form and written."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.checkpoint import pick_device
-    from ahriuwu_cli.training.run_folder import refuse_used
 
-    store = EpisodeStore.open(dataset)
-    refuse_used(out, overwrite)
+    check_folder(out, overwrite)
     pick_device(device)
+    store = EpisodeStore.open(dataset)
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:
-        tokenizer = fit_linear_tokenizer(store, parse_pair(patch, "--patch"), latent_dim, whitening, progress)
+        tokenizer = fit_linear_tokenizer(store, values.pair(patch), latent_dim, whitening, progress)
     return tokenizer, _write_tokenizer(tokenizer, store, out), out
 
 
@@ -119,7 +133,7 @@ def _transformer(
 
     store = EpisodeStore.open(dataset)
     where, folder = pick_device(device), out / "tokenizer"
-    config = _transformer_config(store, parse_pair(patch, "--patch"), latent_dim=latent_dim, **settings)
+    config = _transformer_config(store, values.pair(patch), latent_dim=latent_dim, **settings)
     with bar("train tokenizer", "step", quiet=quiet) as progress:
         tokenizer = train_transformer_tokenizer(
             store, config, out, where, progress, resume, overwrite=overwrite, stop=stop, command=command_line(),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from ahriuwu_cli.errors import DataError, UserError
+from ahriuwu_cli.commands import options
+from ahriuwu_cli.errors import DataError
 
 
 def register(app: typer.Typer) -> None:
@@ -17,26 +17,24 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(help="A checkpoint or run folder to question as well; without it, mathematics only."),
-    ] = None,
-    dataset: Annotated[
-        Path | None, typer.Option("--dataset", help="Question the model on this dataset's val split.")
-    ] = None,
-    metrics: Annotated[
-        bool, typer.Option(help="Run every metric on models and videos whose order is known (ten seconds).")
-    ] = True,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    ctx: typer.Context,
+    checkpoint: Path = typer.Argument(
+        None, help="A checkpoint or run folder to question as well; without it, mathematics only."
+    ),
+    dataset: Path = typer.Option(None, "--dataset", help="Question the model on this dataset's val split."),
+    metrics: bool = typer.Option(
+        True, help="Run every metric on models and videos whose order is known (ten seconds)."
+    ),
+    device: str = options.Device,
+    as_json: bool = options.AsJson,
 ) -> None:
     """Check the mathematics, the metrics, and what a checkpoint hears of d, tau (0 clean, 1 noise), action and context.
 
     With --dataset, also whether the metrics tell the checkpoint from its own blind copies. Exit code 1 when a check
     fails.
     """
-    if dataset is not None and checkpoint is None:
-        raise UserError("--dataset is for questioning a model: give a checkpoint too, or leave --dataset out")
+    if checkpoint is None:
+        options.only_for(ctx, "is for questioning a model, and no checkpoint was given", "dataset", "device")
     if dataset is not None and not dataset.exists():
         raise DataError(f"{dataset} does not exist: give a dataset folder")
 

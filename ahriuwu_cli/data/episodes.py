@@ -21,6 +21,7 @@ from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.metadata import FORMAT, SPLITS, read_document
 from ahriuwu_cli.data.tensors import TensorInfo, read_header, read_rows
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.folders import check_folder, put_in_place, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,15 +56,20 @@ class EpisodeStore:
         self._offsets: dict[tuple[str, str], int] = {}
         canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        self._page = _identity(path)
 
     @staticmethod
     def open(path: Path | str) -> EpisodeStore:
         """Open a dataset folder; its JSON and every file's size are checked. Raises DataError with a sentence."""
         path = Path(path)
-        store = EpisodeStore(path, read_document(path))
-        for episode in store.episodes():
-            store._check_file(episode)
-        return store
+
+        def read() -> EpisodeStore:
+            store = EpisodeStore(path, read_document(path))
+            for episode in store.episodes():
+                store._check_file(episode)
+            return store
+
+        return whole(path, read)
 
     def episodes(self, split: str | None = None) -> list[Episode]:
         """The episodes of one split, or all of them. Raises UserError on an unknown split."""
@@ -104,10 +110,22 @@ class EpisodeStore:
         stop = shape[0] if stop is None else stop
         if not 0 <= start <= stop <= shape[0]:
             raise IndexError(f"{name} {start}..{stop} of episode {episode_id}, which has {shape[0]}")
-        if (episode_id, name) not in self._offsets:
-            self._offsets |= {(episode_id, n): t.offset for n, t in self._check_file(episode).items()}
-        info = TensorInfo(dtype, shape, self._offsets[episode_id, name])
-        return read_rows(self.file(episode_id), info, start, stop, every)
+        while True:  # until dataset.json was the same file before and after: rows of a replacement are never given
+            try:
+                if (episode_id, name) not in self._offsets:
+                    self._offsets |= {(episode_id, n): t.offset for n, t in self._check_file(episode).items()}
+                info = TensorInfo(dtype, shape, self._offsets[episode_id, name])
+                rows, failed = read_rows(self.file(episode_id), info, start, stop, every), None
+            except DataError as error:
+                rows, failed = None, error
+            now = _identity(self.path)
+            if now == self._page and failed:
+                raise failed
+            if now == self._page:
+                return rows
+            if now is None or EpisodeStore.open(self.path).fingerprint != self.fingerprint:
+                raise DataError(f"{self.path} was replaced by another dataset while it was read: start again")
+            self._page = now  # touched, or the same dataset once more
 
     def _expected(self, episode: Episode) -> dict[str, tuple[str, tuple[int, ...]]]:
         expected: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -171,7 +189,7 @@ class EpisodeWriter:
         }
         self._episodes: list[dict[str, Any]] = []
         check_target(self.path, overwrite)
-        split_episodes(1, fractions, seed)  # refuse bad fractions now, not after an hour of recording
+        check_fractions(fractions)  # now, not after an hour of recording
         near = next(p for p in self.path.parents if p.is_dir())  # parents are made only at the end
         self._staging = near / f".{self.path.name}.partial-{os.getpid()}"
         # Cleaned up by __exit__, and at the process's end where an interrupt hits before __exit__ has begun.
@@ -241,11 +259,16 @@ class EpisodeWriter:
         (self._staging / "dataset.json").write_text(json.dumps(document, indent=1) + "\n")
         check_target(self.path, self._overwrite)  # somebody may have written there meanwhile
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replaced = self._staging.with_name(self._staging.name + "-old")
-        if self.path.exists():
-            self.path.rename(replaced)
-        self._staging.rename(self.path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(self._staging, self.path, self._overwrite)
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when a dataset is replaced: the file that is its dataset.json."""
+    try:
+        status = (path / "dataset.json").stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def parse_fractions(text: str) -> tuple[float, float, float]:
@@ -254,7 +277,18 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
         train, val, test = (float(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"the splits {text!r} are not three shares: give train,val,test such as 0.8,0.1,0.1") from None
+    check_fractions((train, val, test))
     return train, val, test
+
+
+def check_fractions(fractions: tuple[float, ...]) -> None:
+    """UserError unless these are three shares that sum to 1 and leave something to train on."""
+    if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(
+            f"splits {fractions} must be three shares (train, val, test) that sum to 1, such as 0.8,0.1,0.1"
+        )
+    if fractions[0] == 0:
+        raise UserError(f"splits {fractions} leave nothing to train on: give train a share above 0")
 
 
 def split_episodes(n: int, fractions: tuple[float, float, float], seed: int) -> list[str]:
@@ -262,12 +296,7 @@ def split_episodes(n: int, fractions: tuple[float, float, float], seed: int) -> 
     gets at least one; 2 become train and val; 1 is train. Raises UserError on fractions that are not shares of 1."""
     import numpy as np
 
-    if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(
-            f"splits {fractions} must be three shares (train, val, test) that sum to 1, such as 0.8,0.1,0.1"
-        )
-    if fractions[0] == 0:
-        raise UserError(f"splits {fractions} leave nothing to train on: give train a share above 0")
+    check_fractions(fractions)
     wanted = [max(1, round(n * f)) if f > 0 else 0 for f in fractions[1:]]
     while sum(wanted) > n - 1:  # train keeps one; test gives way before val
         wanted[1 if wanted[1] >= wanted[0] else 0] -= 1
@@ -278,13 +307,13 @@ def split_episodes(n: int, fractions: tuple[float, float, float], seed: int) -> 
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Refuse to write a dataset where something else is. Raises UserError."""
-    if not os.path.lexists(path):
-        return
-    if not path.is_dir() or path.is_symlink():
+    """Refuse to write a dataset where something else is, or where none can be. Raises UserError."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
         raise UserError(f"{path} exists and is not a folder: choose another --out")
-    if any(path.iterdir()):
-        if not (path / "dataset.json").is_file():
-            raise UserError(f"{path} is not empty and is not a dataset, so it is left alone: choose another --out")
-        if not overwrite:
-            raise UserError(f"{path} already holds a dataset: choose another --out, or add --overwrite")
+    check_folder(path, overwrite=True)
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not (path / "dataset.json").is_file():
+        raise UserError(f"{path} is not empty and is not a dataset, so it is left alone: choose another --out")
+    if not overwrite:
+        raise UserError(f"{path} already holds a dataset: choose another --out, or add --overwrite")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -64,24 +64,38 @@ def read_video(path: Path | str, max_frames: int = 100_000, max_pixels: int = MA
 
 
 def write_mp4(path: Path | str, frames: np.ndarray, fps: float) -> None:
-    """Write uint8 (T, H, W, 3) as H.264 yuv420p mp4, index first; an odd side is padded by one repeated pixel."""
+    """Write uint8 (T, H, W, 3), see `mp4_writer`."""
+    _check(path, frames, fps)
+    with mp4_writer(path, *frames.shape[1:3], fps) as add:
+        for picture in frames:
+            add(picture)
+
+
+@contextmanager
+def mp4_writer(path: Path | str, height: int, width: int, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields add(picture), uint8 (height, width, 3): an H.264 yuv420p mp4 that grows frame by frame, index first.
+
+    An odd side is padded by one repeated pixel. The file has its name when all went well, else there is none.
+    """
     import av
     import numpy as np
 
-    _check(path, frames, fps)
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     with (
         _renamed(Path(path)) as temporary,
         av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as out,
     ):
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
         stream.codec_context.color_range = 1  # 1: BT.709, and the range of television
-        for picture in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+
+        def add(picture: np.ndarray) -> None:
+            even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
             out.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+
+        yield add
         out.mux(stream.encode(None))
 
 
@@ -135,37 +149,68 @@ def compose_grid(
 ) -> np.ndarray:
     """As `compose`, with the cells laid row by row, `columns` to a row. All need the same shape."""
     import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
 
     shapes = {frames.shape for _, frames in cells}
     assert len(shapes) == 1, shapes
     length, h, w, _ = shapes.pop()
-    cell_h, cell_w = TITLE + h * scale + 2 * BORDER, w * scale + 2 * BORDER
-    columns = min(columns, len(cells))
-    height = -(-len(cells) // columns) * cell_h + FOOTER
-    font = ImageFont.load_default(FONT)
+    page = Page([title for title, _ in cells], h, w, columns=columns, scale=scale, context=context, captions=captions)
+    return np.stack([page.picture(t, [frames[t] for _, frames in cells]) for t in range(length)])
 
-    page = Image.new("RGB", (columns * cell_w, height + height % 2), PAPER)
-    draw = ImageDraw.Draw(page)
-    corners = [((i // columns) * cell_h, (i % columns) * cell_w) for i in range(len(cells))]
-    for (top, left), (title, _) in zip(corners, cells, strict=True):
-        draw.text((left + BORDER, top + 1), _fit(title, cell_w - BORDER, font), INK, font)
-    blank = np.asarray(page)
 
-    out = np.empty((length, *blank.shape), np.uint8)
-    for t in range(length):
-        caption = captions[t] if captions and t < len(captions) else ""
-        footer = Image.new("RGB", (blank.shape[1], FOOTER), PAPER)
-        text = _fit(f"{t:4d}  {caption}", blank.shape[1] - BORDER, font)
-        ImageDraw.Draw(footer).text((BORDER, 1), text, CONTEXT if t < context else INK, font)
-        out[t] = blank
-        out[t, height - FOOTER : height] = np.asarray(footer)
-        for (top, left), (_, frames) in zip(corners, cells, strict=True):
-            out[t, top + TITLE : top + cell_h, left : left + cell_w] = CONTEXT if t < context else GENERATED
-            picture = frames[t].repeat(scale, 0).repeat(scale, 1)
+class Page:
+    """The grid of `compose_grid`, drawn frame by frame: its titles are laid out once. height, width are a panel's."""
+
+    def __init__(
+        self,
+        titles: list[str],
+        height: int,
+        width: int,
+        *,
+        columns: int = 4,
+        scale: int = 4,
+        context: int = 0,
+        captions: list[str] | None = None,
+    ) -> None:
+        import numpy as np
+        from PIL import Image, ImageDraw, ImageFont
+
+        self.scale, self.context, self.captions = scale, context, captions or []
+        self._side = (height * scale, width * scale)
+        cell_h, cell_w = TITLE + self._side[0] + 2 * BORDER, self._side[1] + 2 * BORDER
+        columns = min(columns, len(titles))
+        self._end = -(-len(titles) // columns) * cell_h + FOOTER
+        self._font = ImageFont.load_default(FONT)
+        page = Image.new("RGB", (columns * cell_w, self._end + self._end % 2), PAPER)
+        draw = ImageDraw.Draw(page)
+        self._corners = [((i // columns) * cell_h, (i % columns) * cell_w) for i in range(len(titles))]
+        for (top, left), title in zip(self._corners, titles, strict=True):
+            draw.text((left + BORDER, top + 1), _fit(title, cell_w - BORDER, self._font), INK, self._font)
+        self._blank = np.asarray(page)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a picture: (H', W', 3)."""
+        return self._blank.shape
+
+    def picture(self, t: int, panels: list[np.ndarray]) -> np.ndarray:
+        """Frame t of the film, uint8 (H', W', 3), from frame t of every panel, uint8 (H, W, 3)."""
+        import numpy as np
+        from PIL import Image, ImageDraw
+
+        out, given = self._blank.copy(), t < self.context
+        caption = self.captions[t] if t < len(self.captions) else ""
+        footer = Image.new("RGB", (out.shape[1], FOOTER), PAPER)
+        text = _fit(f"{t:4d}  {caption}", out.shape[1] - BORDER, self._font)
+        ImageDraw.Draw(footer).text((BORDER, 1), text, CONTEXT if given else INK, self._font)
+        out[self._end - FOOTER : self._end] = np.asarray(footer)
+        h, w = self._side
+        for (top, left), panel in zip(self._corners, panels, strict=True):
+            out[top + TITLE : top + TITLE + h + 2 * BORDER, left : left + w + 2 * BORDER] = (
+                CONTEXT if given else GENERATED
+            )
             top, left = top + TITLE + BORDER, left + BORDER
-            out[t, top : top + h * scale, left : left + w * scale] = picture
-    return out
+            out[top : top + h, left : left + w] = panel.repeat(self.scale, 0).repeat(self.scale, 1)
+        return out
 
 
 def _check(path: Path | str, frames: np.ndarray, fps: float) -> None:

@@ -19,13 +19,14 @@ import torch
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
-from ahriuwu_cli.evaluation import report, shards
+from ahriuwu_cli.evaluation import shards
 from ahriuwu_cli.evaluation.evaluate import measure_share, ready, summarise
 from ahriuwu_cli.evaluation.measure import Measured, Progress
 from ahriuwu_cli.evaluation.plan import GENERATION, WINDOWS, Cell
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig, settings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.shards import Shards
+from ahriuwu_cli.folders import check_folder
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
@@ -67,7 +68,7 @@ def run_plan(
     before the first rollout; errors name the cell. UserError, DataError or CheckpointError.
     """
     folder = out / FOLDER
-    report.check_folder(folder, overwrite=True)
+    check_folder(folder, overwrite=True)
     files = _Files(shards.choose_device(device, split))
     mine = [prepare_cell(files, cells[i], batch) for i in split.of_cells(len(cells))]
     first: dict[str, Cell] = {}

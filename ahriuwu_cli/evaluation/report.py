@@ -11,20 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ahriuwu_cli.diffusion.tau import LABEL
-from ahriuwu_cli.errors import UserError
 
 Row = dict[str, Any]
-
-
-def check_folder(out: Path, overwrite: bool) -> None:
-    """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite."""
-    near = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not near.is_dir():
-        raise UserError(f"{near} is a file: choose a folder for --out")
-    if not os.access(near, os.W_OK | os.X_OK):
-        raise UserError(f"{near} cannot be written to: choose another --out")
-    if near == out and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace the results in it")
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -54,12 +54,10 @@ def save_rollouts(
     """
     index = _index(world, store, config, generation, manifest)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / INDEX).exists():
-        if _read_index(out)["identity"] != index["identity"]:
-            raise UserError(f"{out} holds rollouts of other settings: choose another --out")
-    else:
-        write_whole(out / INDEX, (json.dumps(index, indent=1, allow_nan=False) + "\n").encode())
+    if write_whole(out / INDEX, (json.dumps(index, indent=1, allow_nan=False) + "\n").encode(), replace=False):
         manifest.save(out / "windows.json")
+    elif _read_index(out)["identity"] != index["identity"]:
+        raise UserError(f"{out} holds rollouts of other settings: choose another --out")
     share = range(len(manifest.windows)) if share is None else share
     horizons = pick_horizons(config.horizons, manifest.horizon)
     todo = [range(i, min(i + config.batch, share.stop)) for i in range(share.start, share.stop, config.batch)]

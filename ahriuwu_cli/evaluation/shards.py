@@ -151,15 +151,23 @@ def join_measured(parts: Sequence[Measured]) -> Measured:
     )
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A temporary name of this host and process, fsync, rename: a reader sees all of it or nothing, even in a crash."""
+def write_whole(path: Path, content: bytes, replace: bool = True) -> bool:
+    """A temporary name of this host and process, fsync, rename: a reader sees all of it or nothing, even in a crash.
+
+    replace False: what is there stays, and the answer is False; of several processes exactly one writes.
+    """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)  # fails where the name is taken
+    except FileExistsError:
+        return False
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -167,6 +175,7 @@ def write_whole(path: Path, content: bytes) -> None:
         os.fsync(folder)  # the new name as well
     finally:
         os.close(folder)
+    return True
 
 
 def set_aside(path: Path) -> Path | None:

@@ -16,11 +16,11 @@ import numpy as np
 
 from ahriuwu_cli import __version__
 from ahriuwu_cli.errors import DataError, UserError
-from ahriuwu_cli.evaluation import report
 from ahriuwu_cli.evaluation.metrics import CAP_DB, SSIM_WINDOW
 from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.scores import Table
 from ahriuwu_cli.evaluation.shards import set_aside, write_whole
+from ahriuwu_cli.folders import check_folder
 from ahriuwu_cli.rollout import RolloutConfig
 
 FORMAT = "ahriuwu-sweep-cell/1"
@@ -110,7 +110,7 @@ def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: 
     if resume and overwrite:
         raise UserError("--resume keeps what is in --out and --overwrite replaces it: give one of them")
     if overwrite or not path.is_file():
-        report.check_folder(out, overwrite)
+        check_folder(out, overwrite)
         return
     if resume:
         return

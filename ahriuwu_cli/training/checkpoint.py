@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.diffusion import tau as tau_
-from ahriuwu_cli.disk import replacing
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
+from ahriuwu_cli.folders import replacing, whole
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
 from ahriuwu_cli.models.tokenizer import Tokenizer, build_tokenizer
 from ahriuwu_cli.rollout import RolloutConfig
@@ -76,15 +76,22 @@ def save_world(world: World, folder: Path) -> None:
 
 
 def load_world(path: Path | str, device: str = "auto") -> World:
-    """Load a world from a checkpoint folder, or from a run folder (its `best`). CheckpointError in a sentence."""
-    folder = _resolve(Path(path))
+    """Load a world from a checkpoint folder, or from a run folder (its `best`). CheckpointError in a sentence.
+
+    While a run saves it: all of one save (`folders.whole`). The device is looked for first.
+    """
+    where, folder = pick_device(device), _resolve(Path(path))
+    return whole(folder, lambda: _load_world(folder, where))
+
+
+def _load_world(folder: Path, where: torch.device) -> World:
     document = _read_config(folder, "dynamics", _WORLD_FIELDS)
     if document["tau_convention"] != tau_.CONVENTION:
         raise CheckpointError(
             f"{folder} was trained with the convention {document['tau_convention']!r}, this is {tau_.CONVENTION!r}: "
             f"its noise levels would run backwards; train anew"
         )
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = _load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint() != document["tokenizer_hash"]:
         raise CheckpointError(
             f"{folder / 'tokenizer'} is not the tokenizer that this model was trained with "
@@ -102,8 +109,7 @@ def load_world(path: Path | str, device: str = "auto") -> World:
     if (dynamics.config.tokens, dynamics.config.latent_dim) != (tokenizer.tokens, tokenizer.latent_dim):
         raise CheckpointError(f"{folder}: the model's latents and the tokenizer's have different shapes")
     load_weights(dynamics, folder / "model.safetensors")
-    where = pick_device(device)
-    world = World(
+    return World(
         dynamics=dynamics.to(where).eval().requires_grad_(False),
         tokenizer=tokenizer.to(where),
         action_space=action_space,
@@ -116,7 +122,6 @@ def load_world(path: Path | str, device: str = "auto") -> World:
         path=folder,
         facts=document["facts"],
     )
-    return world
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, facts: dict) -> None:
@@ -128,8 +133,15 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, facts: dict) -> None:
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Load a tokenizer folder, or the tokenizer inside a world. CheckpointError in a sentence."""
     folder = Path(path)
-    if (folder / "tokenizer" / "config.json").is_file():
-        folder = folder / "tokenizer"
+
+    def read() -> Tokenizer:
+        inside = folder / "tokenizer"
+        return _load_tokenizer(inside if (inside / "config.json").is_file() else folder)
+
+    return whole(folder, read)
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
     document = _read_config(folder, "tokenizer", _TOKENIZER_FIELDS)
     try:
         tokenizer = build_tokenizer(document["tokenizer"], document["architecture"])
@@ -207,9 +219,9 @@ def _write_module(folder: Path, module: nn.Module, document: dict) -> None:
 
 
 def _resolve(path: Path) -> Path:
-    if (path / "config.json").is_file() or not (path / "best" / "config.json").is_file():
-        return path
-    return path / "best"
+    """The world that a path means: its own folder, or a run's `best`, even in the instant in which that is replaced."""
+    in_run = (path / "best" / "config.json").is_file() or (path / "run.json").is_file()
+    return path / "best" if in_run and not (path / "config.json").is_file() else path
 
 
 def _read_config(folder: Path, kind: str, names: set[str]) -> dict:

@@ -26,6 +26,7 @@ from torch import Tensor
 from ahriuwu_cli import __version__
 from ahriuwu_cli.disk import FULL, discard, mend, sync, write_whole
 from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
+from ahriuwu_cli.folders import check_folder
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.lock import LOCK, refuse_alive, take
 from ahriuwu_cli.training.states import States
@@ -165,7 +166,7 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
     """
     if resume and overwrite:
         raise UserError("give --resume to go on or --overwrite to start over, not both")
-    refuse_file(folder)
+    check_folder(folder, overwrite=True)
     refuse_alive(folder)
     content = _content(folder)
     if overwrite or not content:
@@ -190,16 +191,9 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
 
 
 def refuse_used(folder: Path, overwrite: bool) -> None:
-    """UserError when a folder to write already holds something and --overwrite was not given, or when it is a file."""
-    refuse_file(folder)
+    """UserError when a folder to write already holds something and --overwrite was not given."""
     if not overwrite and _content(folder):
         raise UserError(f"{folder} is not empty: choose another --out, or give --overwrite")
-
-
-def refuse_file(folder: Path) -> None:
-    """UserError when what should be a folder is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give a folder for the run")
 
 
 def read_run(folder: Path) -> dict[str, Any]:

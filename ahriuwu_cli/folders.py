@@ -1,0 +1,201 @@
+"""Folders that results go to: refused early when they cannot take them, and never half one thing, half another.
+
+`check_folder` refuses before the work. `replacing` fills a sibling and puts it in place by renaming, and `whole` reads
+one that may be replaced meanwhile. `claimed` keeps a second process out of a folder that is written file by file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from ahriuwu_cli.disk import exchange, sync
+from ahriuwu_cli.errors import UserError
+
+PATIENCE, PAUSE = 10.0, 0.001  # seconds: how long a reader waits for a folder that is being replaced, between looks
+MISSING = 3  # looks by which a folder that is not there, with no old one beside it, counts as missing
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+T = TypeVar("T")
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite."""
+    try:
+        near = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
+    except OSError as error:
+        raise UserError(f"{out} cannot be a folder ({error.strerror}): choose another --out") from None
+    if not near.is_dir():
+        raise UserError(f"{near} is a file: choose a folder for --out")
+    if not os.access(near, os.W_OK | os.X_OK):
+        raise UserError(f"{near} cannot be written to: choose another --out")
+    if near == out and not overwrite and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
+
+
+class replacing:
+    """`with replacing(folder) as temporary`: fill a sibling, then put it in the place of `folder`, see `put_in_place`.
+
+    overwrite False: what another process put there meanwhile is kept, with a UserError.
+    """
+
+    def __init__(self, folder: Path, overwrite: bool = True) -> None:
+        folder = Path(folder)
+        self.folder, self.overwrite = folder.resolve() if folder.is_symlink() else folder, overwrite
+        self.temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, kind, value, trace) -> None:
+        try:
+            if kind is None:
+                for path in sorted(self.temporary.rglob("*"), reverse=True):
+                    sync(path)
+                sync(self.temporary)
+                put_in_place(self.temporary, self.folder, self.overwrite)
+                sync(self.folder.parent)
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def put_in_place(new: Path, folder: Path, overwrite: bool = True) -> None:
+    """Rename the folder `new` to `folder`, and delete what was there.
+
+    On Linux the two swap names in one step. Elsewhere what was there is renamed away first, so for an instant `folder`
+    is not there: a reader waits (`whole`), and a kill in that instant leaves the old one beside it as `.NAME.PID.old`.
+    UserError when something is there and overwrite is off.
+    """
+    if overwrite and folder.is_dir() and exchange(new, folder):
+        return shutil.rmtree(new, ignore_errors=True)
+    retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            os.rename(new, folder)  # nothing there, or an empty folder
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if not overwrite:
+            raise UserError(f"{folder} was filled by another process meanwhile: choose another --out")
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder} is filled by other processes again and again: choose another --out")
+        try:
+            os.rename(folder, retired)
+        except FileNotFoundError:
+            continue  # another writer just took it away
+        try:
+            os.rename(new, folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                os.rename(retired, folder)
+                raise
+        finally:
+            shutil.rmtree(retired, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def whole(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` makes of the files in `folder`, all of one save, while other processes may be replacing it.
+
+    Why this is right on Linux and macOS: the folder is held open while it is read, so its number (device, inode) is
+    taken by nothing else; a writer only ever renames whole folders in, and never one that was there before. When the
+    name still leads to the held folder after reading, it led there all the time, and every file was of that one save.
+    When it does not, or is missing while a save puts it in place, what was read counts for nothing, errors as well,
+    and is read again. After PATIENCE seconds of that: UserError, try again.
+    """
+    deadline, missing = time.monotonic() + PATIENCE, 0
+    while True:
+        try:
+            held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            old, missing = _put_away(folder), missing + 1
+            if not old and missing > MISSING:
+                return read()  # which says what is wrong
+            if old and time.monotonic() > deadline:
+                raise UserError(f"{folder} is not there: saving it was cut short, rename {old} back") from None
+        else:
+            try:
+                outcome = _tried(read)
+                if _leads_to(folder, held):
+                    return outcome()
+            finally:
+                os.close(held)
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder} is replaced faster than it can be read: try again when that has ended")
+        time.sleep(PAUSE)
+
+
+@contextmanager
+def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iterator[None]:
+    """Hold `out` (made when it is missing) for this process; UserError when another one holds it, or has filled it.
+
+    The lock is `flock` on the folder itself, so nothing is left behind, however the process ends. An `out` that stays
+    empty is removed. A file system without locks is said.
+    """
+    import fcntl
+
+    made = [p for p in (out, *out.parents) if not p.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    held = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {out}: choose another --out, or wait for it") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            announce(f"{out} has no file locks: see to it that no other process writes there")
+        check_folder(out, overwrite)
+        yield
+    finally:
+        for folder in made:
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+        os.close(held)
+
+
+def _tried(read: Callable[[], T]) -> Callable[[], T]:
+    """read() now; the function that is returned gives its result, or raises its error."""
+    try:
+        result = read()
+    except Exception as error:
+        caught = error
+
+        def fail() -> T:
+            raise caught
+
+        return fail
+    return lambda: result
+
+
+def _put_away(folder: Path) -> Path | None:
+    """The old one of this folder, or of the one that it lies in, that a writer renamed away (`put_in_place`)."""
+    for place in (folder, folder.parent):
+        try:
+            names = os.listdir(place.parent)
+        except OSError:
+            continue
+        for name in names:
+            if name.startswith(f".{place.name}.") and name.endswith(".old"):
+                return place.with_name(name)
+    return None
+
+
+def _leads_to(folder: Path, held: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(held))
+    except OSError:
+        return False
