@@ -6,7 +6,6 @@ A video without an action file is stored unlabelled. `actions.json` in the folde
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.action_files import ActionTable, infer_space, read_actions
 from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.documents import read_json
 from ahriuwu_cli.data.resize import area_resize, centre_crop
 from ahriuwu_cli.data.video import MAX_PIXELS, iter_video, video_fps
 from ahriuwu_cli.errors import DataError, UserError
@@ -170,6 +170,6 @@ def _read_frames(video: Path, plan: ImportPlan) -> np.ndarray:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise DataError(f"{path} is not JSON: see `ahriuwu import --help` for its form") from None
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not JSON ({error}): see `ahriuwu import --help` for its form") from None

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ahriuwu_cli.data.documents import parse_json
+
 FORMAT = "ahriuwu-journal/1"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -121,8 +123,8 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int | None = No
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return None
 
 

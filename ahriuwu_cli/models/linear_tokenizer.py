@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ahriuwu_cli.models.tokenizer import Tokenizer
+from ahriuwu_cli.models.tokenizer import MAX_SIDE, Tokenizer
 
 
 class LinearTokenizer(Tokenizer):
@@ -22,17 +22,21 @@ class LinearTokenizer(Tokenizer):
 
     def __init__(self, height: int, width: int, patch_height: int, patch_width: int, latent_dim: int) -> None:
         super().__init__()
+        sizes = {"height": height, "width": width, "patch_height": patch_height, "patch_width": patch_width}
+        for name, value in sizes.items():
+            if type(value) is not int or not 1 <= value <= MAX_SIDE:
+                raise ValueError(f"{name} must be a whole number of pixels from 1 to {MAX_SIDE}, got {value!r}")
         if height % patch_height or width % patch_width:
             raise ValueError(f"frames of {height}x{width} do not divide into patches of {patch_height}x{patch_width}")
         values = patch_height * patch_width * 3
-        if not 1 <= latent_dim <= values:
-            raise ValueError(f"latent_dim {latent_dim} is not in 1..{values}, the values of a patch")
+        if type(latent_dim) is not int or not 1 <= latent_dim <= values:
+            raise ValueError(f"latent_dim {latent_dim!r} is not in 1..{values}, the values of a patch")
         self.height, self.width, self.latent_dim = height, width, latent_dim
         self.patch_height, self.patch_width = patch_height, patch_width
         self.rows, self.columns = height // patch_height, width // patch_width
         self.tokens = self.rows * self.columns
         self.register_buffer("mean", torch.zeros(self.tokens, values))
-        self.register_buffer("components", torch.eye(values)[:, :latent_dim].clone())  # orthonormal columns
+        self.register_buffer("components", torch.eye(values, latent_dim))  # orthonormal columns
         self.register_buffer("scale", torch.ones(latent_dim))
 
     @classmethod

@@ -9,6 +9,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+MAX_SIDE = 4096  # pixels of a frame's side, as in a dataset
+
 
 class Tokenizer(nn.Module):
     """Maps frames (B, T, H, W, 3) uint8 to latents (B, T, N, D) float32 and back to frames (B, T, H, W, 3) in [0, 1].

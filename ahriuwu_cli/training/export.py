@@ -7,7 +7,6 @@ world/            a checkpoint as `training.checkpoint` writes it, weights in bf
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
@@ -136,13 +136,13 @@ def _table(scores: dict[str, Any]) -> list[str]:
 def _scores(folder: Path) -> dict[str, Any]:
     file = folder / "eval.json" if folder.is_dir() else folder
     try:
-        scores = json.loads(file.read_bytes())
+        scores = read_object(file)
         if scores["kind"] != "eval" or scores["status"] != "ok":
             raise ValueError("it is not the result of an evaluation that went well")
         _table(scores)
     except FileNotFoundError:
         raise DataError(f"there is no {file}: give a folder that `ahriuwu eval` wrote") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} cannot be used ({error}): give a folder that `ahriuwu eval` wrote") from None
     return scores
 

@@ -17,12 +17,13 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ahriuwu_cli import __version__
 from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.data.documents import parse_object, read_object
 from ahriuwu_cli.errors import CheckpointError, UserError
 from ahriuwu_cli.training.checkpoint import save_world
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ahriuwu_cli.world import World
 
 
+_UNFIT = (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError)  # what strange fields raise
 FREE = ("accumulate",)  # settings that a resume may change: they share the same work out otherwise
 
 
@@ -81,8 +83,9 @@ class Run:
     def resume(cls, folder: Path, config: TrainConfig, facts: dict, command: str, group: Group | None = None) -> Run:
         """Go on in a run's folder. UserError when it was started with other settings, naming them."""
         try:
-            document = json.loads((folder / "run.json").read_text())
-            before, old_facts = TrainConfig.from_json(document["config"]).to_json(), document["facts"]
+            document = read_object(folder / "run.json")
+            before, old_facts = TrainConfig.from_json(document["config"]).to_json(), dict(document["facts"])
+            started_by = str(document["command"])
         except FileNotFoundError:
             raise UserError(f"{folder} holds no run to resume: start it without --resume") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -94,7 +97,7 @@ class Run:
             raise UserError(
                 f"{folder} was started with other settings ({'; '.join(changed[:4])}): resume with the same"
             )
-        return cls(folder, config, facts, document["command"], writes=group is None or group.leads)
+        return cls(folder, config, facts, started_by, writes=group is None or group.leads)
 
     def log(self, line: dict) -> dict:
         """Append one line to metrics.jsonl; NaN never gets in."""
@@ -146,9 +149,9 @@ class Run:
             for i, optimizer in enumerate(trainer.optimizers):
                 mine = placed_for(optimizer, under_prefix(f"optimizer{i}", tensors))
                 load_optimizer_tensors(optimizer, mine, document["optimizers"][i])
-            trainer.step, trainer.total = document["step"], document["total"]
-            trainer.elapsed, trainer.best = document["elapsed"], document["best"]
-        except (RuntimeError, KeyError, IndexError) as error:
+            trainer.step, trainer.total = _number(document, "step", int), _number(document, "total", int, None)
+            trainer.elapsed, trainer.best = _number(document, "elapsed", float), _number(document, "best", float, None)
+        except _UNFIT as error:
             raise CheckpointError(f"{newest} does not fit this run: {error}") from None
         if self.writes:
             cut_log(self.folder / "metrics.jsonl", trainer.step)
@@ -202,9 +205,19 @@ def _write_json(path: Path, document: dict) -> None:
     os.replace(temporary, path)
 
 
+def _number(document: dict, name: str, kind: type, *or_else: None) -> Any:
+    """A number of a state's document that is not below zero where it is whole; or None where that may stand there."""
+    value = document[name]
+    if value is None and or_else:
+        return None
+    if type(value) not in (kind, int) or (kind is int and value < 0):
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
 def _step_of(line: str) -> float:
     """The step of a line of metrics; a line that was cut short counts as later than all."""
     try:
-        return int(json.loads(line)["step"])
+        return int(parse_object(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ahriuwu_cli.errors import CheckpointError
+from ahriuwu_cli.data.documents import read_json
+from ahriuwu_cli.data.tensors import read_tensors
+from ahriuwu_cli.errors import CheckpointError, DataError
 
 FORMAT = "ahriuwu-state-1"
+MAX_BYTES = 100_000_000  # of the document, which lists every tensor of the optimisers
 DOCUMENT = "state.json"
 
 
@@ -59,16 +62,13 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Tuples of the document come back as lists and its keys as strings. CheckpointError, one sentence, when the state is
     missing, cut short, altered or of another format.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / DOCUMENT
     try:
-        facts = json.loads(path.read_text())
+        facts = read_json(path, MAX_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read a training state at {path}: {error.strerror}") from None
-    except ValueError:
-        raise CheckpointError(f"{path} is not JSON: the training state is damaged, use another one") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): the training state is damaged, use another one") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a training state of the format {FORMAT}: use one that this version wrote")
     document, digest = facts.get("document"), facts.get("tensors_sha256")
@@ -81,11 +81,11 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if _sha256(tensors) != digest:
             raise CheckpointError(f"{tensors} was altered after it was written (its sha256 differs): use another state")
-        return load_file(tensors), document
+        return read_tensors(tensors), document
     except OSError as error:
         raise CheckpointError(f"cannot read {tensors}, which {path} names: {error.strerror}") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{tensors} is not a safetensors file ({error}): use another state") from None
+    except DataError as error:
+        raise CheckpointError(f"{tensors} cannot be read ({error}): use another state") from None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -231,14 +231,14 @@ class _Trainer:
         if not (self.run_dir / "state" / "state.json").exists():
             raise UserError(f"{self.run_dir} has no saved tokenizer run to resume: start it without --resume")
         tensors, document = load_state(self.run_dir / "state")
-        self._check_same(document)
         try:
+            self._check_same(document)
             self.model.load_state_dict(under_prefix("model", tensors), strict=True)
             self.rms.load_state_dict(under_prefix("rms", tensors), strict=True)
             for i, optimizer in enumerate(self.optimizers):
                 load_optimizer_tensors(optimizer, under_prefix(f"optimizer{i}", tensors), document["optimizers"][i])
             self.step = int(document["step"])
-        except (RuntimeError, KeyError, IndexError) as error:
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the state in {self.run_dir / 'state'} does not fit this run: {error}") from None
         cut_log(self.run_dir / "metrics.jsonl", self.step)
 
