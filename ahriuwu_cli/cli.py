@@ -10,6 +10,7 @@ from typer.main import get_command
 
 from ahriuwu_cli import __version__
 from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.printing import one_sentence, only_text
 
 app = typer.Typer(
     name="ahriuwu",
@@ -52,6 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments or bool(os.environ.get("AHRIUWU_DEBUG"))
     arguments = [a for a in arguments if a != "--debug"]
+    with only_text():
+        code = _run(arguments, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run(arguments: list[str], debug: bool) -> object:
+    """The command's exit code, its error printed."""
     try:
         code = get_command(app).main(args=arguments, prog_name="ahriuwu", standalone_mode=False)
     except UserError as error:
@@ -77,11 +85,11 @@ def main(argv: list[str] | None = None) -> None:
         else:
             _complain(error.format_message())
             code = getattr(error, "exit_code", 2)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code
 
 
 def _complain(sentence: str) -> None:
-    sys.stderr.write("error: " + " ".join(sentence.split()) + "\n")
+    sys.stderr.write(f"error: {one_sentence(sentence)}\n")
 
 
 _add_commands()

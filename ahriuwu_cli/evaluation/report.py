@@ -43,13 +43,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Rows of equal keys as CSV with a header; a mapping {value, lo, hi} becomes three columns; null is empty."""
-    flat = [flatten(row) for row in rows]
+    """Rows of equal keys as CSV with a header; a mapping {value, lo, hi} becomes three columns; null is empty.
+
+    A text that a spreadsheet would compute, which begins with = + - @ or a control character, gets a quote in front.
+    """
+    flat = [{harmless(name): harmless(value) for name, value in flatten(row).items()} for row in rows]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return out.getvalue()
+
+
+def harmless(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula; numbers stay as they are."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r\n") else value
 
 
 def flatten(row: Row) -> Row:
