@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 ACTION_SUFFIXES = (".csv", ".jsonl")
+MAX_EPISODE_BYTES = 8_000_000_000  # of one video's frames, which are all in memory before they are written
 SAME_RATE = 1e-3  # relative; 29.97 and 30 differ by exactly this
 
 
@@ -163,6 +164,10 @@ def _read_frames(video: Path, plan: ImportPlan) -> np.ndarray:
             raise DataError(f"{video} has more than {config.max_frames} frames: cut it, or raise --max-frames")
         if i == 0 or int(i * keep + 1e-6) > int((i - 1) * keep + 1e-6):
             frames.append(area_resize(centre_crop(frame, config.height, config.width), config.height, config.width))
+        if len(frames) * config.height * config.width * 3 > MAX_EPISODE_BYTES:
+            raise DataError(
+                f"{video} takes more than {MAX_EPISODE_BYTES / 1e9:g} GB as one episode: cut it, or lower --size"
+            )
     if len(frames) < 2:
         raise DataError(f"{video} has {len(frames)} frame(s) at {plan.fps:g} frames per second: at least 2 are needed")
     return np.stack(frames)
