@@ -95,6 +95,17 @@ class DynamicsConfig:
         """Groups of a frame's tokens that time layers keep apart: every place on its own, or the frame as one."""
         return self.sequence if self.time_attention == "place" else 1
 
+    @property
+    def stored(self) -> int:
+        """How many numbers a checkpoint of this architecture holds; known before any of them is made."""
+        w, half, head = self.width, self.width // 2, self.width // self.heads
+        block = 2 * w + 2 * w * w + 2 * w * self.kv_heads * head + 2 * head + 3 * w * self.mlp_hidden
+        block += (4 * w * w + 4 * w) if self.conditioning == "modulate" else 0
+        level = (self.k_max + 1 + self.k_max.bit_length()) * half + 2 * half * w + w + w * w + w
+        action = w + w * sum(size for _, size, _, _ in self.action_space)
+        ends = 2 * self.latent_dim * w + 2 * w + 2 * self.latent_dim + (self.tokens + self.registers) * w
+        return self.depth * block + level + action + ends
+
     def to_json(self) -> dict:
         return asdict(self)
 

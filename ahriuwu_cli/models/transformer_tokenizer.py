@@ -81,6 +81,15 @@ class TransformerTokenizerConfig:
         """P, patch tokens of a frame."""
         return (self.height // self.patch) * (self.width // self.patch)
 
+    @property
+    def stored(self) -> int:
+        """How many numbers a checkpoint of this architecture holds; known before any of them is made."""
+        w, head, values = self.model_width, self.model_width // self.heads, self.patch * self.patch * 3
+        block = 2 * w + 2 * w * w + 2 * w * self.kv_heads * head + 2 * head + 3 * w * self.mlp_hidden
+        places = (2 * self.patches + 2 * self.tokens + 1) * w
+        ends = 2 * values * w + values + 2 * self.latent_dim * w + self.latent_dim + 4 * w
+        return (self.depth_encoder + self.depth_decoder) * block + places + ends + 2 * self.tokens * self.latent_dim
+
     def to_json(self) -> dict:
         return asdict(self)
 
@@ -161,6 +170,10 @@ class TransformerTokenizer(Tokenizer):
     @classmethod
     def from_json(cls, architecture: dict) -> TransformerTokenizer:
         return cls(TransformerTokenizerConfig.from_json(architecture))
+
+    @classmethod
+    def stored(cls, architecture: dict) -> int:
+        return TransformerTokenizerConfig.from_json(architecture).stored
 
     def to_json(self) -> dict:
         return self.config.to_json()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -31,7 +32,7 @@ from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
-from ahriuwu_cli.models.tokenizer import Tokenizer, build_tokenizer
+from ahriuwu_cli.models.tokenizer import Tokenizer, tokenizer_class
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
@@ -110,7 +111,7 @@ def load_world(path: Path | str, device: str = "auto") -> World:
     config = replace(config, action_space=action_slots(action_space))
     if (config.tokens, config.latent_dim) != (tokenizer.tokens, tokenizer.latent_dim):
         raise CheckpointError(f"{folder}: the model's latents and the tokenizer's have different shapes")
-    dynamics = build_with_weights(lambda: Dynamics(config), folder / "model.safetensors")
+    dynamics = build_with_weights(lambda: Dynamics(config), config.stored, folder / "model.safetensors")
     _check_seal(folder / "tokenizer", inner)
     _check_seal(folder, document)
     if document["format"] == UNSEALED:
@@ -154,23 +155,27 @@ def _open_tokenizer(folder: Path) -> tuple[Tokenizer, dict]:
     """The tokenizer and its config.json, whose hashes are still to be checked."""
     document = _read_config(folder, "tokenizer", _TOKENIZER_FIELDS)
     try:
+        kind, architecture = tokenizer_class(document["tokenizer"]), document["architecture"]
         tokenizer = build_with_weights(
-            lambda: build_tokenizer(document["tokenizer"], document["architecture"]), folder / "model.safetensors"
+            lambda: kind.from_json(architecture), kind.stored(architecture), folder / "model.safetensors"
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from None
     return tokenizer.eval().requires_grad_(False), document
 
 
-def build_with_weights(build: Callable[[], nn.Module], path: Path) -> nn.Module:
-    """What `build` makes, with the weights of a safetensors file: exactly its names, shapes and number formats.
+def build_with_weights(build: Callable[[], nn.Module], stored: int, path: Path) -> nn.Module:
+    """What `build` makes, with the weights of a safetensors file: exactly its names and shapes. CheckpointError.
 
-    It is built without memory first and compared with the file's header, so that a configuration which asks for more
-    than the file holds is refused before memory is taken. CheckpointError.
+    stored: how many numbers its checkpoint holds. A configuration that describes more than the file holds by its header
+    is refused before it is built, that is before memory is taken.
     """
     found = _header(path)
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in build().state_dict().items()}
+    held = sum(math.prod(info.shape) for info in found.values())
+    if stored > held:
+        raise CheckpointError(f"{path} does not fit its config.json: it holds {held} numbers, {stored} are described")
+    module = build()
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n].shape)
     if wrong:
@@ -180,7 +185,6 @@ def build_with_weights(build: Callable[[], nn.Module], path: Path) -> nn.Module:
         tensors = tensors_.read_tensors(path)
     except DataError as error:
         raise CheckpointError(f"{error}") from None
-    module = build()
     odd = sorted(n for n, t in module.state_dict().items() if t.is_floating_point() != tensors[n].is_floating_point())
     if odd:
         raise CheckpointError(f"{path} holds {odd[0]} as {tensors[odd[0]].dtype}, which is no format of weights")

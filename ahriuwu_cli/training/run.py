@@ -182,7 +182,8 @@ def refuse_used(folder: Path, overwrite: bool) -> None:
 def cut_log(file: Path, step: int) -> None:
     """Drop the lines of a metrics.jsonl that come after `step`, and one that a kill cut short."""
     if file.exists():
-        kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+        lines = file.read_bytes().decode("utf-8", "replace").split("\n")  # what is no text is no line either
+        kept = [line for line in lines if _step_of(line) <= step]
         file.write_text("".join(line + "\n" for line in kept))
 
 
