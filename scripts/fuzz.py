@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,14 +71,16 @@ class Kind:
 
 KINDS = {
     "checkpoint": Kind(
-        ("world/config.json", "world/config.json", "world/model.safetensors", "world/tokenizer/*", "world/prompt/dataset.json",
+        ("world/config.json", "world/config.json", "world/model.safetensors", "world/tokenizer/*",
+        "world/prompt/dataset.json",
          "world/prompt/episodes/*"),
         (["info", "world"], ["rollout", "world", "--out", "out", "--device", "cpu", *SMALL], EVAL,
          ["export", "world", "--out", "out", "--steps", "1", "--sampler", "euler"]),
         ("world", "data", "windows.json"),
     ),
     "tokenizer": Kind(
-        ("tok/*",), (["info", "tok"], ["train", "dynamics", "data", "--out", "out", "--dry-run", *TRAIN]), ("tok", "data")
+        ("tok/*",), (["info", "tok"], ["info", "tok"], ["train", "dynamics", "data", "--out", "out", *TRAIN]),
+        ("tok", "data"), ("out", "data/latents"),
     ),
     "state": Kind(("run/run.json", "run/metrics.jsonl", "run/state/*/*"), (RESUME,), ("run", "data", "tok"), ("run",)),
     "tokenizer state": Kind(
@@ -126,6 +129,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mutations", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="begin with this one, to share the work out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS), help="by commas; default: all")
     parser.add_argument("--json", type=Path, help="write the table there")
@@ -135,7 +139,8 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown kind {unknown[0]!r}: choose from {', '.join(KINDS)}")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        rows = fuzz(Path(scratch), a.mutations, a.seed, a.kinds.split(","), a.only)
+        numbers = [a.only] if a.only is not None else range(a.first, a.first + a.mutations)
+        rows = fuzz(Path(scratch), numbers, a.seed, a.kinds.split(","))
     print(table(rows))
     bad = [row for row in rows if row["wrong"]]
     for row in bad:
@@ -147,7 +152,7 @@ def main() -> None:
     sys.exit(1 if bad else 0)
 
 
-def fuzz(scratch: Path, mutations: int, seed: int, kinds: list[str], only: int | None = None) -> list[dict]:
+def fuzz(scratch: Path, numbers: Sequence[int], seed: int, kinds: list[str]) -> list[dict]:
     """A row for every mutation: number, kind, what was done, exit code, seconds, bytes, and what was wrong with it."""
     prepare()
     base = scratch / "base"
@@ -155,21 +160,19 @@ def fuzz(scratch: Path, mutations: int, seed: int, kinds: list[str], only: int |
     if code:
         raise SystemExit(f"the files to damage could not be made:\n{(scratch / 'build.log').read_text()[-2000:]}")
     rows = []
-    for number in range(mutations):
+    for number in numbers:
         rng = random.Random(f"{seed}/{number}")
         kind = kinds[number % len(kinds)]
-        if only is not None and number != only:
-            continue
         rows.append({"number": number, "kind": kind} | one(base, scratch / "work", kind, rng))
-        if only is not None:
+        if sys.stderr.isatty():
+            print(f"\r{len(rows)}/{len(numbers)}", end="", file=sys.stderr, flush=True)
+        if len(numbers) == 1:
             print(json.dumps(rows[-1], indent=1))
-        elif sys.stderr.isatty() or number % 100 == 99:
-            print(f"\r{number + 1}/{mutations}", end="", file=sys.stderr, flush=True)
     return rows
 
 
 def prepare() -> None:
-    """Import what the commands need, so that a mutation does not pay for it. Nothing is computed: forks must be safe."""
+    """Import what the commands need, so that a mutation does not pay for it. Nothing is computed: forks stay safe."""
     import av  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import PIL.Image
@@ -279,7 +282,7 @@ def run(work: Path, command: list[str]) -> None:
 
 
 def in_a_child(work, log: Path, seconds: float) -> tuple[int, float, int]:
-    """(exit code, or minus the signal; seconds; bytes above the start) of work() in a fork; its words are in log(.err)."""
+    """(exit code, or minus the signal; seconds; bytes above the start) of work() in a fork; its words are in log."""
     began = time.monotonic()
     child = os.fork()
     if not child:
@@ -497,7 +500,8 @@ def build(base: Path) -> None:
     ahriuwu("train", "tokenizer", "data", "--out", "tok", "--patch", "8", "--latent-dim", "6")
     ahriuwu("train", "dynamics", "data", "--out", "run", *TRAIN)
     ahriuwu("train", "tokenizer", "data", "--out", "tokrun", *TRAIN_TOKENIZER)
-    ahriuwu("export", "run", "--out", "world", "--steps", "1", "--sampler", "euler", "--prompts", "data", "--clips", "2",
+    ahriuwu("export", "run", "--out", "world", "--steps", "1", "--sampler", "euler", "--prompts", "data", "--clips",
+    "2",
             "--frames", "8")  # fmt: skip
     ahriuwu("eval", "world", "data", "--out", "scores", *WINDOWS, *SCORED)
     shutil.copy("scores/windows.json", "windows.json")

@@ -14,13 +14,16 @@ from typing import Any
 
 Mutation = Callable[[bytes, random.Random], bytes]
 TEXTS = (
-    "", "../../../../tmp/outside", "/etc/passwd", "..\\..\\outside", "C:\\outside", "a\x00b", "a\nb", "\x1b[31mred\x1b]0;t\x07",
-    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "=1+1", "-2+3", "@SUM(A1)", "\u202egnp", "\ud800", "\U0001f600" * 40,
+    "", "../../../../tmp/outside", "/etc/passwd", "..\\..\\outside", "C:\\outside", "a\x00b", "a\nb",
+    "\x1b[31mred\x1b]0;t\x07",
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "=1+1", "-2+3", "@SUM(A1)", "\u202egnp", "\ud800",
+    "\U0001f600" * 40,
     "x" * 100_000, "nan", "null", "$\\frac{", "%s%n", "{0}", "000000", "train", "float32",
 )  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 3, 7, 10**6, 10**9, 10**12, 2**31, 2**63, 2**64, 10**30, -(10**12), 0.5, -0.0, 1e-300, 1e300,
            True, False)  # fmt: skip
-LITERALS = ("NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 1000 + "]" * 1000, '{"a":' * 1000 + "1" + "}" * 1000,
+LITERALS = ("NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 1000 + "]" * 1000,
+'{"a":' * 1000 + "1" + "}" * 1000,
             "01", "1.", "'a'", "undefined", "[1,]", '"\\ud800"', '"\\x"', "[" * 200_000)  # fmt: skip
 
 
@@ -144,10 +147,12 @@ def header_entry(data: bytes, rng: random.Random) -> bytes:
                 ("F64", "I8", "U8", "BF16", "F16", "I32", "BOOL", "F8_E4M3", "C64", "", 7, None)
             )
         elif which == 1:
-            entry["shape"] = rng.choice(([], [10**9, 10**9], [-1], [1, *entry["shape"]], entry["shape"][::-1], "ab", [0.5],
+            entry["shape"] = rng.choice(([], [10**9, 10**9], [-1], [1, *entry["shape"]], entry["shape"][::-1], "ab",
+            [0.5],
                                          [2**62, 2**62], [True], [0], [1] * 100))  # fmt: skip
         elif which == 2:
-            entry["data_offsets"] = rng.choice(([0, 2**62], [end, begin], [-4, 0], [begin + 1, end + 1], [begin], [], "ab",
+            entry["data_offsets"] = rng.choice(([0, 2**62], [end, begin], [-4, 0], [begin + 1, end + 1], [begin], [],
+            "ab",
                                                 [0, end], [begin, end + 4], [None, None]))  # fmt: skip
         elif which == 3:
             header.pop(name, None)

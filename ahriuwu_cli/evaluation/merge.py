@@ -277,4 +277,4 @@ def _notes(merged: Row) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(c.replace("\\", "\\\\").replace("|", "\\|") for c in cells) + " |"
+    return "| " + " | ".join(report.in_markdown(c) for c in cells) + " |"

@@ -12,6 +12,7 @@ from typing import Any
 
 from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.printing import printable
 
 Row = dict[str, Any]
 
@@ -56,8 +57,16 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def harmless(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula; numbers stay as they are."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r\n") else value
+    """A cell that no spreadsheet takes for a formula, without control characters; numbers stay as they are."""
+    if not isinstance(value, str):
+        return value
+    return printable(f"'{value}" if value[:1] in tuple("=+-@\t\r\n") else value)
+
+
+def in_markdown(text: Any) -> str:
+    """Text for a Markdown table: one line, no end of a cell, no HTML."""
+    text = " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "\\`")
 
 
 def flatten(row: Row) -> Row:

@@ -104,6 +104,7 @@ def load_world(path: Path | str, device: str = "auto") -> World:
         action_space = ActionSpace.from_json(document["action_space"], "action_space")
         generation = _generation(document["generation"])
         numbers = _numbers(document, config.k_max)
+        _check_facts(document["facts"])
     except (TypeError, ValueError, DataError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from None
     if config.action_space != action_slots(action_space):
@@ -341,6 +342,19 @@ def _numbers(document: dict, k_max: int) -> tuple[float, int, tuple[float, ...]]
     if not trained or not all(type(d) in (int, float) and d in sizes for d in trained):
         raise ValueError(f"trained_d is {trained!r}, not step sizes 1, 1/2, ... 1/{k_max}")
     return float(fps), skip, tuple(float(d) for d in trained)
+
+
+def _check_facts(facts: dict) -> None:
+    """Facts are for people, but for a few that are counted with or shown as numbers. ValueError."""
+    train = facts.get("train") or {}
+    if not isinstance(train, dict) or type(facts.get("git") or "") is not str:
+        raise ValueError("facts: train is no object, or git no text")
+    most = {"train_seconds": (facts, 1e12), "tau_ctx": (train, 1.0), "single_image_share": (train, 1.0)}
+    most |= dict.fromkeys(("frames", "long_frames", "long_every"), (train, 10000))
+    for name, (where, high) in most.items():
+        value = where.get(name)
+        if value is not None and (type(value) not in (int, float) or not 0 <= value <= high):
+            raise ValueError(f"facts: {name} is {str(value)[:40]!r}, not a number from 0 to {high:g}")
 
 
 def _generation(stored: dict) -> RolloutConfig:

@@ -19,6 +19,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.metrics import gradient_energy
+from ahriuwu_cli.evaluation.report import in_markdown
 from ahriuwu_cli.models.dynamics import count_parameters
 from ahriuwu_cli.prompts import CANDIDATES, PICKS
 from ahriuwu_cli.training.checkpoint import load_world, save_world
@@ -79,21 +80,21 @@ def export(
 
 def card(name: str, world: World, weights: str, scores: dict[str, Any] | None, notes: str) -> str:
     """The model card, Markdown. scores: an eval.json's object."""
-    facts, train, tokenizer = world.facts, world.facts.get("train", {}), world.tokenizer
+    facts, train, tokenizer = world.facts, world.facts.get("train") or {}, world.tokenizer
     parameters = sum(p.numel() for p in world.dynamics.parameters())
-    threads, minutes = train.get("threads") or "all", facts.get("train_seconds", 0) / 60
+    threads, minutes = train.get("threads") or "all", (facts.get("train_seconds") or 0) / 60
     rows = {
         "frames": f"{tokenizer.height} x {tokenizer.width}, {world.fps:g} a second",
         "actions": ", ".join(world.action_space.column_names) or "none",
         "tokenizer": f"{tokenizer.kind}, {tokenizer.tokens} tokens of {tokenizer.latent_dim} channels",
         "dynamics": f"{parameters / 1e6:.2f}M parameters, weights in {weights}",
         "trained": f"{facts.get('step', '?')} steps in {minutes:.0f} minutes on {threads} thread(s)",
-        "command": f"`{facts.get('command', 'not recorded')}`",
+        "command": facts.get("command", "not recorded"),
         "data": f"{facts.get('dataset', '?')}, fingerprint {str(facts.get('dataset_fingerprint', '?'))[:12]}",
         "made by": ", ".join(f"{what} {str(facts.get(what, '?'))[:12]}" for what in ("ahriuwu", "torch", "git")),
     }
     lines = [f"# {name}", "", notes.strip() or "A world model trained with ahriuwu.", "", "| | |", "|---|---|"]
-    lines += [f"| {what} | {value} |" for what, value in rows.items()]
+    lines += [f"| {what} | {in_markdown(value)} |" for what, value in rows.items()]
     if scores:
         lines += ["", *_table(scores)]
     return "\n".join(lines) + "\n"
