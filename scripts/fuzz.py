@@ -294,6 +294,7 @@ def in_a_child(work, log: Path, seconds: float) -> tuple[int, float, int]:
                 os.close(descriptor)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             signal.alarm(int(seconds))
+            log.with_suffix(".rss").write_text(Path("/proc/self/statm").read_text().split()[1])
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + 3 * MEMORY, size + 3 * MEMORY))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -310,9 +311,9 @@ def in_a_child(work, log: Path, seconds: float) -> tuple[int, float, int]:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     _, status, usage = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
+    start = int(log.with_suffix(".rss").read_text()) * resource.getpagesize()  # its own; pages of libraries come later
     return code, time.monotonic() - began, max(0, usage.ru_maxrss * 1024 - start)
 
 

@@ -251,7 +251,7 @@ def _in_json(data: bytes, rng: random.Random, change: Callable[[Any, Any, Any], 
     i = rng.randrange(len(lines)) if several else 0
     try:
         document = json.loads(lines[i] if several else data)
-    except ValueError:
+    except (ValueError, RecursionError):  # damaged before
         return data
     holder = {"root": document}
     places = list(_places(holder))
@@ -274,7 +274,7 @@ def _in_header(data: bytes, change: Callable[[dict], None]) -> bytes:
     try:
         header = json.loads(data[8 : 8 + length])
         change(header)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # damaged before
         return data
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -180,7 +180,9 @@ def refuse_used(folder: Path, overwrite: bool) -> None:
 
 
 def cut_log(file: Path, step: int) -> None:
-    """Drop the lines of a metrics.jsonl that come after `step`, and one that a kill cut short."""
+    """Drop the lines of a metrics.jsonl that come after `step`, and one that a kill cut short. CheckpointError."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise CheckpointError(f"{file} is no regular file: move it away, a log is written there")
     if file.exists():
         lines = file.read_bytes().decode("utf-8", "replace").split("\n")  # what is no text is no line either
         kept = [line for line in lines if _step_of(line) <= step]
