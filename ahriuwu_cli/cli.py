@@ -11,6 +11,7 @@ from typer.main import get_command
 from ahriuwu_cli import __version__
 from ahriuwu_cli.commands.values import check_words
 from ahriuwu_cli.errors import UserError, did_you_mean
+from ahriuwu_cli.printing import one_sentence, only_text
 
 app = typer.Typer(
     name="ahriuwu",
@@ -53,6 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments or bool(os.environ.get("AHRIUWU_DEBUG"))
     arguments = [a for a in arguments if a != "--debug"]
+    with only_text():
+        code = _run(arguments, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run(arguments: list[str], debug: bool) -> object:
+    """The command's exit code, its error printed."""
     try:
         check_words(arguments)
         code = get_command(app).main(args=arguments, prog_name="ahriuwu", standalone_mode=False)
@@ -73,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             raise
         code = _explain(error)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code
 
 
 def _explain(error: Exception) -> int:
@@ -99,10 +107,7 @@ def _explain(error: Exception) -> int:
 
 
 def _complain(sentence: str) -> None:
-    """One line on stderr: what would move the cursor or colour the terminal is written as an escape."""
-    line = " ".join(sentence.split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
-    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.write(f"error: {one_sentence(sentence)}\n")
 
 
 _add_commands()

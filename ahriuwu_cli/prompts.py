@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +14,7 @@ import numpy as np
 from ahriuwu_cli.data.action_files import read_actions
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.resize import area_resize, centre_crop
-from ahriuwu_cli.data.video import iter_video
+from ahriuwu_cli.data.video import MAX_PIXELS, iter_video
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.metrics import gradient_energy
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
     from ahriuwu_cli.world import World
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # no other decoder is tried, whatever a file claims to be
+# What Pillow raises for files that are damaged or meant to be; UnidentifiedImageError is an OSError.
+_BAD_IMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError, MemoryError,
+              struct.error, zlib.error, Warning)  # fmt: skip
 PICKS = ("random", "busiest")
 CANDIDATES = 64  # windows among which the busiest is looked for
 ACTION_SOURCES = ("data", "random", "none", "repeat:NAME", "a .csv or .jsonl file")
@@ -191,14 +198,21 @@ def _from_video(world: World, request: Request) -> tuple[str, np.ndarray, np.nda
 
 
 def _from_image(world: World, request: Request) -> tuple[str, np.ndarray, np.ndarray]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     height, width = world.tokenizer.height, world.tokenizer.width
+    if not request.prompt.is_file():
+        raise DataError(f"{request.prompt} is no regular file: give an image")
     try:
-        with Image.open(request.prompt) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"{request.prompt} cannot be read as an image ({error})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(request.prompt, formats=IMAGE_FORMATS) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise ValueError(f"{picture.width} x {picture.height} is above the limit of {MAX_PIXELS} pixels")
+                pixels = np.asarray(picture.convert("RGB"))
+    except (*_BAD_IMAGE, Image.DecompressionBombError) as error:
+        raise DataError(f"{request.prompt} cannot be read as an image ({error}): give a PNG or JPEG") from None
     frame = area_resize(centre_crop(pixels, height, width), height, width)
     return request.prompt.name, frame[None], np.zeros((0, height, width, 3), np.uint8)
 

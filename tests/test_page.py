@@ -155,6 +155,24 @@ def test_names_paths_notes_and_keys_come_out_as_text(result, clips):
     assert "&amp;amp;" in text  # what looks like a reference already is not taken for one
 
 
+def test_no_text_of_a_result_adds_an_element_or_an_attribute(result):
+    def with_text(value, text):
+        if isinstance(value, dict):
+            return {key: with_text(inner, text) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [with_text(inner, text) for inner in value]
+        return text if isinstance(value, str) and value not in ("ok", "eval") else value
+
+    def structure(text):
+        shown = Read(
+            page(with_text(result, text), name=text, command=[text], films=[Film(text, b"", b"", (text,), text)])
+        )
+        return [(name, sorted(attributes)) for name, attributes in shown.found]
+
+    assert structure(EVIL) == structure("harmless")
+    assert structure("' onclick=alert(1) x='") == structure("harmless")
+
+
 def test_the_headline_says_gain_interval_numbers_and_what_the_interval_leaves_out(result):
     result["horizons"]["5"]["gain_db"] = {"value": -1.234, "lo": -2.0, "hi": -0.5}
     result["horizons"]["4"]["gain_db"] = {"value": 2.345, "lo": 1.0, "hi": 3.5}

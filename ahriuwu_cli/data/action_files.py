@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.actions import MAX_SIZE, ActionComponent, ActionSpace
+from ahriuwu_cli.data.documents import decode, parse_json, read_bytes
 from ahriuwu_cli.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_COLUMNS = 512
+MAX_BYTES = 20_000_000
+MAX_LINE = 65_536  # characters
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,14 @@ class ActionTable:
 def read_actions(path: Path) -> ActionTable:
     """Read a .csv or .jsonl file of actions. Raises DataError that names the line."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text: save it as CSV or JSON lines") from None
+        text = decode(read_bytes(path, MAX_BYTES).removeprefix(b"\xef\xbb\xbf"))  # spreadsheets write that mark
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}): save it as CSV or JSON lines") from None
+    long = next((i for i, line in enumerate(text.splitlines(), 1) if len(line) > MAX_LINE), None)
+    if long is not None:
+        raise DataError(f"{path}, line {long}: longer than {MAX_LINE} characters; give one row of numbers a line")
     table = _read_csv(path, text) if path.suffix.lower() == ".csv" else _read_jsonl(path, text)
     if not table.rows:
         raise DataError(f"{path} holds no action: give a row for each step from a frame to the next")
@@ -104,7 +111,10 @@ def infer_space(tables: list[ActionTable]) -> tuple[ActionSpace, list[str]]:
 
 
 def _read_csv(path: Path, text: str) -> ActionTable:
-    lines = [(i, row) for i, row in enumerate(csv.reader(text.splitlines()), 1) if row]
+    try:
+        lines = [(i, row) for i, row in enumerate(csv.reader(text.splitlines()), 1) if row]
+    except csv.Error as error:
+        raise DataError(f"{path} is not CSV ({error}): give a header of column names and rows of numbers") from None
     if not lines:
         raise DataError(f"{path} is empty: give a header of column names and a row for each step")
     columns = tuple(name.strip() for name in lines[0][1])
@@ -123,8 +133,8 @@ def _read_jsonl(path: Path, text: str) -> ActionTable:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line)
+        except ValueError:
             raise DataError(f"{path}, line {i}: not JSON; give one object or array a line") from None
         if isinstance(value, dict):
             columns = columns or tuple(value)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 KINDS = ("discrete", "binary", "continuous")
-MAX_SIZE = 4096
+MAX_SIZE, MAX_BUTTONS = 4096, 512  # of a component and of all columns; of buttons, since pairs of them are drawn
 _OPPOSITES = {"LEFT": "RIGHT", "FORWARD": "BACKWARD", "UP": "DOWN", "NEXT": "PREV"}
 _OPPOSITES |= {b: a for a, b in _OPPOSITES.items()}
 _NOTHING = ("none", "noop", "-")
@@ -39,8 +40,9 @@ class ActionComponent:
             raise DataError(f"{where} needs a name without spaces around it")
         if self.kind not in KINDS:
             raise DataError(f"{where} has the unknown kind {self.kind!r}: {did_you_mean(self.kind, KINDS)}")
-        if not 1 <= self.size <= MAX_SIZE:
-            raise DataError(f"{where} has size {self.size}: give 1 to {MAX_SIZE}")
+        most = MAX_BUTTONS if self.kind == "binary" else MAX_SIZE
+        if not 1 <= self.size <= most:
+            raise DataError(f"{where} has size {self.size}: give 1 to {most}")
         if self.labels and len(self.labels) != self.size:
             raise DataError(
                 f"{where} has {len(self.labels)} labels for size {self.size}: give one each, or none at all"
@@ -76,7 +78,9 @@ class ActionSpace:
 
     def __post_init__(self) -> None:
         names = tuple(name for c in self.components for name in c.column_names)
-        repeated = sorted({n for n in names if names.count(n) > 1})
+        if len(names) > MAX_SIZE:
+            raise DataError(f"the action space has {len(names)} columns, above the limit of {MAX_SIZE}")
+        repeated = sorted(n for n, count in Counter(names).items() if count > 1)
         if repeated:
             raise DataError(f"the action space names the column {repeated[0]!r} twice: rename one")
         object.__setattr__(self, "column_names", names)

@@ -42,8 +42,9 @@ class Episode:
 class EpisodeStore:
     """A dataset on disk, opened with `EpisodeStore.open`. Each read takes its own rows; no file or map stays open."""
 
-    def __init__(self, path: Path, document: dict[str, Any]) -> None:
+    def __init__(self, path: Path, document: dict[str, Any], verify: bool = True) -> None:
         self.path = path
+        self._believed: set[str] | None = set() if verify else None  # episodes whose file has the hash that it had
         self.name: str = document["name"]
         self.source: dict[str, Any] = document["source"]
         self.fps: float = document["fps"]
@@ -59,12 +60,15 @@ class EpisodeStore:
         self._page = _identity(path)
 
     @staticmethod
-    def open(path: Path | str) -> EpisodeStore:
-        """Open a dataset folder; its JSON and every file's size are checked. Raises DataError with a sentence."""
+    def open(path: Path | str, verify: bool = True) -> EpisodeStore:
+        """Open a dataset folder; its JSON and every file's size are checked. Raises DataError with a sentence.
+
+        verify: hash an episode's file before the first of its rows is believed; off for who hashes or counts himself.
+        """
         path = Path(path)
 
         def read() -> EpisodeStore:
-            store = EpisodeStore(path, read_document(path))
+            store = EpisodeStore(path, read_document(path), verify)
             for episode in store.episodes():
                 store._check_file(episode)
             return store
@@ -91,6 +95,23 @@ class EpisodeStore:
         """The episode's safetensors file."""
         return self.path / "episodes" / f"{episode_id}.safetensors"
 
+    def check_hash(self, episode_id: str) -> None:
+        """DataError when the episode's file is not what was recorded, by its SHA-256; read once, streamed."""
+        if self._believed is None or episode_id in self._believed:
+            return
+        file = self.file(episode_id)
+        try:
+            with open(file, "rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot read {file}: {error.strerror}") from None
+        if found != self.episode(episode_id).sha256:
+            raise DataError(
+                f"{file} is not what was recorded (its sha256 differs): `ahriuwu info {self.path} --check` names what "
+                f"is damaged; restore it"
+            )
+        self._believed.add(episode_id)
+
     def frames(self, episode_id: str, start: int = 0, stop: int | None = None, every: int = 1) -> np.ndarray:
         """Frames start..stop-1, every so many, as uint8 (T, H, W, 3). Raises IndexError outside the episode."""
         return self._read(episode_id, "frames", start, stop, every)
@@ -114,6 +135,7 @@ class EpisodeStore:
             try:
                 if (episode_id, name) not in self._offsets:
                     self._offsets |= {(episode_id, n): t.offset for n, t in self._check_file(episode).items()}
+                self.check_hash(episode_id)
                 info = TensorInfo(dtype, shape, self._offsets[episode_id, name])
                 rows, failed = read_rows(self.file(episode_id), info, start, stop, every), None
             except DataError as error:

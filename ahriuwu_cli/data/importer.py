@@ -6,7 +6,6 @@ A video without an action file is stored unlabelled. `actions.json` in the folde
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.action_files import ActionTable, infer_space, read_actions
 from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.documents import read_json
 from ahriuwu_cli.data.resize import area_resize, centre_crop
 from ahriuwu_cli.data.video import MAX_PIXELS, iter_video, video_fps
 from ahriuwu_cli.errors import DataError, UserError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 ACTION_SUFFIXES = (".csv", ".jsonl")
+MAX_EPISODE_BYTES = 8_000_000_000  # of one video's frames, which are all in memory before they are written
 SAME_RATE = 1e-3  # relative; 29.97 and 30 differ by exactly this
 
 
@@ -163,6 +164,10 @@ def _read_frames(video: Path, plan: ImportPlan) -> np.ndarray:
             raise DataError(f"{video} has more than {config.max_frames} frames: cut it, or raise --max-frames")
         if i == 0 or int(i * keep + 1e-6) > int((i - 1) * keep + 1e-6):
             frames.append(area_resize(centre_crop(frame, config.height, config.width), config.height, config.width))
+        if len(frames) * config.height * config.width * 3 > MAX_EPISODE_BYTES:
+            raise DataError(
+                f"{video} takes more than {MAX_EPISODE_BYTES / 1e9:g} GB as one episode: cut it, or lower --size"
+            )
     if len(frames) < 2:
         raise DataError(f"{video} has {len(frames)} frame(s) at {plan.fps:g} frames per second: at least 2 are needed")
     return np.stack(frames)
@@ -170,6 +175,6 @@ def _read_frames(video: Path, plan: ImportPlan) -> np.ndarray:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise DataError(f"{path} is not JSON: see `ahriuwu import --help` for its form") from None
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not JSON ({error}): see `ahriuwu import --help` for its form") from None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.errors import DataError
 
 FORMAT = "ahriuwu-dataset/1"
 SPLITS = ("train", "val", "test")
+MAX_BYTES = 100_000_000  # of dataset.json
 MAX_SIDE = 4096
+MAX_FRAMES = 2**31
+MIN_FPS, MAX_FPS = 0.01, 1000.0
 _ID = re.compile(r"[0-9]{6,12}")
 
 
@@ -24,12 +26,13 @@ def read_document(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{path} is not a dataset (it has no dataset.json): make one with `ahriuwu record` or `import`")
     try:
-        document = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        raise DataError(f"{file} is not JSON: the dataset is damaged, record or import it again") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else None
-        raise DataError(f"{file} has the format {found!r}, not {FORMAT!r}: record or import it again")
+        document = read_object(file, MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}): the dataset is damaged, record or import it again") from None
+    if document.get("format") != FORMAT:
+        raise DataError(f"{file} has the format {document.get('format')!r}, not {FORMAT!r}: record or import it again")
     kinds = {
         "format": str,
         "name": str,
@@ -43,8 +46,8 @@ def read_document(path: Path) -> dict[str, Any]:
         "episodes": list,
     }
     _check_keys(document, kinds, str(file))
-    if not (math.isfinite(document["fps"]) and document["fps"] > 0):
-        raise DataError(f"{file}: fps is {document['fps']}, not a rate above zero")
+    if not MIN_FPS <= document["fps"] <= MAX_FPS:
+        raise DataError(f"{file}: fps is {document['fps']}, not a rate above zero, from {MIN_FPS} to {MAX_FPS:g}")
     for key, low, high in (("frame_skip", 1, 10_000), ("height", 1, MAX_SIDE), ("width", 1, MAX_SIDE)):
         if not low <= document[key] <= high:
             raise DataError(f"{file}: {key} is {document[key]}, not within {low} to {high}")
@@ -70,8 +73,9 @@ def _check_episode(entry: Any, where: str) -> None:
         raise DataError(
             f"{where}: episode {entry['id']} has the split {entry['split']!r}, not one of {', '.join(SPLITS)}"
         )
-    if entry["frames"] < 2:
-        raise DataError(f"{where}: episode {entry['id']} has {entry['frames']} frames; it takes 2 to show an action")
+    if not 2 <= entry["frames"] <= MAX_FRAMES:
+        least = "it takes 2 to show an action" if entry["frames"] < 2 else f"the limit is {MAX_FRAMES}"
+        raise DataError(f"{where}: episode {entry['id']} has {entry['frames']} frames; {least}")
     if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
         raise DataError(f"{where}: episode {entry['id']} has the sha256 {entry['sha256']!r}, not 64 hex digits")
 

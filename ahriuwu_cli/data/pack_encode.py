@@ -78,8 +78,6 @@ def encode_part(
     store: EpisodeStore, tokenizer: Tokenizer, target: Target, part: Part, tick: Callable[[int], None]
 ) -> str:
     """Encode one part, write its rows, return their hash. DataError when the episode is not what was recorded."""
-    if part.start == 0:
-        _check_source(store, part.episode)
     row_bytes, offsets = target.layout.row_bytes, target.layout.offsets
     digest = hashlib.sha256()
     chunk = max(1, min(CHUNK, CHUNK_BYTES // (store.height * store.width * 3)))
@@ -115,15 +113,6 @@ def _actions(store: EpisodeStore, part: Part) -> np.ndarray:
         known = store.actions(part.episode, part.start, min(part.stop, episode.frames - 1))
         actions[: len(known)] = known
     return actions
-
-
-def _check_source(store: EpisodeStore, episode: str) -> None:
-    with open(store.file(episode), "rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != store.episode(episode).sha256:
-            raise DataError(
-                f"{store.file(episode)} is not what was recorded (its hash differs): `ahriuwu info {store.path} "
-                f"--check` lists what is damaged; restore it, or record or import the dataset again"
-            )
 
 
 def _cores() -> int:

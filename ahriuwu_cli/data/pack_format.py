@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ahriuwu_cli.data.documents import parse_object
 from ahriuwu_cli.data.metadata import SPLITS
 from ahriuwu_cli.data.tensors import TensorInfo, make_header, read_header_and_metadata
 from ahriuwu_cli.errors import DataError
@@ -147,9 +148,9 @@ def read_pack_header(path: Path) -> tuple[dict[str, Any], Layout]:
     """Facts and layout of a pack, checked key by key before a row is read. Raises DataError with a sentence."""
     tensors, metadata = read_header_and_metadata(path)
     try:
-        facts = json.loads(metadata["ahriuwu"])
+        facts = parse_object(metadata["ahriuwu"])
         version = facts["format"]
-    except (KeyError, ValueError, TypeError, RecursionError):
+    except (KeyError, ValueError):
         raise DataError(f"{path} is not a latent pack: delete it, it is made anew") from None
     if version != FORMAT:
         raise OtherFormat(f"{path} has the format {version!r}, not {FORMAT!r}")

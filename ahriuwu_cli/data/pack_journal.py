@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ahriuwu_cli.data.documents import parse_json, read_bytes
+
 FORMAT = "ahriuwu-journal/1"
+MAX_BYTES = 100_000_000
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -41,7 +44,7 @@ def locked(path: Path, announce: Callable[[str], None]) -> Iterator[Workplace]:
     """
     import fcntl
 
-    descriptor = os.open(_hidden(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(_hidden(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,8 +74,8 @@ def read_journal(path: Path, purpose: dict[str, Any]) -> dict[int, str] | None:
     A torn or strange line is left out: its part is encoded again.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+        lines = read_bytes(path, MAX_BYTES).split(b"\n")
+    except (FileNotFoundError, ValueError):
         return None
     if _parsed(lines[0]) != {"format": FORMAT, **purpose}:
         return None
@@ -93,7 +96,7 @@ class Journal:
     def __init__(self, path: Path, purpose: dict[str, Any], done: dict[int, str]) -> None:
         fresh = path.with_name(path.name + ".new")
         lines = [{"format": FORMAT, **purpose}, *({"part": p, "sha256": h} for p, h in done.items())]
-        self._descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             write_all(self._descriptor, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
             os.replace(fresh, path)
@@ -121,8 +124,8 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int | None = No
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return None
 
 

@@ -46,6 +46,8 @@ def make_pack(
     """
     facts = new_facts(store, tokenizer.fingerprint(), split)
     layout = new_layout(path, store, tokenizer, facts)
+    if path.parent.resolve().parent != Path(store.path).resolve():
+        raise DataError(f"{path.parent} leads out of the dataset: make it a folder, since latents are written into it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path, announce) as place:
@@ -76,7 +78,7 @@ def _make(
 
     purpose = {name: facts[name] for name in ("tokenizer", "dataset", "split")} | {"pack_format": facts["format"]}
     done = _believed(path, parts, layout, place, purpose, announce, tick)
-    descriptor = os.open(place.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(place.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         if not done:
             _reserve(descriptor, place, layout.size)

@@ -32,6 +32,7 @@ class Check:
 
 def validate(store: EpisodeStore) -> list[Check]:
     """Read every byte of a dataset and report. Shapes, types and lengths T and T-1 were checked by opening it."""
+    store = EpisodeStore.open(store.path, verify=False)  # hashed here, so that all damage is named, not the first
     changed, bad_actions, black, frozen = [], [], [], []
     files: dict[str, str] = {}
     runs = _Runs()

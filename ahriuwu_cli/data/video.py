@@ -9,12 +9,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
 from ahriuwu_cli.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_PIXELS = 4096 * 4096
+MAX_DECODED = 400_000_000_000  # pixels of all frames that are decoded of one video: 190,000 frames of 1920 x 1080
+PATIENCE = 60.0  # seconds in which a file must give its next packet
+# Containers that hold their pictures themselves. Others (playlists, lists of files) would open what they name.
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 CONTEXT = (255, 170, 0)  # frames that were given
 GENERATED = (60, 130, 230)  # frames that were made
 INK, PAPER = (235, 235, 235), (24, 24, 24)
@@ -25,24 +30,43 @@ def video_fps(path: Path | str) -> float:
     """The frame rate that a video file states, in frames per second. Raises DataError."""
     with _opened(Path(path)) as (_, stream):
         rate = stream.average_rate or stream.guessed_rate
-        if not rate or rate <= 0:
-            raise DataError(f"{path} does not state its frame rate: convert it to mp4 first")
+        if not rate or not MIN_FPS <= rate <= MAX_FPS:
+            raise DataError(f"{path} does not state its frame rate, or one that no video has: convert it to mp4 first")
         return float(rate)
 
 
 def iter_video(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray]:
-    """Decode a video frame by frame, uint8 (h, w, 3). Raises DataError when it is not one, is damaged or too large."""
+    """Decode a video frame by frame, uint8 (h, w, 3), all of one size.
+
+    Raises DataError when it is not one, is damaged, changes its size, or is larger than a limit: the decoder itself is
+    told the most pixels of a frame, whatever the file says of them.
+    """
     import av
 
     with _opened(Path(path)) as (container, stream):
         if stream.width * stream.height > max_pixels:
             raise DataError(f"{path} is {stream.width}x{stream.height}, above the limit of {max_pixels} pixels a frame")
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}
         stream.thread_type = "AUTO"
+        size, decoded = None, 0
         try:
             for frame in container.decode(stream):
+                size = size or (frame.height, frame.width)
+                if size != (frame.height, frame.width):
+                    raise DataError(
+                        f"{path} changes its size from {size} to {(frame.height, frame.width)}: convert it first"
+                    )
+                decoded += size[0] * size[1]
+                if size[0] * size[1] > max_pixels or decoded > MAX_DECODED:
+                    raise DataError(f"{path} has more than {MAX_DECODED:g} pixels in all: cut it, or make it smaller")
                 yield frame.to_ndarray(format="rgb24")
         except av.error.FFmpegError as error:
-            raise DataError(f"{path} is damaged, or no video: {error.strerror}; convert or cut it first") from None
+            raise DataError(
+                f"{path} is damaged, no video, or has frames above {max_pixels} pixels: {error.strerror}; convert or "
+                f"cut it first"
+            ) from None
+        except (ValueError, OverflowError, MemoryError) as error:  # frames in a form that cannot be shown
+            raise DataError(f"{path} holds a frame that cannot be decoded ({error}): convert it first") from None
 
 
 def read_video(path: Path | str, max_frames: int = 100_000, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, float]:
@@ -53,10 +77,6 @@ def read_video(path: Path | str, max_frames: int = 100_000, max_pixels: int = MA
     for frame in iter_video(path, max_pixels):
         if len(frames) == max_frames:
             raise DataError(f"{path} has more than {max_frames} frames: cut it, or raise the limit")
-        if frames and frame.shape != frames[0].shape:
-            raise DataError(
-                f"{path} changes its size from {frames[0].shape[:2]} to {frame.shape[:2]}: convert it first"
-            )
         frames.append(frame)
     if not frames:
         raise DataError(f"{path} holds no frames: record it again")
@@ -106,7 +126,8 @@ def write_gif(path: Path | str, frames: np.ndarray, fps: float) -> None:
     _check(path, frames, fps)
     pictures = [Image.fromarray(f).quantize(256, dither=Image.Dither.NONE) for f in frames]
     ends = [round((i + 1) * 100 / fps) * 10 for i in range(len(frames))]
-    durations = [max(20, b - a) for a, b in zip([0, *ends], ends, strict=False)]
+    longest = 655_350 // len(frames) // 10 * 10  # ms: GIF counts a picture's time in 16 bits, that of equal ones summed
+    durations = [min(max(20, b - a), longest) for a, b in zip([0, *ends], ends, strict=False)]
     with _renamed(Path(path)) as temporary:
         pictures[0].save(
             temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=1
@@ -227,7 +248,7 @@ def _opened(path: Path):
     if not path.is_file():
         raise DataError(f"{path} is not a file: give a video file")
     try:
-        container = av.open(path)
+        container = av.open(path, options={"format_whitelist": CONTAINERS}, timeout=PATIENCE)
     except av.error.FFmpegError as error:
         raise DataError(
             f"{path} cannot be read as video ({error.strerror}): give an mp4, mkv, webm, avi, mov or gif"

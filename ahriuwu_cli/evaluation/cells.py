@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation import shards
@@ -144,15 +145,15 @@ def write_cell(path: Path, p: Prepared, result: dict[str, Any]) -> dict[str, Any
 def read_cell(path: Path) -> dict[str, Any]:
     """A cell's document. DataError when it is damaged or was edited; FileNotFoundError when it is not there."""
     try:
-        document = json.loads(path.read_bytes())
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
+        document = read_object(path)
+        if document.get("format") != FORMAT:
             raise ValueError(f"it is not of the format {FORMAT!r}")
         stated = document.pop("checksum", None)
         if stated != _sha256(document):
             raise ValueError("its checksum does not fit its content")
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error})") from None
     return document
 
@@ -250,6 +251,7 @@ def _measure(whole, share: range, p: Prepared, bar: Bar | None) -> Measured:
 
 
 def _sha256(value: Any) -> str:
+    """Of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

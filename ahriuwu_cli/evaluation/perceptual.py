@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ahriuwu_cli.data.episodes import EpisodeStore
-from ahriuwu_cli.errors import CheckpointError, UserError
+from ahriuwu_cli.data.tensors import read_tensors
+from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation.distances import CLIP_FRAMES, REFERENCE_CLIPS, clip_distances, reference_clips
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
@@ -44,6 +43,7 @@ TAPPED = (0, 2, 4, 10, 15)  # last block of every resolution, 1/2 to 1/32: where
 INPUT_SIDE = 96  # blurred, noisy, frozen and shuffled video lay 11 to 260 times the real floor away, as far as at 128.
 REFERENCE = REFERENCE_CLIPS // 2  # clips that fit the components: half, since every frame of them costs a pass
 MEAN, STD = 127.0, 128.0  # of pixels 0..255, as the network was trained
+MAX_BYTES = 100_000_000  # the published tensors take 19 MB
 WEIGHTS_HASH = "5f14e45e2dacf2670ea1744ea0c7491542ab82cdc517b9a41570b7c81479735f"
 MEASURED_ON = (
     f"EfficientNet-Lite0 on frames resized to {INPUT_SIDE} x {INPUT_SIDE} (bilinear); pooled features of 16-frame "
@@ -103,11 +103,9 @@ def load_efficientnet_lite0(path: Path | None) -> EfficientNetLite0:
     if path is None:
         raise UserError(f"perceptual features need the weights of EfficientNet-Lite0: {HOW_TO}")
     try:
-        tensors = load_file(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot read EfficientNet-Lite0 at {path} ({error.strerror}): {HOW_TO}") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file ({error}): {HOW_TO}") from None
+        tensors = read_tensors(path, MAX_BYTES)
+    except DataError as error:
+        raise CheckpointError(f"cannot read EfficientNet-Lite0: {error}; {HOW_TO}") from None
     tensors = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     found = tensors_hash(tensors)
     if found != WEIGHTS_HASH:

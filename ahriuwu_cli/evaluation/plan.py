@@ -12,15 +12,17 @@ Paths are relative to the plan's folder. A setting that is left out has the defa
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ahriuwu_cli.data.documents import decode, parse_json, read_bytes
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 
+MAX_BYTES = 1_000_000
+MAX_DOTS = 64  # of a line: names with thousands of parts would take hours to read
 GENERATION = ("steps", "sampler", "tau_ctx", "ctx_mode", "ctx_label")
 WINDOWS = ("split", "windows", "context", "horizon")  # of windows still to be drawn; a manifest has its own
 _KINDS = {
@@ -81,16 +83,18 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]
     if kind is None:
         raise UserError(f"{path} is no plan by its name: call it .toml, or .jsonl for JSON lines")
     try:
-        text = path.read_bytes().decode()
+        text = decode(read_bytes(path, MAX_BYTES))
     except FileNotFoundError:
         raise UserError(f"there is no plan at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): give a plan in TOML or JSON lines") from None
     return _from_toml(path, text) if kind == "TOML" else _from_lines(path, text)
 
 
 def _from_toml(path: Path, text: str) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
     try:
+        if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line has more than {MAX_DOTS} dots")
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
@@ -112,8 +116,8 @@ def _from_lines(path: Path, text: str) -> tuple[dict[str, Any], list[tuple[str, 
             continue
         where = f"line {i} of {path.name}"
         try:
-            entry = json.loads(line, object_pairs_hook=_no_repeats)
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{where} is not JSON: {error}") from None
         if not isinstance(entry, dict):
             raise UserError(f"{where} is {str(entry)[:40]!r}, not an object of settings: write one a line in braces")
@@ -124,12 +128,6 @@ def _from_lines(path: Path, text: str) -> tuple[dict[str, Any], list[tuple[str, 
             raise UserError(f'{where}: defaults must be the first line, alone, as {{"defaults": {{...}}}}')
         defaults = entry["defaults"]
     return defaults or {}, entries
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice in it")
-    return dict(pairs)
 
 
 def _check_keys(entry: dict[str, Any], where: str) -> None:

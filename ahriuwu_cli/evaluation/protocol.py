@@ -15,6 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import DataError, UserError
@@ -171,8 +172,8 @@ def _usable(store: EpisodeStore, split: str) -> list:
 
 def _parse(path: Path) -> WindowManifest:
     try:
-        document = json.loads(path.read_bytes())
-        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+        document = read_object(path)
+        if document.pop("format", None) != FORMAT:
             raise ValueError(f"it is not of the format {FORMAT!r}")
         stated = document.pop("hash")
         windows = tuple((str(e), _whole(s)) for e, s in document.pop("windows"))
@@ -186,7 +187,7 @@ def _parse(path: Path) -> WindowManifest:
         raise DataError(f"{path} does not exist: leave out --manifest to make new windows") from None
     except KeyError as error:
         raise DataError(f"{path} is no window manifest: it lacks {error}; make new windows") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} is no window manifest ({error}): make new windows") from None
     manifest = WindowManifest(windows=windows, **numbers, **names)
     if stated != manifest.hash:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ahriuwu_cli.diffusion.tau import LABEL
+from ahriuwu_cli.printing import printable
 
 Row = dict[str, Any]
 
@@ -31,13 +32,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Rows of equal keys as CSV with a header; a mapping {value, lo, hi} becomes three columns; null is empty."""
-    flat = [flatten(row) for row in rows]
+    """Rows of equal keys as CSV with a header; a mapping {value, lo, hi} becomes three columns; null is empty.
+
+    A text that a spreadsheet would compute, which begins with = + - @ or a control character, gets a quote in front.
+    """
+    flat = [{harmless(name): harmless(value) for name, value in flatten(row).items()} for row in rows]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return out.getvalue()
+
+
+def harmless(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula, without control characters; numbers stay as they are."""
+    if not isinstance(value, str):
+        return value
+    return printable(f"'{value}" if value[:1] in tuple("=+-@\t\r\n") else value)
+
+
+def in_markdown(text: Any) -> str:
+    """Text for a Markdown table: one line, no end of a cell, no HTML."""
+    text = " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "\\`")
 
 
 def flatten(row: Row) -> Row:

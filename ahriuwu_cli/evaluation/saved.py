@@ -14,15 +14,16 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from ahriuwu_cli.data.documents import parse_object, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
-from ahriuwu_cli.data.tensors import read_header
+from ahriuwu_cli.data.tensors import checksum, read_arrays, read_header
 from ahriuwu_cli.errors import DataError, UserError
-from ahriuwu_cli.evaluation.cells import identity, weights_hash
+from ahriuwu_cli.evaluation.cells import _sha256, identity, weights_hash
 from ahriuwu_cli.evaluation.evaluate import measure_share, summarise
 from ahriuwu_cli.evaluation.generate import Generated
 from ahriuwu_cli.evaluation.measure import CONTROLS, Made, Maker, Progress, batches
@@ -33,9 +34,13 @@ from ahriuwu_cli.evaluation.summary import pick_horizons
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
-FORMAT = "ahriuwu-rollouts/1"
+FORMAT = "ahriuwu-rollouts/2"
 INDEX = "saved.json"
-_NEEDED = {"format", "identity", "generation", "evaluation", "manifest", "world"}
+_NEEDED = {"format", "identity", "generation", "evaluation", "manifest", "world", "checksum"}
+_LIMITS = {"windows": 10**7, "context": 10_000, "horizon": 10**6, "seed": 2**64, "batch": 10**6, "delta_at": 10**6,
+           "noise_seeds": 1024}  # fmt: skip
+_WORLD = {"path": (str, NoneType), "git": (str, NoneType), "tokenizer": str, "k_max": int, "fps": (int, float),
+          "frame_skip": int, "device": str}  # fmt: skip
 
 
 def save_rollouts(
@@ -105,27 +110,24 @@ def score_rollouts(
 
 def _index(world, store, config, generation, manifest) -> dict[str, Any]:
     """saved.json. `identity` is what the numbers depend on; the rest is what a result must be able to say."""
-    everything = settings(world, store, config, generation, manifest)
-    return json.loads(
-        json.dumps(
-            {
-                "format": FORMAT,
-                "identity": identity(everything, weights_hash(world)),
-                "generation": asdict(generation),
-                "evaluation": asdict(config),
-                "manifest": manifest.hash,
-                "world": {
-                    "path": None if world.path is None else str(world.path),
-                    "git": world.facts.get("git"),
-                    "tokenizer": world.tokenizer.fingerprint(),
-                    "k_max": world.k_max,
-                    "fps": world.fps,
-                    "frame_skip": world.frame_skip,
-                    "device": str(world.device),
-                },
-            }
-        )
-    )
+    everything, git = settings(world, store, config, generation, manifest), world.facts.get("git")
+    index = {
+        "format": FORMAT,
+        "identity": identity(everything, weights_hash(world)),
+        "generation": asdict(generation),
+        "evaluation": asdict(config),
+        "manifest": manifest.hash,
+        "world": {
+            "path": None if world.path is None else str(world.path),
+            "git": None if git is None else str(git),
+            "tokenizer": world.tokenizer.fingerprint(),
+            "k_max": world.k_max,
+            "fps": world.fps,
+            "frame_skip": world.frame_skip,
+            "device": str(world.device),
+        },
+    }
+    return json.loads(json.dumps(index | {"checksum": _sha256(index)}))
 
 
 def _stand_in(about: dict[str, Any], store: EpisodeStore) -> Any:
@@ -140,20 +142,34 @@ def _stand_in(about: dict[str, Any], store: EpisodeStore) -> Any:
 def _read_index(folder: Path) -> dict[str, Any]:
     file = folder / INDEX
     try:
-        if file.stat().st_size > 10_000_000:
-            raise ValueError("it is larger than 10 MB")
-        document = json.loads(file.read_bytes())
-        if not isinstance(document, dict) or document.get("format") != FORMAT or set(document) != _NEEDED:
+        document = read_object(file)
+        if document.get("format") != FORMAT or set(document) != _NEEDED:
             raise ValueError(f"it is not of the format {FORMAT!r}")
-        EvaluationConfig(**document["evaluation"]), RolloutConfig(**document["generation"])
-        if set(document["world"]) != {"path", "git", "tokenizer", "k_max", "fps", "frame_skip", "device"}:
-            raise ValueError("its entry `world` is not complete")
+        if _sha256({k: v for k, v in document.items() if k != "checksum"}) != document["checksum"]:
+            raise ValueError("its checksum does not fit its content")
+        _check_settings(document["evaluation"], document["generation"])
+        if not all(isinstance(document["world"][name], kind) for name, kind in _WORLD.items()):
+            raise ValueError("its entry `world` has other types")
         document["identity"]["dataset_fingerprint"]
     except FileNotFoundError:
         raise DataError(f"{folder} holds no rollouts: give the --out of `ahriuwu eval generate`") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file} cannot be used ({error}): generate the rollouts again") from None
     return document
+
+
+def _check_settings(evaluation: dict[str, Any], generation: dict[str, Any]) -> None:
+    """ValueError, KeyError or TypeError for settings that no evaluation of ours has."""
+    EvaluationConfig(**evaluation), RolloutConfig(**generation)
+    for name, most in _LIMITS.items():
+        if type(evaluation[name]) is not int or not 0 <= evaluation[name] <= most:
+            raise ValueError(f"its entry {name} is {evaluation[name]!r}")
+    if not all(type(h) is int and 1 <= h <= _LIMITS["horizon"] for h in evaluation["horizons"]):
+        raise ValueError(f"its entry horizons is {evaluation['horizons']!r}")
+    if type(generation["steps"]) is not int or type(generation["tau_ctx"]) not in (int, float):
+        raise ValueError("its entry generation has other types")
+    if not all(type(generation[name]) is str for name in ("sampler", "ctx_mode", "ctx_label")):
+        raise ValueError("its entry generation has other types")
 
 
 def _part_file(folder: Path, part: range) -> Path:
@@ -191,7 +207,8 @@ def _write_part(path: Path, made: Made) -> None:
 
     seconds = {name: [each.seconds for each in rollouts] for name, rollouts in made.rollouts.items()}
     tensors = {name: np.ascontiguousarray(value) for name, value in _tensors(made).items()}
-    write_whole(path, save(tensors, {"format": FORMAT, "seconds": json.dumps(seconds)}))
+    told = json.dumps(seconds)
+    write_whole(path, save(tensors, {"format": FORMAT, "seconds": told, "checksum": checksum(tensors, [told])}))
 
 
 def _is_there(folder: Path, part: range) -> bool:
@@ -211,8 +228,6 @@ def _read_part(
     path: Path, windows: int, manifest: WindowManifest, store: EpisodeStore, seeds: int, horizons: list[int]
 ) -> Made:
     """One part, its shapes checked against what the settings say before anything is read. DataError when damaged."""
-    from safetensors import SafetensorError, safe_open
-
     size = (store.height, store.width, 3)
     names = {"model": manifest.horizon} | {f"forced_{h}": 1 for h in horizons if h > 1}
     names |= dict.fromkeys(CONTROLS if store.action_space.width else (), manifest.horizon)
@@ -226,18 +241,17 @@ def _read_part(
         wrong = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
         raise DataError(f"{path} does not hold what {INDEX} says ({wrong[0]} differs): delete it and generate again")
     try:
-        with safe_open(path, framework="np") as file:
-            seconds = json.loads((file.metadata() or {})["seconds"])
-            rollouts = {
-                name: [
-                    Generated(
-                        file.get_tensor(f"{name}.{i}.frames"), file.get_tensor(f"{name}.{i}.finite") != 0,
-                        float(seconds[name][i]),
-                    )
-                    for i in range(seeds)
-                ]
-                for name in names
-            }  # fmt: skip
-            return Made(file.get_tensor("again"), rollouts)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        arrays, metadata = read_arrays(path)
+        if metadata["checksum"] != checksum(arrays, [metadata["seconds"]]):
+            raise ValueError("its checksum does not fit its content")
+        seconds = parse_object(metadata["seconds"])
+        rollouts = {
+            name: [
+                Generated(arrays[f"{name}.{i}.frames"], arrays[f"{name}.{i}.finite"] != 0, float(seconds[name][i]))
+                for i in range(seeds)
+            ]
+            for name in names
+        }
+        return Made(arrays["again"], rollouts)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path} is damaged ({error}): delete it and generate again") from None

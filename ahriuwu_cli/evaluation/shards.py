@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ahriuwu_cli.evaluation.measure import Measured
     from ahriuwu_cli.evaluation.protocol import WindowManifest
 
-FORMAT = "ahriuwu-part/1"
+FORMAT = "ahriuwu-part/2"
 SHARES = ("windows", "cells")  # what the processes of torchrun share
 
 
@@ -109,33 +109,37 @@ def write_part(path: Path, measured: Measured, identity: dict[str, Any]) -> None
     """The tables of some windows (float64) with the settings that they were measured with."""
     from safetensors.numpy import save
 
+    from ahriuwu_cli.data.tensors import checksum
+
     tensors = {f"{who}/{name}": values for who, table in measured.tables.items() for name, values in table.items()}
     facts = {"not_finite": measured.not_finite, "frames": measured.frames, "seconds": measured.seconds}
     metadata = {"format": FORMAT, "identity": json.dumps(identity), "facts": json.dumps(facts)}
+    metadata["checksum"] = checksum(tensors, [metadata["identity"], metadata["facts"]])
     write_whole(path, save(tensors, metadata))
 
 
 def read_part(path: Path, identity: dict[str, Any], windows: int) -> Measured:
     """FileNotFoundError when it is not there, DataError when it is damaged or holds other settings or windows."""
-    from safetensors import SafetensorError, safe_open
-
+    from ahriuwu_cli.data.documents import parse_object
+    from ahriuwu_cli.data.tensors import checksum, read_arrays
     from ahriuwu_cli.evaluation.measure import Measured
 
     tables: dict[str, dict[str, Any]] = {}
+    if not path.exists():
+        raise FileNotFoundError(path)
     try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                who, name = key.split("/")
-                tables.setdefault(who, {})[name] = file.get_tensor(key)
-        if metadata["format"] != FORMAT or json.loads(metadata["identity"]) != identity:
+        arrays, metadata = read_arrays(path)
+        for key, values in arrays.items():
+            who, name = key.split("/")
+            tables.setdefault(who, {})[name] = values
+        if metadata["checksum"] != checksum(arrays, [metadata["identity"], metadata["facts"]]):
+            raise ValueError("its checksum does not fit its content")
+        if metadata["format"] != FORMAT or parse_object(metadata["identity"]) != identity:
             raise ValueError("it has other settings")
         if not tables or any(len(v) != windows for table in tables.values() for v in table.values()):
             raise ValueError(f"it does not hold {windows} windows")
-        return Measured(tables, **json.loads(metadata["facts"]))
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        return Measured(tables, **parse_object(metadata["facts"]))
+    except (DataError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error})") from None
 
 

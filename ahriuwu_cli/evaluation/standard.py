@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import string
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ahriuwu_cli.data.episodes import EpisodeStore
-from ahriuwu_cli.errors import CheckpointError, UserError
+from ahriuwu_cli.data.tensors import read_tensors
+from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation.distances import CLIP_FRAMES, check_clips, frechet_distance, reference_clips
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct
 from ahriuwu_cli.evaluation.perceptual import pad_same
@@ -32,6 +30,7 @@ from ahriuwu_cli.evaluation.summary import jsonable, pick_horizons
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
+MAX_BYTES = 1_000_000_000  # of a file of weights: VGG16 whole takes half of it
 FEW_CLIPS = 256  # below it the bias of a Frechet distance between 400 numbers a clip drowns what it measures
 LPIPS_SIDE = 32  # pixels; a smaller frame leaves AlexNet's last layers nothing
 I3D_SIDE, I3D_CLASSES, I3D_BATCH = 224, 400, 8
@@ -74,13 +73,11 @@ class Weights:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
             if found != self.hash:
                 raise CheckpointError(f"{self.path} has the sha256 {found}, not {self.hash}: give that file")
-            return load_file(self.path)
+            return read_tensors(self.path, MAX_BYTES)
         except OSError as error:
             raise CheckpointError(f"cannot read weights at {self.path} ({error.strerror}): check the path") from None
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.path} is not a safetensors file ({error}): convert the published one (docs/evaluation.md)"
-            ) from None
+        except DataError as error:
+            raise CheckpointError(f"{error}; convert the published one to safetensors (docs/evaluation.md)") from None
 
 
 def standard_distances(
@@ -142,32 +139,12 @@ def load_lpips(weights: Weights):
     each (1, channels, 1, 1). The package `lpips` would unpickle its own heads, so it is asked for none.
     CheckpointError for other contents, UserError without the package; nothing is downloaded.
     """
-    from ahriuwu_cli.training.losses import BACKBONES, LPIPS, _load_backbone
+    from ahriuwu_cli.training.losses import LPIPS, build_lpips
 
-    tensors = weights.read()
-    first = tensors.get("features.0.weight", torch.empty(0, 3, 0, 0))
-    backbone = BACKBONES.get((first.shape[0], first.shape[-1]))
-    lacking = [name for name in (f"lin{i}.model.1.weight" for i in range(5)) if name not in tensors]
-    if backbone is None or lacking:
-        why = f"lacks {lacking[0]}" if backbone else "holds neither torchvision's AlexNet nor its VGG16"
-        raise CheckpointError(f"{weights.path} {why}: put its features and the heads lin0 to lin4 in it")
     try:
-        import lpips
-    except (ImportError, RuntimeError) as error:  # a torchvision for another PyTorch is a RuntimeError
-        raise UserError(
-            f"LPIPS needs the package lpips and a torchvision made for this PyTorch ({error}): "
-            "`pip install 'ahriuwu[lpips]'`, or evaluate without --lpips-weights"
-        ) from None
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # torchvision's word on an argument that lpips passes
-        network = lpips.LPIPS(net=backbone, pretrained=False, pnet_rand=True, verbose=False)
-    try:
-        _load_backbone(network.net, tensors, weights.path)
-        for i in range(5):
-            head = {"model.1.weight": tensors[f"lin{i}.model.1.weight"]}
-            getattr(network, f"lin{i}").load_state_dict(head, strict=True)
-    except (UserError, RuntimeError) as error:  # a key or a shape that is not the network's
-        raise CheckpointError(f"{weights.path} is not the published LPIPS on {backbone}: {error}") from None
+        network, backbone = build_lpips(weights.read(), weights.path)
+    except ValueError as error:
+        raise CheckpointError(f"{error}") from None
     return LPIPS(network, backbone, weights.hash)
 
 

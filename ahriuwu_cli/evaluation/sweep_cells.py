@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from ahriuwu_cli import __version__
+from ahriuwu_cli.data.documents import parse_object, read_object
+from ahriuwu_cli.data.tensors import checksum, read_arrays
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.evaluation.metrics import CAP_DB, SSIM_WINDOW
 from ahriuwu_cli.evaluation.protocol import WindowManifest
@@ -71,24 +73,21 @@ def write_cell(folder: Path, about: dict[str, Any], scores: CellScores) -> None:
     tensors["clip"] = np.ascontiguousarray(scores.clip)
     facts = {"seconds": scores.seconds, "wall": scores.wall, "not_finite": scores.not_finite}
     metadata = {"format": FORMAT, "identity": json.dumps(about, sort_keys=True), "facts": json.dumps(facts)}
-    metadata["checksum"] = _checksum(tensors, metadata)
+    metadata["checksum"] = checksum(tensors, [metadata["identity"], metadata["facts"]])
     write_whole(cell_file(folder, about), save(tensors, metadata))
 
 
 def read_cell(folder: Path, about: dict[str, Any], windows: int) -> CellScores | None:
     """The finished cell, or None when it is not there. DataError when its file is damaged or holds something else."""
-    from safetensors import SafetensorError, safe_open
-
     path, tables = cell_file(folder, about), {}
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        if metadata["format"] != FORMAT or metadata.pop("checksum") != _checksum(tensors, metadata):
+        tensors, metadata = read_arrays(path)
+        stated = checksum(tensors, [metadata["identity"], metadata["facts"]])
+        if metadata["format"] != FORMAT or metadata["checksum"] != stated:
             raise ValueError("its checksum does not fit its content")
-        if json.loads(metadata["identity"]) != about:
+        if parse_object(metadata["identity"]) != about:
             raise ValueError("it holds other settings than its name says")
         clip = tensors.pop("clip")
         for key, values in tensors.items():
@@ -96,8 +95,8 @@ def read_cell(folder: Path, about: dict[str, Any], windows: int) -> CellScores |
             tables.setdefault(who, {})[metric] = values
         if "model" not in tables or any(len(v) != windows for v in tensors.values()):
             raise ValueError(f"it does not hold {windows} windows")
-        return CellScores(tables, clip, **json.loads(metadata["facts"]))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        return CellScores(tables, clip, **parse_object(metadata["facts"]))
+    except (DataError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error})") from None
 
 
@@ -115,7 +114,7 @@ def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: 
     if resume:
         return
     try:
-        before = json.loads(path.read_bytes())
+        before = read_object(path)
         differs = [key for key in asked if before[key] != asked[key]]
     except (OSError, ValueError, KeyError, TypeError):
         differs = ["settings that cannot be read"]
@@ -134,11 +133,3 @@ def note_asked(out: Path, asked: dict[str, Any]) -> None:
 def put_aside(folder: Path, about: dict[str, Any]) -> Path | None:
     """Rename a damaged cell to a free name beside it, and return that."""
     return set_aside(cell_file(folder, about))
-
-
-def _checksum(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
-    found = hashlib.sha256(json.dumps([metadata["identity"], metadata["facts"]]).encode())
-    for key, values in sorted(tensors.items()):
-        found.update(f"{key} {values.dtype} {values.shape}".encode())
-        found.update(np.ascontiguousarray(values).tobytes())
-    return found.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ahriuwu_cli.diffusion.tau import LABEL
-from ahriuwu_cli.evaluation.report import Row, interval, number, table
+from ahriuwu_cli.evaluation.report import Row, in_markdown, interval, number, table
 from ahriuwu_cli.evaluation.sweep_grid import name, names
 
 NONE = {"value": None, "lo": None, "hi": None}
@@ -175,7 +175,7 @@ def _cautions(result: Row) -> list[str]:
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown; a bar inside a cell would end it."""
     lines = [list(header), ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return [f"| {' | '.join(str(c).replace('|', '/') for c in line)} |" for line in lines]
+    return [f"| {' | '.join(in_markdown(c) for c in line)} |" for line in lines]
 
 
 def _flat(values: Row, before: str = "") -> Row:

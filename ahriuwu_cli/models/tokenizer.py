@@ -9,6 +9,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+MAX_SIDE = 4096  # pixels of a frame's side, as in a dataset
+
 
 class Tokenizer(nn.Module):
     """Maps frames (B, T, H, W, 3) uint8 to latents (B, T, N, D) float32 and back to frames (B, T, H, W, 3) in [0, 1].
@@ -37,6 +39,11 @@ class Tokenizer(nn.Module):
     def to_json(self) -> dict:
         """Architecture, enough to rebuild the module before its weights are loaded."""
 
+    @classmethod
+    @abstractmethod
+    def stored(cls, architecture: dict) -> int:
+        """How many numbers a checkpoint of this architecture holds, before any is made. TypeError, ValueError."""
+
     def fingerprint(self) -> str:
         """sha256 over kind, architecture and every weight: two tokenizers with equal shapes are told apart."""
         digest = hashlib.sha256(json.dumps([self.kind, self.to_json()], sort_keys=True).encode())
@@ -48,10 +55,15 @@ class Tokenizer(nn.Module):
 
 def build_tokenizer(kind: str, architecture: dict) -> Tokenizer:
     """An untrained tokenizer from its checkpoint description. ValueError for an unknown kind or a bad field."""
+    return tokenizer_class(kind).from_json(architecture)
+
+
+def tokenizer_class(kind: str) -> type[Tokenizer]:
+    """The class that a checkpoint names. ValueError for an unknown kind."""
     from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
     from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer
 
     kinds = {c.kind: c for c in (LinearTokenizer, TransformerTokenizer)}
     if kind not in kinds:
         raise ValueError(f"unknown tokenizer kind {kind!r}, choose one of {', '.join(kinds)}")
-    return kinds[kind].from_json(architecture)
+    return kinds[kind]

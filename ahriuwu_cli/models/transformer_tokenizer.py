@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from ahriuwu_cli.models.kernels import Tables
 from ahriuwu_cli.models.layers import Attention, RMSNorm, SwiGLU, as_bias, rotary, window_mask
-from ahriuwu_cli.models.tokenizer import Tokenizer
+from ahriuwu_cli.models.tokenizer import MAX_SIDE, Tokenizer
 
+LIMITS = {"model_width": 65_536, "mlp_hidden": 1_048_576, "latent_dim": 65_536, "depth_encoder": 1024,
+          "depth_decoder": 1024}  # the other fields: MAX_SIDE  # fmt: skip
+MAX_LINE = 8192  # patches and latents that one frame's attention looks over: its mask is this squared
 CHUNK = 64  # frames that encode and decode work on at a time
 
 
@@ -48,13 +51,16 @@ class TransformerTokenizerConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "mask_max" and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+            most = LIMITS.get(field.name, MAX_SIDE)
+            if field.name != "mask_max" and (type(value) is not int or not 1 <= value <= most):
+                raise ValueError(f"{field.name} must be a whole number from 1 to {most}, got {value!r}")
         head_dim, rest = divmod(self.model_width, self.heads)
         shallow = min(self.depth_encoder, self.depth_decoder)
         divides = self.height % self.patch == 0 and self.width % self.patch == 0
         number = isinstance(self.mask_max, (int, float)) and not isinstance(self.mask_max, bool)
+        line = self.patches + self.tokens
         problems = [
+            (line > MAX_LINE, f"{line} tokens of a frame are above the limit of {MAX_LINE}: use larger patches"),
             (not divides, f"frames of {self.height}x{self.width} do not divide into patches of {self.patch}"),
             (rest != 0, f"model_width {self.model_width} is not a multiple of heads {self.heads}"),
             (head_dim % 2 != 0, f"head width {head_dim} is odd"),
@@ -74,6 +80,15 @@ class TransformerTokenizerConfig:
     def patches(self) -> int:
         """P, patch tokens of a frame."""
         return (self.height // self.patch) * (self.width // self.patch)
+
+    @property
+    def stored(self) -> int:
+        """How many numbers a checkpoint of this architecture holds; known before any of them is made."""
+        w, head, values = self.model_width, self.model_width // self.heads, self.patch * self.patch * 3
+        block = 2 * w + 2 * w * w + 2 * w * self.kv_heads * head + 2 * head + 3 * w * self.mlp_hidden
+        places = (2 * self.patches + 2 * self.tokens + 1) * w
+        ends = 2 * values * w + values + 2 * self.latent_dim * w + self.latent_dim + 4 * w
+        return (self.depth_encoder + self.depth_decoder) * block + places + ends + 2 * self.tokens * self.latent_dim
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -155,6 +170,10 @@ class TransformerTokenizer(Tokenizer):
     @classmethod
     def from_json(cls, architecture: dict) -> TransformerTokenizer:
         return cls(TransformerTokenizerConfig.from_json(architecture))
+
+    @classmethod
+    def stored(cls, architecture: dict) -> int:
+        return TransformerTokenizerConfig.from_json(architecture).stored
 
     def to_json(self) -> dict:
         return self.config.to_json()

@@ -1,41 +1,50 @@
 """Checkpoints: a folder with safetensors weights and JSON, written whole or not at all, loaded strictly.
 
     world/
-      config.json          what it is: architecture, tau convention, k_max, trained d, action space, defaults, facts
+      config.json          what it is: architecture, tau convention, k_max, trained d, action space, defaults, facts,
+                           the sha256 of the weights, and its own
       model.safetensors    EMA weights of the dynamics
       tokenizer/           config.json and model.safetensors of the tokenizer that made its latents
 
 A tokenizer alone is a folder of the same form. Nothing is ever pickled; an unknown, missing or misshapen field or
-tensor is an error, never a default.
+tensor is an error, never a default. Sizes are compared before memory is taken, hashes before anything is believed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
-from dataclasses import asdict, fields
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
+from ahriuwu_cli.data import tensors as tensors_
 from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.folders import replacing, whole
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
-from ahriuwu_cli.models.tokenizer import Tokenizer, build_tokenizer
+from ahriuwu_cli.models.tokenizer import Tokenizer, tokenizer_class
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.training.state import write_tensors
 from ahriuwu_cli.world import World
 
-FORMAT = "ahriuwu-checkpoint/1"
+FORMAT, UNSEALED = "ahriuwu-checkpoint/2", "ahriuwu-checkpoint/1"  # the latter from before there were hashes
+_SEAL = {"weights_sha256", "sha256"}
 _WORLD_FIELDS = {
     "format", "kind", "tau_convention", "architecture", "tokenizer_hash", "action_space", "fps", "frame_skip",
     "trained_d", "forcing", "trained_unlabelled", "generation", "facts",
 }  # fmt: skip
+_KINDS = {"tau_convention": str, "architecture": dict, "tokenizer_hash": str, "trained_d": list, "forcing": str,
+          "trained_unlabelled": bool, "generation": dict, "facts": dict, "tokenizer": str}  # fmt: skip
+MAX_STEPS = 4096  # K that a checkpoint may ask for by default
 _TOKENIZER_FIELDS = {"format", "kind", "tokenizer", "architecture", "facts"}
 
 
@@ -91,24 +100,30 @@ def _load_world(folder: Path, where: torch.device) -> World:
             f"{folder} was trained with the convention {document['tau_convention']!r}, this is {tau_.CONVENTION!r}: "
             f"its noise levels would run backwards; train anew"
         )
-    tokenizer = _load_tokenizer(folder / "tokenizer")
+    tokenizer, inner = _open_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint() != document["tokenizer_hash"]:
         raise CheckpointError(
             f"{folder / 'tokenizer'} is not the tokenizer that this model was trained with "
             f"(hash {tokenizer.fingerprint()[:12]}, expected {str(document['tokenizer_hash'])[:12]}): restore it"
         )
     try:
-        dynamics = Dynamics(_dynamics_config(document["architecture"]))
-        action_space = ActionSpace.from_json(document["action_space"], f"{folder / 'config.json'}: action_space")
+        config = _dynamics_config(document["architecture"])
+        action_space = ActionSpace.from_json(document["action_space"], "action_space")
         generation = _generation(document["generation"])
-        numbers = (float(document["fps"]), int(document["frame_skip"]), tuple(float(d) for d in document["trained_d"]))
+        numbers = _numbers(document, config.k_max)
+        _check_facts(document["facts"])
     except (TypeError, ValueError, DataError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from None
-    if dynamics.config.action_space != action_slots(action_space):
+    if config.action_space != action_slots(action_space):
         raise CheckpointError(f"{folder / 'config.json'}: architecture and action_space name different actions")
-    if (dynamics.config.tokens, dynamics.config.latent_dim) != (tokenizer.tokens, tokenizer.latent_dim):
+    config = replace(config, action_space=action_slots(action_space))
+    if (config.tokens, config.latent_dim) != (tokenizer.tokens, tokenizer.latent_dim):
         raise CheckpointError(f"{folder}: the model's latents and the tokenizer's have different shapes")
-    load_weights(dynamics, folder / "model.safetensors")
+    dynamics = build_with_weights(lambda: Dynamics(config), config.stored, folder / "model.safetensors")
+    _check_seal(folder / "tokenizer", inner)
+    _check_seal(folder, document)
+    if document["format"] == UNSEALED:
+        _say(f"{folder} is of {UNSEALED!r}, without hashes: damage would not be noticed; `ahriuwu export` adds them")
     return World(
         dynamics=dynamics.to(where).eval().requires_grad_(False),
         tokenizer=tokenizer.to(where),
@@ -136,19 +151,27 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
     def read() -> Tokenizer:
         inside = folder / "tokenizer"
-        return _load_tokenizer(inside if (inside / "config.json").is_file() else folder)
+        where = inside if (inside / "config.json").is_file() else folder
+        tokenizer, document = _open_tokenizer(where)
+        _check_seal(where, document)
+        if document["format"] == UNSEALED:
+            _say(f"{where} is of {UNSEALED!r}, without hashes: damage would not be noticed; train it anew for them")
+        return tokenizer
 
     return whole(folder, read)
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer:
+def _open_tokenizer(folder: Path) -> tuple[Tokenizer, dict]:
+    """The tokenizer and its config.json, whose hashes are still to be checked."""
     document = _read_config(folder, "tokenizer", _TOKENIZER_FIELDS)
     try:
-        tokenizer = build_tokenizer(document["tokenizer"], document["architecture"])
+        kind, architecture = tokenizer_class(document["tokenizer"]), document["architecture"]
+        tokenizer = build_with_weights(
+            lambda: kind.from_json(architecture), kind.stored(architecture), folder / "model.safetensors"
+        )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from None
-    load_weights(tokenizer, folder / "model.safetensors")
-    return tokenizer.eval().requires_grad_(False)
+    return tokenizer.eval().requires_grad_(False), document
 
 
 def tokenizer_facts(folder: Path) -> dict:
@@ -156,29 +179,44 @@ def tokenizer_facts(folder: Path) -> dict:
     return _read_config(folder, "tokenizer", _TOKENIZER_FIELDS)["facts"]
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a module, exactly: same names, shapes and number formats. CheckpointError if not."""
-    tensors = read_tensors(path)
-    expected = module.state_dict()
-    wrong = sorted(set(expected) ^ set(tensors))
-    wrong += sorted(n for n in set(expected) & set(tensors) if expected[n].shape != tensors[n].shape)
+def build_with_weights(build: Callable[[], nn.Module], stored: int, path: Path) -> nn.Module:
+    """What `build` makes, with the weights of a safetensors file: exactly its names and shapes. CheckpointError.
+
+    stored: how many numbers its checkpoint holds. A configuration that describes more than the file holds by its header
+    is refused before it is built, that is before memory is taken.
+    """
+    found = _header(path)
+    held = sum(math.prod(info.shape) for info in found.values())
+    if stored > held:
+        raise CheckpointError(f"{path} does not fit its config.json: it holds {held} numbers, {stored} are described")
+    module = build()
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    wrong = sorted(expected.keys() ^ found.keys())
+    wrong += sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n].shape)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{path} does not fit its config.json: {', '.join(wrong[:3])}{more} differ")
+    try:
+        tensors = tensors_.read_tensors(path)
+    except DataError as error:
+        raise CheckpointError(f"{error}") from None
+    odd = sorted(n for n, t in module.state_dict().items() if t.is_floating_point() != tensors[n].is_floating_point())
+    if odd:
+        raise CheckpointError(f"{path} holds {odd[0]} as {tensors[odd[0]].dtype}, which is no format of weights")
     bad = sorted(n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all())
     if bad:
         raise CheckpointError(f"{path} holds weights that are not finite ({bad[0]}): use an earlier checkpoint")
     module.load_state_dict(tensors, strict=True)
+    return module
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. CheckpointError when it is missing or damaged."""
+def _header(path: Path) -> dict[str, tensors_.TensorInfo]:
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing: the checkpoint is not complete")
     try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors ({error}): the file is damaged") from None
+        return tensors_.read_header(path)
+    except DataError as error:
+        raise CheckpointError(f"the weights are damaged: {error}") from None
 
 
 def action_slots(space: ActionSpace) -> tuple:
@@ -191,9 +229,13 @@ def write_tau_ctx(folder: Path, tau_ctx: float, evidence: dict) -> None:
 
     A temporary name first, then renamed; weights and tokenizer are not touched. CheckpointError when it is no world.
     """
-    document = _read_config(folder, "dynamics", _WORLD_FIELDS)
+    before = _read_config(folder, "dynamics", _WORLD_FIELDS)
+    document = dict(before)
     changed = asdict(_generation(document["generation"])) | {"tau_ctx": tau_ctx}
     document |= {"generation": changed, "facts": document["facts"] | {"tau_ctx_evidence": evidence}}
+    if document["format"] != UNSEALED:
+        _check_seal(folder, before)
+        document |= {"sha256": _document_hash(document)}
     temporary = folder / f".config.json.{os.getpid()}.tmp"
     try:
         temporary.write_text(json.dumps(document, indent=1, allow_nan=False))
@@ -215,7 +257,38 @@ def _tokenizer_document(tokenizer: Tokenizer, facts: dict) -> dict:
 def _write_module(folder: Path, module: nn.Module, document: dict) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": FORMAT, "tau_convention": tau_.CONVENTION})
+    document = document | {"weights_sha256": _file_hash(folder / "model.safetensors")}
+    document |= {"sha256": _document_hash(document)}
     (folder / "config.json").write_text(json.dumps(document, indent=1))
+
+
+def _check_seal(folder: Path, document: dict) -> None:
+    """CheckpointError when config.json or the weights are not what was saved, by their hashes."""
+    if document["format"] == UNSEALED:
+        return
+    if _document_hash(document) != document["sha256"]:
+        raise CheckpointError(
+            f"{folder / 'config.json'} was altered after it was written (its sha256 differs): use another copy"
+        )
+    if _file_hash(folder / "model.safetensors") != document["weights_sha256"]:
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'} was altered after it was written (its sha256 differs): use another copy"
+        )
+
+
+def _document_hash(document: dict) -> str:
+    """sha256 over all fields but itself."""
+    kept = {name: value for name, value in document.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def _resolve(path: Path) -> Path:
@@ -231,21 +304,48 @@ def _read_config(folder: Path, kind: str, names: set[str]) -> dict:
     if not file.is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
     try:
-        if file.stat().st_size > 10_000_000:
-            raise ValueError("it is larger than 10 MB")
-        document = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        document = read_object(file)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON ({error})") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if document.get("format") not in (FORMAT, UNSEALED):
         raise CheckpointError(f"{file} is not an ahriuwu checkpoint of format {FORMAT!r}")
     if document.get("kind") != kind:
         raise CheckpointError(f"{folder} holds a {document.get('kind')}, but a {kind} checkpoint is needed here")
     if kind == "dynamics" and "tau_convention" not in document:
         raise CheckpointError(f"{file} states no tau convention: refused, since 0 could be clean or noise")
-    wrong = sorted(set(document) ^ names)
+    wrong = sorted(set(document) ^ (names | (_SEAL if document["format"] == FORMAT else set())))
     if wrong:
         raise CheckpointError(f"{file} has missing or unknown fields: {', '.join(wrong)}")
+    for name, type_ in _KINDS.items():
+        if name in names and type(document[name]) is not type_:
+            raise CheckpointError(f"{file}: {name} is {str(document[name])[:40]!r}, which has the wrong type")
     return document
+
+
+def _numbers(document: dict, k_max: int) -> tuple[float, int, tuple[float, ...]]:
+    """(fps, frame_skip, trained_d). ValueError for numbers that no world of ours has."""
+    fps, skip, trained = document["fps"], document["frame_skip"], document["trained_d"]
+    if type(fps) not in (int, float) or not 0.01 <= fps <= 1000:
+        raise ValueError(f"fps is {fps!r}, not a rate from 0.01 to 1000")
+    if type(skip) is not int or not 1 <= skip <= 10_000:
+        raise ValueError(f"frame_skip is {skip!r}, not a whole number from 1 to 10000")
+    sizes = [2.0**-i for i in range(k_max.bit_length())]
+    if not trained or not all(type(d) in (int, float) and d in sizes for d in trained):
+        raise ValueError(f"trained_d is {trained!r}, not step sizes 1, 1/2, ... 1/{k_max}")
+    return float(fps), skip, tuple(float(d) for d in trained)
+
+
+def _check_facts(facts: dict) -> None:
+    """Facts are for people, but for a few that are counted with or shown as numbers. ValueError."""
+    train = facts.get("train") or {}
+    if not isinstance(train, dict) or type(facts.get("git") or "") is not str:
+        raise ValueError("facts: train is no object, or git no text")
+    most = {"train_seconds": (facts, 1e12), "tau_ctx": (train, 1.0), "single_image_share": (train, 1.0)}
+    most |= dict.fromkeys(("frames", "long_frames", "long_every"), (train, 10000))
+    for name, (where, high) in most.items():
+        value = where.get(name)
+        if value is not None and (type(value) not in (int, float) or not 0 <= value <= high):
+            raise ValueError(f"facts: {name} is {str(value)[:40]!r}, not a number from 0 to {high:g}")
 
 
 def _generation(stored: dict) -> RolloutConfig:
@@ -254,6 +354,13 @@ def _generation(stored: dict) -> RolloutConfig:
     wrong = sorted(set(stored) ^ {f.name for f in fields(RolloutConfig)})
     if wrong:
         raise ValueError(f"generation has missing or unknown fields: {', '.join(wrong)}")
+    for name in ("sampler", "ctx_mode", "ctx_label"):
+        if type(stored[name]) is not str:
+            raise ValueError(f"generation.{name} is {stored[name]!r}, not a text")
+    if type(stored["steps"]) is not int or not 1 <= stored["steps"] <= MAX_STEPS:
+        raise ValueError(f"generation.steps is {stored['steps']!r}, not a whole number from 1 to {MAX_STEPS}")
+    if type(stored["tau_ctx"]) not in (int, float) or not 0 <= stored["tau_ctx"] < 1:
+        raise ValueError(f"generation.tau_ctx is {stored['tau_ctx']!r}, not in [0, 1) where 0 is clean")
     return RolloutConfig(**stored)
 
 

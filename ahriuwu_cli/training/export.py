@@ -7,7 +7,6 @@ world/            a checkpoint as `training.checkpoint` writes it, weights in bf
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Any
 
 import torch
 
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.metrics import gradient_energy
+from ahriuwu_cli.evaluation.report import in_markdown
 from ahriuwu_cli.models.dynamics import count_parameters
 from ahriuwu_cli.prompts import CANDIDATES, PICKS
 from ahriuwu_cli.training.checkpoint import load_world, save_world
@@ -79,21 +80,21 @@ def export(
 
 def card(name: str, world: World, weights: str, scores: dict[str, Any] | None, notes: str) -> str:
     """The model card, Markdown. scores: an eval.json's object."""
-    facts, train, tokenizer = world.facts, world.facts.get("train", {}), world.tokenizer
+    facts, train, tokenizer = world.facts, world.facts.get("train") or {}, world.tokenizer
     parameters = sum(p.numel() for p in world.dynamics.parameters())
-    threads, minutes = train.get("threads") or "all", facts.get("train_seconds", 0) / 60
+    threads, minutes = train.get("threads") or "all", (facts.get("train_seconds") or 0) / 60
     rows = {
         "frames": f"{tokenizer.height} x {tokenizer.width}, {world.fps:g} a second",
         "actions": ", ".join(world.action_space.column_names) or "none",
         "tokenizer": f"{tokenizer.kind}, {tokenizer.tokens} tokens of {tokenizer.latent_dim} channels",
         "dynamics": f"{parameters / 1e6:.2f}M parameters, weights in {weights}",
         "trained": f"{facts.get('step', '?')} steps in {minutes:.0f} minutes on {threads} thread(s)",
-        "command": f"`{facts.get('command', 'not recorded')}`",
+        "command": facts.get("command", "not recorded"),
         "data": f"{facts.get('dataset', '?')}, fingerprint {str(facts.get('dataset_fingerprint', '?'))[:12]}",
         "made by": ", ".join(f"{what} {str(facts.get(what, '?'))[:12]}" for what in ("ahriuwu", "torch", "git")),
     }
     lines = [f"# {name}", "", notes.strip() or "A world model trained with ahriuwu.", "", "| | |", "|---|---|"]
-    lines += [f"| {what} | {value} |" for what, value in rows.items()]
+    lines += [f"| {what} | {in_markdown(value)} |" for what, value in rows.items()]
     if scores:
         lines += ["", *_table(scores)]
     return "\n".join(lines) + "\n"
@@ -136,13 +137,13 @@ def _table(scores: dict[str, Any]) -> list[str]:
 def _scores(folder: Path) -> dict[str, Any]:
     file = folder / "eval.json" if folder.is_dir() else folder
     try:
-        scores = json.loads(file.read_bytes())
+        scores = read_object(file)
         if scores["kind"] != "eval" or scores["status"] != "ok":
             raise ValueError("it is not the result of an evaluation that went well")
         _table(scores)
     except FileNotFoundError:
         raise DataError(f"there is no {file}: give a folder that `ahriuwu eval` wrote") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} cannot be used ({error}): give a folder that `ahriuwu eval` wrote") from None
     return scores
 

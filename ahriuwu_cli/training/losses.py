@@ -1,7 +1,7 @@
 """The tokenizer's loss: MSE + 0.2 LPIPS, each term divided by a running RMS of itself (Dreamer 4, section 3.1).
 
-LPIPS is optional: the `lpips` package (extra `lpips`) with backbone weights that the user supplies. Nothing is
-downloaded; without it a run trains on MSE and says so.
+LPIPS is optional: the `lpips` package (extra `lpips`) with backbone and heads that the user supplies. Nothing is
+downloaded or unpickled; without it a run trains on MSE and says so.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.data.tensors import read_tensors
+from ahriuwu_cli.errors import DataError, UserError
 
 LPIPS_WEIGHT = 0.2
+MAX_BYTES = 1_000_000_000  # of the file of weights: VGG16 whole takes half of it
 # First convolution of torchvision's published networks, by which a backbone is known: (output channels, kernel side).
 BACKBONES = {(64, 11): "alex", (64, 3): "vgg"}
 
@@ -82,51 +82,67 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(weights_path: Path) -> LPIPS:
-    """LPIPS v0.1 with the backbone weights at `weights_path`: torchvision's AlexNet or VGG16 as a safetensors file.
+    """LPIPS v0.1 with backbone and heads from one safetensors file (`build_lpips`); its sha256 stands beside numbers.
 
-    Nothing pickled is read: convert the published file once, `safetensors.torch.save_file(state_dict, path)`. Its
-    sha256 is recorded beside every number, since only the standard weights make it LPIPS. The linear heads come with
-    the package. UserError when the package or the file is missing, or the file is another network; never downloads.
+    UserError when the package or the file is missing, or the file is another network; nothing is downloaded.
     """
+    without = "or train without --lpips-weights"
     try:
         with open(weights_path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        published = load_file(weights_path)
+        network, backbone = build_lpips(read_tensors(weights_path, MAX_BYTES), weights_path)
     except OSError as error:
         raise UserError(
             f"cannot read LPIPS backbone weights at {weights_path} ({error.strerror}): give torchvision's AlexNet or "
-            "VGG16 as safetensors, or train without --lpips-weights"
+            f"VGG16 with the heads as safetensors, {without}"
         ) from None
-    except SafetensorError as error:
+    except DataError as error:
         raise UserError(
-            f"{weights_path} is not a safetensors file ({error}): convert torchvision's AlexNet or VGG16 weights with "
-            "safetensors.torch.save_file, or train without --lpips-weights"
+            f"{weights_path} is not a safetensors file ({error}): convert the published weights with "
+            f"safetensors.torch.save_file, {without}"
         ) from None
-    first = published.get("features.0.weight", torch.empty(0, 3, 0, 0))
-    backbone = BACKBONES.get((first.shape[0], first.shape[-1]))
+    except ValueError as error:
+        raise UserError(f"{error}; {without}") from None
+    return LPIPS(network, backbone, digest)
+
+
+def build_lpips(tensors: dict[str, Tensor], path: Path) -> tuple[nn.Module, str]:
+    """(the package's network, "alex" or "vgg") with the tensors of a file.
+
+    Keys: torchvision's "features.<i>.weight" and ".bias", and the published heads "lin0.model.1.weight" to "lin4...",
+    each (1, channels, 1, 1). The package `lpips` would unpickle its own heads and download a backbone, so it is asked
+    for neither. ValueError for other contents, UserError without the package.
+    """
+    first = tensors.get("features.0.weight", torch.empty(0, 3, 0, 0))
+    backbone = BACKBONES.get((first.shape[0], first.shape[-1]) if first.ndim else (0, 0))
     if backbone is None:
-        raise UserError(
-            f"{weights_path} holds neither torchvision's AlexNet nor its VGG16: a distance on another network is not "
-            "LPIPS; give one of them, or train without --lpips-weights"
+        raise ValueError(
+            f"{path} holds neither torchvision's AlexNet nor its VGG16: a distance on another network is not LPIPS"
         )
     try:
         import lpips
     except (ImportError, RuntimeError) as error:  # a torchvision for another PyTorch is a RuntimeError
         raise UserError(
             f"LPIPS needs the package lpips and a torchvision made for this PyTorch ({error}): "
-            "`pip install 'ahriuwu[lpips]'`, or train without --lpips-weights"
+            "`pip install 'ahriuwu[lpips]'`, or leave out --lpips-weights"
         ) from None
+    lacking = [name for name in (f"lin{i}.model.1.weight" for i in range(5)) if name not in tensors]
+    if lacking:
+        raise ValueError(f"{path} lacks {lacking[0]}: put the published heads lin0 to lin4 in it (docs/evaluation.md)")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # torchvision's word on an argument that lpips passes
-        network = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False)  # pnet_rand: no download
-    _load_backbone(network.net, published, weights_path)
-    return LPIPS(network, backbone, digest)
-
-
-def _load_backbone(net: nn.Module, published: dict[str, Tensor], path: Path) -> None:
-    """Copy torchvision's "features.<i>.<name>" into lpips's "slice<j>.<i>.<name>", every one of them."""
-    own = {name: "features." + name.partition(".")[2] for name in net.state_dict()}
-    lacking = sorted(set(own.values()) - set(published))
-    if lacking:
-        raise UserError(f"{path} lacks the backbone weights {', '.join(lacking[:3])}: give torchvision's file as it is")
-    net.load_state_dict({name: published[feature] for name, feature in own.items()}, strict=True)
+        network = lpips.LPIPS(net=backbone, pretrained=False, pnet_rand=True, verbose=False)
+    try:
+        own = {name: "features." + name.partition(".")[2] for name in network.net.state_dict()}
+        lacking = sorted(set(own.values()) - set(tensors))
+        if lacking:
+            raise ValueError(
+                f"{path} lacks the backbone weights {', '.join(lacking[:3])}: give torchvision's as they are"
+            )
+        network.net.load_state_dict({name: tensors[feature] for name, feature in own.items()}, strict=True)
+        for i in range(5):
+            head = {"model.1.weight": tensors[f"lin{i}.model.1.weight"]}
+            getattr(network, f"lin{i}").load_state_dict(head, strict=True)
+    except RuntimeError as error:  # a shape that is not the network's
+        raise ValueError(f"{path} is not the published LPIPS on {backbone}: {error}") from None
+    return network, backbone

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ahriuwu_cli.training.loop import DynamicsTrainer
     from ahriuwu_cli.world import World
 
+_UNFIT = (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError)  # what strange fields raise
 FREE = ("accumulate", "keep", "save_every")  # settings that a resume may change: the run's numbers stay the same
 
 
@@ -70,11 +71,11 @@ class Run(RunFolder):
             for i, optimizer in enumerate(trainer.optimizers):
                 mine = placed_for(optimizer, under_prefix(f"optimizer{i}", tensors))
                 load_optimizer_tensors(optimizer, mine, document["optimizers"][i])
-            trainer.step, trainer.total = document["step"], document["total"]
-            trainer.elapsed, trainer.best = document["elapsed"], document["best"]
+            trainer.step, trainer.total = _number(document, "step", int), _number(document, "total", int, None)
+            trainer.elapsed, trainer.best = _number(document, "elapsed", float), _number(document, "best", float, None)
             if "log" in tensors and trainer.group.leads:  # the sums of all; states of older versions have none
                 trainer.log.go_on(tensors["log"], document["grad_norms"])
-        except (RuntimeError, KeyError, IndexError) as error:
+        except _UNFIT as error:
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
         return {"processes": document.get("processes", 1), "parallel": document.get("parallel", "none")}
 
@@ -106,3 +107,13 @@ def run_goes_on(folder: Path, config: TrainConfig, facts: dict, resume: bool, ov
 
 def _asked(config: TrainConfig, facts: dict) -> Asked:
     return {"kind": "dynamics", "config": config.to_json(), "facts": facts}
+
+
+def _number(document: dict, name: str, kind: type, *or_else: None) -> Any:
+    """A number of a state's document that is not below zero where it is whole; or None where that may stand there."""
+    value = document[name]
+    if value is None and or_else:
+        return None
+    if type(value) not in (kind, int) or (kind is int and value < 0):
+        raise ValueError(f"{name} is {value!r}")
+    return value

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli import __version__
+from ahriuwu_cli.data.documents import parse_object, read_object
 from ahriuwu_cli.disk import FULL, discard, mend, sync, write_whole
 from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
 from ahriuwu_cli.folders import check_folder
@@ -152,6 +153,8 @@ class RunFolder:
     def _cut_log(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that come after `step`, and one that a kill cut short."""
         file = self.folder / "metrics.jsonl"
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise CheckpointError(f"{file} is no regular file: move it away, a log is written there")
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
         if kept != lines:
@@ -200,13 +203,13 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The run.json of a folder. CheckpointError when it cannot be read or is none of ours."""
     path = folder / "run.json"
     try:
-        document = {"kind": "dynamics"} | json.loads(path.read_text())
+        document = {"kind": "dynamics"} | read_object(path)
         for name, kind in (("kind", str), ("config", dict), ("facts", dict), ("command", str)):
             if not isinstance(document[name], kind):
                 raise TypeError(f"{name} is not a {kind.__name__}")
     except KeyError as error:
         raise CheckpointError(f"{path} cannot be read (it has no {error})") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     return document
 
@@ -248,6 +251,6 @@ def _plain(asked: Asked) -> Asked:
 def _step_of(line: bytes) -> float:
     """The step of a line of metrics; a line that is none counts as later than all."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return int(parse_object(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return math.inf

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ahriuwu_cli.data.documents import parse_object, read_json
+from ahriuwu_cli.data.tensors import read_tensors
 from ahriuwu_cli.disk import sync
-from ahriuwu_cli.errors import CheckpointError
+from ahriuwu_cli.errors import CheckpointError, DataError
 
 FORMAT = "ahriuwu-state-1"
+MAX_BYTES = 100_000_000  # of the document, which lists every tensor of the optimisers
 DOCUMENT = "state.json"
 
 
@@ -62,30 +65,27 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Tuples of the document come back as lists and its keys as strings. CheckpointError, one sentence, when the state is
     missing, cut short, altered or of another format.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     document, digest = read_document(folder)
     tensors = folder / _tensors_name(digest)
     try:
         if _sha256(tensors) != digest:
             raise CheckpointError(f"{tensors} was altered after it was written (its sha256 differs): use another state")
-        return load_file(tensors), document
+        return read_tensors(tensors), document
     except OSError as error:
         raise CheckpointError(f"cannot read {tensors}, which {folder / DOCUMENT} names: {error.strerror}") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{tensors} is not a safetensors file ({error}): use another state") from None
+    except DataError as error:
+        raise CheckpointError(f"{tensors} cannot be read ({error}): use another state") from None
 
 
 def read_document(folder: Path) -> tuple[dict[str, Any], str]:
     """The document of the state in `folder`, unaltered, and the sha256 that its tensors must have. CheckpointError."""
     path = folder / DOCUMENT
     try:
-        facts = json.loads(path.read_text())
+        facts = read_json(path, MAX_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read a training state at {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not JSON: the training state is damaged, use another one") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): the training state is damaged, use another one") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a training state of the format {FORMAT}: use one that this version wrote")
     document, digest = facts.get("document"), facts.get("tensors_sha256")
@@ -117,7 +117,7 @@ def _in_order(path: Path) -> None:
     """Sort the metadata, which safetensors shuffles: the same tensors are the same bytes, and have the same hash."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = parse_object(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
         assert len(text) == size, (len(text), size)

@@ -184,7 +184,7 @@ class _Trainer:
             for i, optimizer in enumerate(self.optimizers):
                 load_optimizer_tensors(optimizer, under_prefix(f"optimizer{i}", tensors), document["optimizers"][i])
             self.step = int(document["step"])
-        except (RuntimeError, KeyError, IndexError) as error:
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
 
     def scale_latents(self) -> None:

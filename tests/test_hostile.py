@@ -1,0 +1,440 @@
+"""Hostile files: nothing is unpickled, sizes are compared before memory is taken, and no text of theirs acts."""
+
+import ast
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small import small_dataset, small_world
+
+import ahriuwu_cli
+from ahriuwu_cli.cli import main
+from ahriuwu_cli.data.documents import MAX_DEPTH, parse_object, read_object
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.latents import open_pack
+from ahriuwu_cli.data.tensors import read_tensors
+from ahriuwu_cli.data.video import iter_video, write_gif, write_mp4
+from ahriuwu_cli.errors import CheckpointError, DataError
+from ahriuwu_cli.evaluation.report import as_csv, in_markdown
+from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
+from ahriuwu_cli.models.sizes import SIZES
+from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
+from ahriuwu_cli.printing import one_sentence, printable
+from ahriuwu_cli.training import checkpoint
+from ahriuwu_cli.training.checkpoint import load_world, save_world
+
+PACKAGE = Path(ahriuwu_cli.__file__).parent
+SCRIPTS = PACKAGE.parent / "scripts"
+CODE = sorted([*PACKAGE.rglob("*.py"), *SCRIPTS.glob("*.py")])
+sys.path.insert(0, str(SCRIPTS))
+from mutations import sealed  # noqa: E402
+
+PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "pickletools", "yaml"}
+BUILT_IN = {"eval", "exec", "__import__"}
+CALLS = {
+    "importlib.import_module", "runpy.run_path", "os.system", "os.popen",
+    "torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "torch.hub.load_state_dict_from_url",
+    "torch.package.PackageImporter", "np.fromregex", "np.memmap", "np.load", "numpy.load", "pandas.read_pickle",
+}  # fmt: skip
+
+
+def unsafe(tree: ast.AST) -> list[str]:
+    """What in a file's code could run what a file holds."""
+    found = []
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{n}" for n in names)]
+        found += [n for n in names if n.split(".")[0] in PICKLES or n in CALLS]
+        if dotted(node) in CALLS:
+            found.append(dotted(node))
+        if isinstance(node, ast.Call):
+            found += [dotted(node.func)] if dotted(node.func) in BUILT_IN else []
+            options = {k.arg: dotted(k.value) or getattr(k.value, "value", None) for k in node.keywords}
+            found += [name for name in options if name in ("allow_pickle", "weights_only")]
+            found += ["shell"] if options.get("shell") else []
+            calls_lpips = dotted(node.func) == "lpips.LPIPS"  # unless told otherwise it unpickles its heads
+            if calls_lpips and (options.get("pretrained"), options.get("pnet_rand")) != (False, True):
+                found.append("lpips.LPIPS")
+    return found
+
+
+def dotted(node: ast.AST) -> str:
+    """A name, or names joined by dots; empty for anything else."""
+    if isinstance(node, ast.Attribute) and dotted(node.value):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def test_nothing_is_unpickled_and_no_text_is_run_in_the_package_and_the_scripts():
+    assert len(CODE) > 100
+    for path in CODE:
+        tree = ast.parse(path.read_text())
+        own = path.name == "values.py" and all(  # `listed` imports modules of ours, by names that stand in the code
+            isinstance(argument, ast.Constant)
+            for other in (PACKAGE / "commands").rglob("*.py") for node in ast.walk(ast.parse(other.read_text()))
+            if isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] == "listed" for argument in node.args
+        )  # fmt: skip
+        assert [name for name in unsafe(tree) if not (own and name == "importlib.import_module")] == [], path
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle", "from pickle import loads", "import torch\ntorch.load(x)", "from torch import load",
+        "torch.save(a, b)", "np.load(f)", "np.load(f, allow_pickle=True)", "eval(x)", "exec(x)", "import yaml",
+        "subprocess.run(x, shell=True)", "os.system(x)", "importlib.import_module(x)", "read = torch.load",
+        "lpips.LPIPS(net='alex', pnet_rand=True)", "import joblib",
+    ],
+)  # fmt: skip
+def test_the_search_for_pickles_finds_each_way_to_read_one(code):
+    assert unsafe(ast.parse(code))
+
+
+def test_json_of_others_is_read_in_one_place():
+    ours = {"documents.py", "pack_worker.py"}  # the second one talks through pipes with processes of its own
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and dotted(node.func) in ("json.loads", "json.load"):
+                copies = ast.unparse(node.args[0]).startswith("json.dumps(")
+                assert copies or path.name in ours, path
+            if isinstance(node, ast.Attribute):  # and safetensors without its header checked nowhere
+                assert node.attr not in ("load_file", "safe_open"), path
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[1]", "an array, not an object"), (b'"x"', "a text, not an object"), (b"null", "null, not an object"),
+        (b'{"a": 1, "a": 2}', "stands twice"), (b'{"b": {"a": 1, "a": 1}}', "stands twice"),
+        (b'{"a": NaN}', "a is NaN"), (b'{"a": [-Infinity]}', "-Infinity"), (b'{"a": 1e999}', "beyond 64 bits"),
+        (b'{"a": 18446744073709551616}', "more than 64 bits"), (b'{"a": ' + b"9" * 5000 + b"}", "more than 64 bits"),
+        (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "nested"), (b"[" * 10**6, "nested"),
+        (b"\xef\xbb\xbf{}", "byte order mark"), ('{"a": 1}'.encode("utf-16"), "byte order mark"),
+        ('{"a": 1}'.encode("utf-16-le"), "Expecting"), (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": "\\ud800"}', "surrogate"), (b'{"a": 0, }', "property name|Illegal"),
+        (b'{"\\udfff": 1}', "surrogate"), (b"{} {}", "Extra data"), (b"", "Expecting value"),
+        (b"[" + b"0," * 4_000_001 + b"0]", "more than"),
+    ],
+)  # fmt: skip
+def test_json_that_takes_memory_or_hides_something_is_refused_with_the_reason(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_object(text)
+
+
+def test_json_of_ours_is_read_as_it_was_written_and_a_pipe_or_a_large_file_is_not_read(tmp_path):
+    document = {"name": "\U0001f600 ü \x1b", "n": [1, -2.5, 2**63, None, True, {"a": []}], "": {}}
+    for ascii_only in (True, False):
+        (tmp_path / "a.json").write_text(json.dumps(document, ensure_ascii=ascii_only))
+        assert read_object(tmp_path / "a.json") == document
+    with pytest.raises(ValueError, match="larger than"):
+        read_object(tmp_path / "a.json", most=20)
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ValueError, match="no regular file"):
+            read_object(other)
+
+
+def test_whole_tensors_are_read_as_safetensors_reads_them(tmp_path):
+    kinds = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+             torch.float32, torch.float64, torch.uint16]  # fmt: skip
+    tensors = {str(k): (torch.arange(6).reshape(2, 3) % 2).to(k) for k in kinds}
+    tensors |= {"none": torch.empty(0, 4), "scalar": torch.tensor(1.5)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    found, expected = read_tensors(tmp_path / "a.safetensors"), load_file(tmp_path / "a.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in expected.items())
+    with pytest.raises(DataError, match="more than"):
+        read_tensors(tmp_path / "a.safetensors", most=10)
+
+
+def raw(header: bytes, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x00" * 7, (2**63).to_bytes(8, "little") + b"{}", (99_999_999).to_bytes(8, "little") + b"{}", raw(b"[]"),
+        raw(b'{"a": 1}'), raw(b'{"a": {"dtype": "F32", "shape": [1]}}'),
+        raw(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'),
+        raw(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "x": 1}}', b"0000"),
+        raw(b'{"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}', b"00000000"),
+        raw(b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 4]}}', b"0000"),
+        raw(b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}'),
+        raw(b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', b"0000"),
+        raw(b'{"a": {"dtype": "F32", "shape": [0, 99999999999999], "data_offsets": [0, 0]}}'),
+        raw(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"00000"),
+        raw(b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "b": {"dtype": "U8", "shape": [2], '
+            b'"data_offsets": [1, 3]}}', b"0000"),
+        raw(b'{"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "a": {"dtype": "U8", "shape": [0], '
+            b'"data_offsets": [0, 0]}}'),
+        raw(b'{"__metadata__": {"a": 1}}'), raw(b'{"a": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}}',
+        b"\x02"),
+    ],
+)  # fmt: skip
+def test_a_header_that_lies_is_refused_before_memory_is_taken(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a\.safetensors"):
+        read_tensors(tmp_path / "a.safetensors")
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_world(small_world(), tmp_path / "world")
+    return tmp_path / "world"
+
+
+def edit(folder: Path, seal: bool = True, **changes) -> None:
+    """Change config.json as its author could: with hashes that fit."""
+    file = folder / "config.json"
+    document = json.loads(file.read_text()) | changes
+    data = json.dumps(document).encode()
+    file.write_bytes(sealed("config.json", data, (folder / "model.safetensors").read_bytes()) if seal else data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 10**9}, {"width": 2**16}, {"depth": 10**6}, {"depth": 1000}, {"mlp_hidden": 10**6}, {"tokens": 4096},
+        {"k_max": 65_536}, {"window": 10**9}, {"heads": 0}, {"kv_heads": -1}, {"width": True}, {"depth": 2.0},
+        {"window": "6"}, {"registers": None}, {"linear_skip": 1}, {"conditioning": ["add"]}, {"latent_dim": 10**12},
+    ],
+)  # fmt: skip
+def test_a_config_that_describes_more_than_its_file_holds_is_refused_before_it_is_built(folder, change, monkeypatch):
+    before = json.loads((folder / "config.json").read_text())
+    edit(folder, architecture=before["architecture"] | change)
+    monkeypatch.setattr(checkpoint, "Dynamics", lambda config: pytest.fail("it was built"))
+    with pytest.raises(CheckpointError, match=r"config\.json|different shapes"):
+        load_world(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"height": 10**9}, {"patch_height": 0}, {"height": 4096, "width": 4096}, {"latent_dim": 192},
+        {"patch_height": 16, "latent_dim": 300}, {"latent_dim": True}, {"width": "16"}, {"x": 1},
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_describes_more_than_its_file_holds_is_refused_before_it_is_built(folder, change, monkeypatch):
+    before = json.loads((folder / "tokenizer" / "config.json").read_text())
+    edit(folder / "tokenizer", architecture=before["architecture"] | change)
+    monkeypatch.setattr(LinearTokenizer, "from_json", lambda architecture: pytest.fail("it was built"))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_world(folder, "cpu")
+
+
+def test_the_numbers_that_a_checkpoint_holds_are_known_before_it_is_built():
+    def held(module):
+        return sum(t.numel() for t in module.state_dict().values())
+
+    slots = (("continuous", 2, (0.0, 0.0), (1.0, 1.0)), ("binary", 2, (), ()), ("discrete", 5, (), ()))
+    odd = {"conditioning": "modulate", "registers": 3, "width": 136, "kv_heads": 2, "k_max": 8, "depth": 3}
+    for fields in ({}, odd, {"conditioning": "token", "action_space": slots}, SIZES["nano"]):
+        assert held(Dynamics(DynamicsConfig(**fields))) == DynamicsConfig(**fields).stored
+    for fields in ({}, {"kv_heads": 2, "depth_encoder": 5, "time_every": 2, "tokens": 3, "patch": 16, "latent_dim": 5}):
+        config = TransformerTokenizerConfig(**fields)
+        assert held(TransformerTokenizer(config)) == config.stored
+    sizes = {"height": 16, "width": 32, "patch_height": 8, "patch_width": 16, "latent_dim": 5}
+    assert held(LinearTokenizer(**sizes)) == LinearTokenizer.stored(sizes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fps": 1e-9}, {"fps": "10"}, {"frame_skip": 2.5}, {"trained_d": []}, {"trained_d": [0.3]}, {"trained_d": "x"},
+        {"forcing": 7}, {"facts": []}, {"facts": {"train": 7}}, {"facts": {"train_seconds": "x"}}, {"generation": 3},
+        {"facts": {"train": {"frames": 10**9}}}, {"tokenizer_hash": 1}, {"action_space": {"components": [{}] * 10**5}},
+        {"trained_unlabelled": 1}, {"architecture": []},
+        *({"generation": {"steps": 2, "sampler": "euler", "tau_ctx": 0.1, "ctx_mode": "stop",
+        "ctx_label": "honest"} | g}
+          for g in ({"steps": 10**9}, {"steps": "2"}, {"tau_ctx": -1}, {"tau_ctx": None}, {"sampler": ["x"]})),
+    ],
+)  # fmt: skip
+def test_every_other_field_of_a_config_has_its_type_and_its_limits(folder, changes):
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_world(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer/model.safetensors", "tokenizer/config.json"]
+)
+def test_a_single_changed_bit_of_a_world_is_noticed(folder, name):
+    file = folder / name
+    before = bytearray(file.read_bytes())
+    for at in range(len(before) - 5, 0, -max(1, len(before) // 25)):
+        changed = bytearray(before)
+        changed[at] ^= 1
+        file.write_bytes(changed)
+        try:
+            load_world(folder, "cpu")
+        except CheckpointError:
+            continue
+        assert json.loads(changed) == json.loads(before), at  # a space that became a line's end, say
+
+
+def test_a_world_from_before_hashes_is_accepted_only_aloud(folder, capsys):
+    for place in (folder / "tokenizer", folder):
+        document = json.loads((place / "config.json").read_text())
+        kept = {k: v for k, v in document.items() if k not in ("sha256", "weights_sha256")}
+        (place / "config.json").write_text(json.dumps(kept | {"format": "ahriuwu-checkpoint/1"}))
+    load_world(folder, "cpu")
+    assert "without hashes" in capsys.readouterr().err
+    document["format"] = "ahriuwu-checkpoint/2"
+    del document["sha256"]
+    (folder / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="sha256"):
+        load_world(folder, "cpu")
+
+
+def test_an_episode_that_was_changed_is_refused_when_its_rows_are_first_read(tmp_path):
+    store = small_dataset(tmp_path / "d", episodes=2, frames=6)
+    file = store.file("000000")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    store = EpisodeStore.open(tmp_path / "d")
+    store.frames("000001", 0, 1)
+    with pytest.raises(DataError, match=r"000000\.safetensors is not what was recorded"):
+        store.frames("000000", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("height", 10**9), ("width", 0), ("frame_skip", True), ("fps", 1e300), ("fps", 0), ("seed", 1.0), ("name",
+        None),
+        ("frames", 10**12), ("frames", -1), ("frames", True), ("frames", 40.0), ("id", "../../etc"), ("id",
+        "/etc/passwd"),
+        ("id", "00000\n"), ("id", "000000\x00"), ("id", "..\\000000"), ("split", "../train"), ("sha256",
+        "0" * 63 + "\n"),
+        ("source", ["x"]), ("labelled", 1),
+    ],
+)  # fmt: skip
+def test_a_dataset_with_a_field_that_no_dataset_has_is_refused(tmp_path, key, value):
+    small_dataset(tmp_path / "d", episodes=2, frames=6)
+    file = tmp_path / "d" / "dataset.json"
+    document = json.loads(file.read_text())
+    (document if key in document else document["episodes"][0])[key] = value
+    file.write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r"dataset\.json"):
+        EpisodeStore.open(tmp_path / "d")
+
+
+def test_links_do_not_lead_out_of_a_dataset(tmp_path):
+    store = small_dataset(tmp_path / "d", episodes=3, frames=6)
+    tokenizer, outside = small_world().tokenizer, tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "d" / "latents").symlink_to(outside)
+    with pytest.raises(DataError, match="leads out of the dataset"):
+        open_pack(store, tokenizer)
+    (tmp_path / "d" / "latents").unlink()
+    (tmp_path / "d" / "latents").mkdir()
+    for kind in ("partial", "lock", "journal", "journal.new"):
+        victim = outside / f"{kind}.txt"
+        victim.write_text("mine")
+        name = f".train-{tokenizer.fingerprint()[:16]}.safetensors.{kind}"
+        (tmp_path / "d" / "latents" / name).symlink_to(victim)
+        with contextlib.suppress(DataError):
+            open_pack(store, tokenizer)
+        assert victim.read_text() == "mine", kind
+        shutil.rmtree(tmp_path / "d" / "latents")
+        (tmp_path / "d" / "latents").mkdir()
+    (tmp_path / "d" / "episodes").rename(outside / "episodes")
+    (tmp_path / "d" / "episodes").symlink_to(outside / "episodes")
+    with pytest.raises(DataError, match="points out of the dataset"):
+        EpisodeStore.open(tmp_path / "d")
+
+
+def test_a_video_that_names_other_files_or_lies_about_its_size_is_refused(tmp_path):
+    clip = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3)).astype(np.uint8)
+    write_mp4(tmp_path / "a.mp4", clip, 10)
+    write_gif(tmp_path / "a.gif", clip, 10)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    (tmp_path / "playlist.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n")
+    bomb = bytearray((tmp_path / "a.gif").read_bytes())
+    bomb[6:10] = b"\xff\xff\xff\xff"  # 65535 x 65535
+    (tmp_path / "bomb.gif").write_bytes(bomb)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:-400])
+    for name in ("list.mp4", "playlist.mp4", "bomb.gif"):
+        with pytest.raises(DataError, match=name):
+            list(iter_video(tmp_path / name))
+    for name in ("a.gif", "a.mp4"):  # a GIF states no size before it is decoded: the decoder itself must know the limit
+        assert len(list(iter_video(tmp_path / name, max_pixels=5000))) == 5
+        with pytest.raises(DataError, match=r"limit of 100 pixels|frames above 100 pixels"):
+            list(iter_video(tmp_path / name, max_pixels=100))
+
+
+@pytest.mark.parametrize("kind", ["large", "other", "cut", "pipe"])
+def test_an_image_is_looked_at_before_it_is_decoded(tmp_path, folder, kind, capsys):
+    file = tmp_path / "a.png"
+    if kind == "large":
+        Image.new("1", (9000, 9000)).save(file)
+    elif kind == "other":
+        file.write_bytes(b"P6 8 8 255\n" + bytes(192))  # a picture, but none of the kinds that are read
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        Image.new("RGB", (64, 64)).save(file)
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(SystemExit) as end:
+        main(["rollout", str(folder), str(file), "--out", str(tmp_path / "o"), "--length", "1"])
+    said = capsys.readouterr().err
+    assert end.value.code == 3
+    assert said.count("\n") == 1
+    assert "a.png" in said
+
+
+def test_no_escape_sequence_of_a_file_reaches_the_terminal(tmp_path, capsys):
+    evil = "\x1b]0;owned\x07\x1b[2J\u202egnp\x9b31m"
+    small_dataset(tmp_path / "d", episodes=3, frames=6)
+    file = tmp_path / "d" / "dataset.json"
+    document = json.loads(file.read_text())
+    document["source"] = {evil: evil}
+    document["name"] = evil
+    file.write_text(json.dumps(document))
+    for arguments in (["info", str(tmp_path / "d")], ["info", str(tmp_path / evil)]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        said = capsys.readouterr()
+        shown = said.out + said.err
+        assert "owned" in shown
+        assert not [c for c in shown if c not in "\n\t" and (ord(c) < 32 or 127 <= ord(c) < 160 or c == "\u202e")]
+    assert printable("a\tb\nü") == "a\tb\nü"
+    assert one_sentence("a\n\x1b b\udcff") == r"a \x1b b\udcff"
+    assert len(one_sentence("x" * 10**6)) < 3000
+
+
+def test_no_text_in_a_csv_is_a_formula_and_none_in_markdown_is_a_cell_or_html():
+    texts = ["=1+1", "+1", "-1+2", "@SUM(A1)", "\t=1"]
+    row = {name: name for name in texts} | {"number": -1.5, "whole": -2, "text": "a=b\r=1"}
+    cells = list(csv.reader(io.StringIO(as_csv([row]))))
+    assert cells == [[f"'{t}" for t in texts] + ["number", "whole", "text"],
+                     [f"'{t}" for t in texts] + ["-1.5", "-2", r"a=b\r=1"]]  # fmt: skip
+    assert in_markdown("a|b\n<script>`x`") == r"a\|b &lt;script>\`x\`"
+
+
+def test_sixty_seeded_mutations_end_in_success_or_in_one_sentence():
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "fuzz.py", "--mutations", "64", "--seed", "7"],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| all | 64 |" in done.stdout
