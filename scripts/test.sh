@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes the environment, then lint and tests. Arguments go to pytest: bash scripts/test.sh -m "not slow"
+# Makes the environment, then lint and tests, files shared out to the cores.
+# Arguments go to pytest: bash scripts/test.sh -m "not slow"
 AHRIUWU_EXTRAS=doom,atari,dev
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
