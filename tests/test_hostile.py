@@ -21,6 +21,7 @@ from small import small_dataset, small_world
 
 import ahriuwu_cli
 from ahriuwu_cli.cli import main
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import MAX_DEPTH, parse_object, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
@@ -364,6 +365,14 @@ def test_links_do_not_lead_out_of_a_dataset(tmp_path):
     (tmp_path / "d" / "episodes").symlink_to(outside / "episodes")
     with pytest.raises(DataError, match="points out of the dataset"):
         EpisodeStore.open(tmp_path / "d")
+
+
+def test_an_action_space_of_more_columns_or_buttons_than_its_limit_is_refused_at_once():
+    parts = [{"name": f"a{i}", "kind": "discrete", "size": 1} for i in range(4097)]
+    with pytest.raises(DataError, match="4097 columns"):
+        ActionSpace.from_json({"components": parts})
+    with pytest.raises(DataError, match="size 513"):  # random actions draw among all pairs of buttons
+        ActionSpace.from_json({"components": [{"name": "b", "kind": "binary", "size": 513}]})
 
 
 @pytest.mark.parametrize("field", ["tokenizer", "source"])
