@@ -159,7 +159,7 @@ def fuzz(scratch: Path, numbers: Sequence[int], seed: int, kinds: list[str]) -> 
     code = in_a_child(lambda: build(base), scratch / "build.log", seconds=300)[0]
     if code:
         raise SystemExit(f"the files to damage could not be made:\n{(scratch / 'build.log').read_text()[-2000:]}")
-    rows = []
+    rows, made = [], snapshot(base)
     for number in numbers:
         rng = random.Random(f"{seed}/{number}")
         kind = kinds[number % len(kinds)]
@@ -168,6 +168,8 @@ def fuzz(scratch: Path, numbers: Sequence[int], seed: int, kinds: list[str]) -> 
             print(f"\r{len(rows)}/{len(numbers)}", end="", file=sys.stderr, flush=True)
         if len(numbers) == 1:
             print(json.dumps(rows[-1], indent=1))
+    changed = touched(made, snapshot(base), ())
+    assert not changed, changed  # no command reached out of its copy
     return rows
 
 
@@ -210,15 +212,17 @@ def one(base: Path, work: Path, kind: str, rng: random.Random) -> dict:
         shutil.rmtree(work / "data" / "latents")
         (work / "unfinished").rename(work / "data" / "latents")
         file = work / "data" / "latents" / file.name
-    name = str(file.relative_to(work))
+    name, damaged = str(file.relative_to(work)), file.read_bytes() if file.is_file() else None
     did = f"{name}: {how}{', hashes made to fit' if hashes_fit else ''}; ahriuwu {' '.join(command)}"
     seen = snapshot(work)
     code, seconds, memory = in_a_child(lambda: run(work, command), work.parent / "said", SECONDS)
     said = (work.parent / "said.err").read_text(errors="replace")
-    wrong = judge(code, memory, said, touched(seen, snapshot(work), spec.writes), command)
+    shown = (work.parent / "said").read_text(errors="replace")
+    outside = touched(seen, snapshot(work), spec.writes) + strays(work.parent)
+    wrong = judge(code, memory, said, outside, command, hashes_fit)
     why = ""
     if not wrong and code == 0:
-        why = explain(kind, base, work, name, before, hashes_fit, command, said)
+        why = explain(kind, base, work, name, (before, damaged), hashes_fit, command, said + shown)
         wrong = "" if why else "it was accepted, and nothing explains that"
     return {"did": did, "code": code, "seconds": round(seconds, 3), "memory": memory, "why": why, "wrong": wrong,
             "said": said[-600:]}  # fmt: skip
@@ -317,8 +321,8 @@ def in_a_child(work, log: Path, seconds: float) -> tuple[int, float, int]:
     return code, time.monotonic() - began, max(0, usage.ru_maxrss * 1024 - start)
 
 
-def judge(code: int, memory: int, said: str, outside: list[str], command: list[str]) -> str:
-    """What was wrong, or nothing."""
+def judge(code: int, memory: int, said: str, outside: list[str], command: list[str], fit: bool) -> str:
+    """What was wrong, or nothing. fit: the hashes were made to fit, so what is computed from it may not be finite."""
     sentences = [line for line in said.splitlines() if line.startswith("error: ")]
     if code == -signal.SIGALRM:
         return f"it took more than {SECONDS} s"
@@ -332,6 +336,8 @@ def judge(code: int, memory: int, said: str, outside: list[str], command: list[s
         return f"it wrote outside its output: {', '.join(outside[:3])}"
     if code == 1 and "--check" in command and not sentences:
         return ""  # the check's answer is no
+    if code == 1 and fit and command[0] in ("train", "rollout", "eval") and len(sentences) < 2:
+        return ""  # it could be computed with, but not well
     if code and (code not in REFUSED or len(sentences) != 1):
         return f"exit code {code} with {len(sentences)} sentences"
     return "it succeeded with an error's sentence" if not code and sentences else ""
@@ -343,6 +349,12 @@ def snapshot(folder: Path) -> dict[str, tuple]:
         for p in folder.rglob("*")
         if (s := p.lstat())
     }
+
+
+def strays(scratch: Path) -> list[str]:
+    """What lies beside the folders of this script, and where the paths of `mutations.TEXTS` lead to."""
+    known = {"base", "work", "build.log", "build.err", "build.rss", "said", "said.err", "said.rss"}
+    return [str(p) for p in (*scratch.iterdir(), Path("/tmp/outside")) if p.name not in known and os.path.lexists(p)]
 
 
 def touched(before: dict, after: dict, allowed: tuple[str, ...]) -> list[str]:
@@ -358,11 +370,17 @@ SOUND = "its author made the hashes fit, and it says something else that is soun
 
 
 def explain(
-    kind: str, base: Path, work: Path, name: str, before: bytes, fit: bool, command: list[str], said: str
+    kind: str,
+    base: Path,
+    work: Path,
+    name: str,
+    content: tuple[bytes, bytes | None],
+    fit: bool,
+    command: list[str],
+    shown: str,
 ) -> str:
     """Why a success is right; empty where nothing says so."""
-    file, verb = work / name, " ".join(command[:2])
-    now = file.read_bytes() if file.is_file() else None
+    verb, (before, now) = " ".join(command[:2]), content
     if now is not None and same_content(name, before, now):
         return "the same content in other bytes"
     if kind == "checkpoint" and name.startswith("world/prompt/"):
@@ -376,7 +394,7 @@ def explain(
             return "lines of the log that are not whole are dropped"
         if name.endswith("run.json"):
             return "not read by this command" if kind == "tokenizer state" else said_of_a_run(before, now)
-        if "set aside as" in said:
+        if "set aside as" in shown:
             return "set aside, with a sentence; the state before it was used"
         newest = sorted((work / name.split("/")[0] / "state").glob("step-*"))
         return "an older state that is not needed" if newest and newest[-1].name not in name else ""
@@ -388,6 +406,13 @@ def explain(
                 or ""
             )
         return "an episode that was not read" if command[0] == "rollout" or command[0] == "eval" else ""
+    if kind == "pack" and command[0] == "info":
+        if now is None:
+            return "not there: made when it is needed"
+        if "it is not used" in shown:
+            return "named as a pack that is not used"
+        same = _pack_facts(before) == _pack_facts(now)
+        return "of another tokenizer by its header: not used by the one that it is named after" if same else ""
     if kind in ("pack", "journal"):
         made, whole = (sorted((f / "data" / "latents").glob("*.safetensors")) for f in (work, base))
         same = [p.read_bytes() for p in made] == [p.read_bytes() for p in whole]
@@ -405,8 +430,8 @@ def explain(
     if kind == "scores":
         return "scores that are sound and say something else"
     if kind == "sweep cells":
-        aside = "set aside" in said or any(".damaged-" in p.name for p in (work / "sweep" / "cells").iterdir())
-        return "set aside, with a sentence, and measured anew" if aside or now is not None else ""
+        aside = any(".damaged-" in p.name for p in (work / "sweep" / "cells").iterdir())
+        return "set aside, with a sentence, and measured anew" if aside else "measured anew" if now is None else ""
     return ""
 
 
@@ -414,13 +439,19 @@ def same_content(name: str, a: bytes, b: bytes) -> bool:
     def parts(data: bytes) -> tuple:
         if name.endswith((".safetensors", ".partial")):
             length = int.from_bytes(data[:8], "little")
-            return json.loads(data[8 : 8 + length]), data[8 + length :]
-        return (json.loads(data),)
+            return json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True), data[8 + length :]
+        return (json.dumps(json.loads(data), sort_keys=True),)
 
     try:
         return parts(a) == parts(b)
     except (ValueError, RecursionError):
         return False
+
+
+def _pack_facts(data: bytes) -> dict:
+    """What a pack's header says, but for the tokenizer."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return json.loads(header["__metadata__"]["ahriuwu"]) | {"tokenizer": ""}
 
 
 def described(before: bytes, now: bytes | None) -> str:
@@ -441,8 +472,11 @@ def described(before: bytes, now: bytes | None) -> str:
 def said_of_a_run(before: bytes, now: bytes | None) -> str:
     old, new = json.loads(before), json.loads(now or b"{}")
     other = {k for k in old | new if old.get(k) != new.get(k)}
-    return "what is said of the run for people" if other <= {"command", "versions", "processes", "parallel"} else (
-        "what a resume does not ask for" if other <= {"facts", "config"} else "")  # fmt: skip
+    if other <= {"command", "versions", "processes", "parallel"}:
+        return "what is said of the run for people"
+    asked = [{k: v for k, v in d["config"].items() if k != "accumulate"} for d in (old, new)]
+    more = all(new["facts"].get(k) == v for k, v in old["facts"].items())
+    return "what a resume may change, or does not ask for" if asked[0] == asked[1] and more else ""
 
 
 def table(rows: list[dict]) -> str:

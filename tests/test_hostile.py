@@ -21,12 +21,15 @@ from small import small_dataset, small_world
 
 import ahriuwu_cli
 from ahriuwu_cli.cli import main
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import MAX_DEPTH, parse_object, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
+from ahriuwu_cli.data.pack_check import check_packs
 from ahriuwu_cli.data.tensors import read_tensors
 from ahriuwu_cli.data.video import iter_video, write_gif, write_mp4
 from ahriuwu_cli.errors import CheckpointError, DataError
+from ahriuwu_cli.evaluation.merge import read_cells
 from ahriuwu_cli.evaluation.report import as_csv, in_markdown
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
@@ -35,6 +38,7 @@ from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, Trans
 from ahriuwu_cli.printing import one_sentence, printable
 from ahriuwu_cli.training import checkpoint
 from ahriuwu_cli.training.checkpoint import load_world, save_world
+from ahriuwu_cli.training.describe import describe_checkpoint
 
 PACKAGE = Path(ahriuwu_cli.__file__).parent
 SCRIPTS = PACKAGE.parent / "scripts"
@@ -361,6 +365,37 @@ def test_links_do_not_lead_out_of_a_dataset(tmp_path):
     (tmp_path / "d" / "episodes").symlink_to(outside / "episodes")
     with pytest.raises(DataError, match="points out of the dataset"):
         EpisodeStore.open(tmp_path / "d")
+
+
+def test_an_action_space_of_more_columns_or_buttons_than_its_limit_is_refused_at_once():
+    parts = [{"name": f"a{i}", "kind": "discrete", "size": 1} for i in range(4097)]
+    with pytest.raises(DataError, match="4097 columns"):
+        ActionSpace.from_json({"components": parts})
+    with pytest.raises(DataError, match="size 513"):  # random actions draw among all pairs of buttons
+        ActionSpace.from_json({"components": [{"name": "b", "kind": "binary", "size": 513}]})
+
+
+@pytest.mark.parametrize("field", ["tokenizer", "source"])
+def test_a_pack_whose_header_contradicts_its_name_or_its_dataset_is_named_by_the_check(tmp_path, field):
+    store, tokenizer = small_dataset(tmp_path / "d", episodes=3, frames=6), small_world().tokenizer
+    path = open_pack(store, tokenizer).path
+    assert all(row.ok for row in check_packs(store))
+    value = tokenizer.fingerprint() if field == "tokenizer" else store.episodes("train")[0].sha256
+    other = ("1" if value[0] == "0" else "0") + value[1:]
+    data = path.read_bytes()
+    assert data.count(value.encode()) == 1
+    path.write_bytes(data.replace(value.encode(), other.encode()))
+    assert not all(row.ok for row in check_packs(store))
+
+
+def test_what_lacks_its_weights_is_no_tokenizer_and_a_cell_that_leads_nowhere_is_no_traceback(tmp_path, folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        describe_checkpoint(folder)
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    (tmp_path / "out" / "cells" / "a.json").symlink_to("/nowhere")
+    with pytest.raises(DataError, match="leads to no file"):
+        read_cells(tmp_path / "out")
 
 
 def test_a_video_that_names_other_files_or_lies_about_its_size_is_refused(tmp_path):

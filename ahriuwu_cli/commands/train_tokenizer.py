@@ -37,7 +37,7 @@ def train_tokenizer(
     batch: int = options.whole(8, "--batch", 1, 65536, "transformer: clips a step."),
     frames: int = options.whole(8, "--frames", 1, 10_000, "transformer: frames of a clip."),
     lr: float = options.number(3e-3, "--lr", 0, 10, "transformer: learning rate.", "()"),
-    lpips_weights: Path = typer.Option(None, help="transformer: LPIPS backbone weights (extra: lpips)."),
+    lpips_weights: Path = typer.Option(None, help="transformer: LPIPS v0.1, backbone and heads (extra: lpips)."),
     seed: int = options.seed("Seed of everything drawn."),
     log_every: int = options.whole(10, "--log-every", 1, options.MANY, "transformer: steps between lines of metrics."),
     save_every: int = options.whole(

@@ -51,9 +51,11 @@ def check_packs(store: EpisodeStore) -> list[Check]:
             bad.append(str(error))
             continue
         bad += [f"{path} at {part}: delete it, it is made anew" for part in problems]
+        if misfit := _misfit(path, facts, store):
+            bad.append(f"{path} {misfit}: delete it, it is made anew")
         if facts["dataset"] != store.fingerprint:
             stale.append(f"{path} was made from other data")
-        good += not problems
+        good += not problems and not misfit
     unfinished = [os.fspath(p) for p in sorted(folder.glob(".*.partial"))] if folder.is_dir() else []
     rows = []
     if good or bad:
@@ -62,6 +64,15 @@ def check_packs(store: EpisodeStore) -> list[Check]:
         notes = [f"{note}; it is not used" for note in stale] + [f"{name} is not finished" for name in unfinished]
         rows.append(_row("latent packs", notes, "", warning=True))
     return rows
+
+
+def _misfit(path: Path, facts: dict[str, Any], store: EpisodeStore) -> str:
+    """Where a pack's header contradicts its own name, or the dataset that it says it was made from."""
+    if path.name != f"{facts['split']}-{facts['tokenizer'][:16]}.safetensors":
+        return "is of another split or tokenizer than its name says"
+    listed = [(e["id"], e["frames"], e["labelled"], e["source"]) for e in facts["episodes"]]
+    here = [(e.id, e.frames, e.labelled, e.sha256) for e in store.episodes(facts["split"])]
+    return "lists other episodes than the dataset" if facts["dataset"] == store.fingerprint and listed != here else ""
 
 
 def _row(name: str, problems: list[str], good: str, warning: bool = False) -> Check:

@@ -146,6 +146,8 @@ def as_markdown(merged: Row) -> str:
 def _read(path: Path) -> FinishedCell:
     try:
         document = read_cell(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} leads to no file: remove it, and run its plan again") from None
     except DataError as error:
         raise DataError(f"{error}: run its plan again, which sets it aside and redoes it, or remove it") from None
     try:
@@ -153,7 +155,7 @@ def _read(path: Path) -> FinishedCell:
         cell = FinishedCell(path.stem, names["checkpoint"], names["dataset"], document["identity"], document["result"])
         fits = digest(cell.identity) == path.stem and cell.windows.hash == cell.identity["manifest_hash"]
         if fits:
-            merge([cell]), merged_rows([cell])  # whatever a table needs is there
+            as_text(merge([cell])), report.as_csv(merged_rows([cell]))  # whatever a table needs is there
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise DataError(f"{path} is no cell of this version (it lacks {error}): move it away") from None
     if not fits:
@@ -174,6 +176,9 @@ def _asked(cells: Sequence[FinishedCell], reference: str) -> set[str]:
 def _table(group: list[FinishedCell], reference: str | None, among: set[str]) -> Row:
     manifest, horizons, names = group[0].windows, group[0].horizons, _labels(group)
     last = horizons[-1]
+    other = next((c.name for c in group if c.horizons != horizons), None)
+    if other is not None:
+        raise DataError(f"cell {other} reports other frames than cell {group[0].name} of these windows: move it away")
     asked = [c for c in group if c.name in among]
     if len(asked) > 1:
         raise UserError(

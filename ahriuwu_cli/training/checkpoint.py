@@ -22,7 +22,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ahriuwu_cli.data import tensors as tensors_
 from ahriuwu_cli.data.actions import ActionSpace
@@ -196,10 +196,7 @@ def build_with_weights(build: Callable[[], nn.Module], stored: int, path: Path) 
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{path} does not fit its config.json: {', '.join(wrong[:3])}{more} differ")
-    try:
-        tensors = tensors_.read_tensors(path)
-    except DataError as error:
-        raise CheckpointError(f"{error}") from None
+    tensors = read_tensors(path)
     odd = sorted(n for n, t in module.state_dict().items() if t.is_floating_point() != tensors[n].is_floating_point())
     if odd:
         raise CheckpointError(f"{path} holds {odd[0]} as {tensors[odd[0]].dtype}, which is no format of weights")
@@ -208,6 +205,15 @@ def build_with_weights(build: Callable[[], nn.Module], stored: int, path: Path) 
         raise CheckpointError(f"{path} holds weights that are not finite ({bad[0]}): use an earlier checkpoint")
     module.load_state_dict(tensors, strict=True)
     return module
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. CheckpointError when it is missing or damaged."""
+    _header(path)
+    try:
+        return tensors_.read_tensors(path)
+    except DataError as error:
+        raise CheckpointError(f"the weights are damaged: {error}") from None
 
 
 def _header(path: Path) -> dict[str, tensors_.TensorInfo]:

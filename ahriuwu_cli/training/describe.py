@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Facts of a world, tokenizer or run folder; DataError when it is none of them."""
     if (path / "run.json").is_file() and not (path / "best" / "config.json").is_file():
         raise DataError(f"{path} is a run that has not saved a world yet: wait for its first preview")
-    world_like = (path / "tokenizer" / "config.json").is_file() and (path / "model.safetensors").is_file()
+    world_like = (path / "tokenizer" / "config.json").is_file() and any(
+        os.path.lexists(path / name) for name in ("config.json", "model.safetensors")
+    )  # one of the two may be missing: that is for the loader to say
     if world_like or (path / "best" / "config.json").is_file():
         world = load_world(path, "cpu")
         return {
