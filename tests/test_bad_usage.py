@@ -277,7 +277,8 @@ def refused(place, tree, monkeypatch):
         if out.exists():  # or every later test would fail as well
             shutil.rmtree(out)
             pytest.fail(f"{shown} wrote {out}")
-        assert stop.value.code == code or (stop.value.code == 2 and LONG in words), (shown, said)
+        codes = code if isinstance(code, set) else {code, 2} if LONG in words else {code}
+        assert stop.value.code in codes, (shown, said)
         assert said.startswith("error: "), (shown, said)
         assert said.count("\n") == 1, (shown, said)
         assert said.endswith("\n"), (shown, said)
@@ -415,18 +416,23 @@ def test_what_nobody_knows_gets_the_nearest_name(refused, words, part):
     assert part in refused(words)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything")
+@pytest.fixture
+def locked(place):
+    """A folder that nobody may look into; made so before `refused` looks at what is there."""
+    folder = place / "full"
+    folder.chmod(0)
+    if os.access(folder, os.X_OK):
+        folder.chmod(0o755)
+        pytest.skip("this process may read and write everything, as root does")
+    yield folder
+    folder.chmod(0o755)
+
+
 @pytest.mark.parametrize(("command", "name"), PATHS, ids=[" ".join(p) for p in PATHS])
-def test_a_path_without_permission_is_refused(refused, place, command, name):
+def test_a_path_without_permission_is_refused(locked, refused, command, name):
     info = next(i for c, n, i in PARAMETERS if (c, n) == (command, name))
-    locked = place / "full"
-    locked.chmod(0)
-    try:
-        said = _words(command, name, info, WITH.get((command, name), []), str(locked / "below"))
-        missing = PATHS[command, name][0]
-        refused(said, 2 if missing is None else missing)
-    finally:
-        locked.chmod(0o755)
+    beside = WITH.get((command, name), [])
+    refused(_words(command, name, info, beside, f"{locked}/below"), {2, PATHS[command, name][0] or 2})
 
 
 def test_names_that_only_look_strange_are_paths_like_any_other(place, tmp_path, monkeypatch, tree):

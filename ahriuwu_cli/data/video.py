@@ -99,6 +99,7 @@ def mp4_writer(path: Path | str, height: int, width: int, fps: float) -> Iterato
     """
     import av
     import numpy as np
+    from av.video.reformatter import VideoReformatter
 
     with (
         _renamed(Path(path)) as temporary,
@@ -110,10 +111,12 @@ def mp4_writer(path: Path | str, height: int, width: int, fps: float) -> Iterato
         stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
         stream.codec_context.color_range = 1  # 1: BT.709, and the range of television
 
+        convert = VideoReformatter()  # one for all: setting it up costs more than a small picture
+
         def add(picture: np.ndarray) -> None:
             even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-            out.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+            out.mux(stream.encode(convert.reformat(frame, format="yuv420p", dst_colorspace="ITU709")))
 
         yield add
         out.mux(stream.encode(None))
