@@ -57,6 +57,7 @@ def main() -> None:
                 ("kills", sum(tally.kills.values())),
                 ("inside a state", tally.kills["a state"]),
                 ("inside a world", tally.kills["a world"]),
+                ("went on from a state", len(tally.steps)),
                 ("states set aside", tally.set_aside),
                 ("runs compared", 1),
                 ("differing bytes", sum(differ.values())),
@@ -77,8 +78,10 @@ def main() -> None:
 
 
 def _row() -> dict:
-    names = ("kills", "inside a state", "inside a world", "states set aside", "runs compared", "differing bytes")
-    return dict.fromkeys((*names, "bad exits"), 0)
+    return dict.fromkeys(
+        ("kills", "inside a state", "inside a world", "went on from a state", "states set aside", "runs compared",
+         "differing bytes", "bad exits"), 0
+    )  # fmt: skip
 
 
 def _print(rows: dict[str, dict]) -> None:

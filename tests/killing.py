@@ -8,6 +8,7 @@ life costs a tenth of a second instead of five. `python killing.py` is that proc
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -122,6 +123,7 @@ class Tally:
 
     kills: Counter = field(default_factory=Counter)  # by where: "a state", "a world", "elsewhere"
     lives: int = 0
+    steps: list[int] = field(default_factory=list)  # that lives went on from
     set_aside: int = 0
     codes: list[int] = field(default_factory=list)  # of lives that ended by themselves
 
@@ -129,7 +131,8 @@ class Tally:
 def live_and_die(start, command: str, cwd: Path, kills: int, rng: random.Random, longest: float) -> Tally:
     """Run the command until it is through, killing it `kills` times on the way: inside a save every second time.
 
-    The others fall anywhere in the first `longest` seconds. A run that is through earlier is killed less often.
+    Those wait for a state of this life first, so that the run gets on. The others fall anywhere in the first `longest`
+    seconds. A run that is through earlier is killed less often.
     """
     tally, last = Tally(), ".tokenizer.*" if "tokenizer" in command.split()[:2] else ".last.*"
     while True:
@@ -140,18 +143,27 @@ def live_and_die(start, command: str, cwd: Path, kills: int, rng: random.Random,
             time.sleep(rng.random() * longest)
         elif done < kills:
             choices = ["state/.step-*", ".best.*"] if last == ".last.*" else ["state/.step-*"]
+            wait_for_progress(life, cwd / "run")
             wait_for(life, cwd / "run", last if done + 2 >= kills > 2 else rng.choice(choices))
             time.sleep(rng.random() * 0.01)
         if done < kills:
             life.signal(signal.SIGKILL)
         code = life.ends()
         tally.set_aside += life.said().count("set aside as")
+        tally.steps += map(int, re.findall(r"going on with .* after step (\d+)", life.said()))
         if code == KILLED:
             tally.kills[_inside(cwd / "run")] += 1
             continue
         tally.codes.append(code)
         if code or sum(tally.kills.values()) >= kills or _through(cwd / "run"):
             return tally
+
+
+def wait_for_progress(life: Life, run: Path) -> None:
+    """Until there is a state that was not there before, or the process has ended."""
+    before = set(run.glob("state/step-*"))
+    while not set(run.glob("state/step-*")) - before and not life.has_ended():
+        time.sleep(0.001)
 
 
 def wait_for(life: Life, run: Path, pattern: str) -> None:

@@ -57,6 +57,7 @@ def test_a_run_killed_at_random_and_inside_saves_ends_bit_for_bit_where_the_unbr
     tally = live_and_die(start, COMMANDS[kind], place / f"{kind} killed", 4, random.Random(kind), longest=1.0)
     assert sum(tally.kills.values()) >= 2
     assert tally.kills["a state"] + tally.kills["a world"] >= 1, tally
+    assert any(0 < step < STEPS for step in tally.steps), tally
     assert (tally.codes, tally.set_aside) == ([0], 0)
     assert differing_bytes(place / f"{kind} whole" / "run", place / f"{kind} killed" / "run") == {}
 
