@@ -21,7 +21,7 @@ from pathlib import Path
 
 from small import small_dataset
 
-CLOCKS = {"seconds", "eta_s", "frames_per_s", "train_seconds", "elapsed", "git"}  # what a clock or a commit decides
+CLOCKS = {"seconds", "eta_s", "frames_per_s", "train_seconds", "elapsed", "git", "sha256"}  # of a clock or a commit
 KILLED = -signal.SIGKILL
 TINY = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_hidden": 32, "window": 6, "time_every": 2, "k_max": 8}
 TINY_TOKENIZER = {
@@ -144,8 +144,7 @@ def live_and_die(start, command: str, cwd: Path, kills: int, rng: random.Random,
         elif done < kills:
             choices = ["state/.step-*", ".best.*"] if last == ".last.*" else ["state/.step-*"]
             wait_for_progress(life, cwd / "run")
-            wait_for(life, cwd / "run", last if done + 2 >= kills > 2 else rng.choice(choices))
-            time.sleep(rng.random() * 0.01)
+            stop_inside(life, cwd / "run", last if done + 2 >= kills > 2 else rng.choice(choices), rng)
         if done < kills:
             life.signal(signal.SIGKILL)
         code = life.ends()
@@ -170,6 +169,18 @@ def wait_for(life: Life, run: Path, pattern: str) -> None:
     """Until a hidden name of this pattern is there, or the process has ended."""
     while not next(run.glob(pattern), None) and not life.has_ended():
         time.sleep(0.0003)
+
+
+def stop_inside(life: Life, run: Path, pattern: str, rng: random.Random) -> None:
+    """Hold the process, some milliseconds after a hidden name of this pattern appeared, while it is still there."""
+    while not life.has_ended():
+        wait_for(life, run, pattern)
+        time.sleep(rng.random() * 0.003)
+        life.signal(signal.SIGSTOP)
+        time.sleep(0.002)
+        if next(run.glob(pattern), None) is not None:
+            return
+        life.signal(signal.SIGCONT)  # it was through: wait for the next one
 
 
 def _inside(run: Path) -> str:

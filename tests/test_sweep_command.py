@@ -15,7 +15,7 @@ from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.evaluation import sweep_plots, sweep_run, sweep_verdict
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.rollout import RolloutConfig
-from ahriuwu_cli.training.checkpoint import load_world, save_world, write_tau_ctx
+from ahriuwu_cli.training.checkpoint import _document_hash, load_world, save_world, write_tau_ctx
 
 FEW = ["--windows", "4", "--context", "4", "--horizon", "5", "--device", "cpu"]
 FILES = [
@@ -164,7 +164,7 @@ def test_write_back_stores_what_beats_the_default_with_its_evidence_and_touches_
     monkeypatch.setattr(sweep_verdict, "decide", beaten)
     monkeypatch.setattr(sweep_verdict, "check_on_test", lambda *_: [])
     config = world / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"facts": {"git": "abc"}}))
+    rewrite(config, json.loads(config.read_text()) | {"facts": {"git": "abc"}})
     before = {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
     old = load_world(world, "cpu")
     code, printed, _ = run(world, tmp_path / "out", "--taus", "0,.3", "--write-back", "--json")
@@ -228,19 +228,24 @@ def test_a_bad_grid_is_one_sentence_and_leaves_nothing_behind(places, run, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def rewrite(config, document):
+    """A config.json with other contents and the hash that fits them."""
+    config.write_text(json.dumps(document | {"sha256": _document_hash(document)}))
+
+
 def test_a_checkpoint_without_a_context_label_was_honest_and_nothing_else_is_defaulted(world):
     config = world / "config.json"
     whole = json.loads(config.read_text())
     assert whole["generation"].pop("ctx_label") == "honest"
-    config.write_text(json.dumps(whole))
+    rewrite(config, whole)
     assert load_world(world, "cpu").generation.ctx_label == "honest"
     for change in ({"tau_ctx": None}, {"steps": None}, {"ctx_lable": "clean"}):
         stored = {k: v for k, v in (whole["generation"] | change).items() if v is not None}
-        config.write_text(json.dumps(whole | {"generation": stored}))
+        rewrite(config, whole | {"generation": stored})
         with pytest.raises(CheckpointError, match=next(iter(change))):
             load_world(world, "cpu")
-    config.write_text(json.dumps(whole | {"generation": None}))
-    with pytest.raises(CheckpointError, match="cannot be used"):
+    rewrite(config, whole | {"generation": None})
+    with pytest.raises(CheckpointError, match="wrong type"):
         load_world(world, "cpu")
 
 
