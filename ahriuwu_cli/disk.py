@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 from pathlib import Path
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})  # what a file system without says
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -25,16 +27,49 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file under a hidden name and rename it over what was there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_whole(path: Path, content: bytes | str, replace: bool = True) -> bool:
+    """Write a file under a hidden name that no other process takes, on this host or another, and rename it.
+
+    replace False: what is there stays, and the answer is False; of several processes exactly one writes.
+    """
+    temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(7))}.tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)  # fails where the name is taken
+    except FileExistsError:
+        return False
     finally:
         temporary.unlink(missing_ok=True)
+    sync(path.parent)
+    return True
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file, streamed. OSError."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def lock(descriptor: int, shared: bool = False, absent: frozenset[int] = NO_LOCKS) -> bool:
+    """`flock` without waiting; False where the file system has no locks. BlockingIOError when another one holds it.
+
+    The system frees a lock when the last process with the descriptor has ended, however it ended.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in absent:
+            raise
+        return False
+    return True
 
 
 def exchange(a: Path, b: Path) -> bool:

@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from ahriuwu_cli.disk import exchange, sync
+from ahriuwu_cli.disk import NO_LOCKS, exchange, lock, sync
 from ahriuwu_cli.errors import UserError
 
 PATIENCE, PAUSE = 10.0, 0.001  # seconds: how long a reader waits for a folder that is being replaced, between looks
 MISSING = 3  # looks by which a folder that is not there, with no old one beside it, counts as missing
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 T = TypeVar("T")
 
 
@@ -142,20 +141,15 @@ def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iter
     The lock is `flock` on the folder itself, so nothing is left behind, however the process ends. An `out` that stays
     empty is removed. A file system without locks is said.
     """
-    import fcntl
-
     made = [p for p in (out, *out.parents) if not p.exists()]
     out.mkdir(parents=True, exist_ok=True)
     held = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(held, absent=NO_LOCKS | {errno.EBADF}):  # some disks lock no folder
+                announce(f"{out} has no file locks: see to it that no other process writes there")
         except BlockingIOError:
             raise UserError(f"another process is writing to {out}: choose another --out, or wait for it") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            announce(f"{out} has no file locks: see to it that no other process writes there")
         check_folder(out, overwrite)
         yield
     finally:

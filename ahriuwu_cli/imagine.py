@@ -97,23 +97,27 @@ def _generate(
     )
     lead = world.tokenizer.decoder_window - 1  # latents that a tokenizer looks back at
     waiting, past = [], latents[:, max(0, latents.shape[1] - lead) :] if lead else latents[:, :0]
+    finite: list[Tensor] = []  # (K + 1,) bool of every waiting frame: its passes, itself; read with its chunk alone
     for t, z_hat in enumerate(imagined):
-        if not torch.isfinite(z_hat).all():
-            raise TrainingError(_not_finite(t, passes))
         waiting.append(z_hat)
+        finite.append(torch.stack([torch.isfinite(each).all() for each in (*passes, z_hat)]))
         if len(waiting) == CHUNK or t + 1 == request.length:
+            _check_finite(t + 1 - len(waiting), torch.stack(finite).cpu().numpy())
             clip = torch.cat([past, torch.stack(waiting, dim=1)], dim=1)
             yield t + 1 - len(waiting), world.decode(clip).numpy()[:, past.shape[1] :]
-            waiting, past = [], clip[:, clip.shape[1] - lead :] if lead else past
+            waiting, finite, past = [], [], clip[:, clip.shape[1] - lead :] if lead else past
         progress(t + 1, request.length)
 
 
-def _not_finite(t: int, passes: list[Tensor]) -> str:
-    """passes: z_hat (B, 1, N, D) of every pass of frame t."""
-    bad = [i + 1 for i, z_hat in enumerate(passes) if not torch.isfinite(z_hat).all()]
-    where = f"at pass {bad[0]} of {len(passes)}" if bad else "after its last pass"
-    return (
-        f"the rollout is not finite from generated frame {t} on ({where}), so nothing was written: "
+def _check_finite(first: int, finite: np.ndarray) -> None:
+    """finite (frames, K + 1): whether each pass of frames first, first + 1, ... is, and the frame. TrainingError."""
+    if finite[:, -1].all():
+        return
+    row = int(np.argmin(finite[:, -1]))
+    bad, steps = np.flatnonzero(~finite[row, :-1]), finite.shape[1] - 1
+    where = f"at pass {bad[0] + 1} of {steps}" if len(bad) else "after its last pass"
+    raise TrainingError(
+        f"the rollout is not finite from generated frame {first + row} on ({where}), so nothing was written: "
         "try another --tau-ctx or --steps, or a shorter --length"
     )
 

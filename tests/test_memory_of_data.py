@@ -14,7 +14,9 @@ from ahriuwu_cli.data.episodes import EpisodeWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT, LONG = 5_000, 25_000  # frames of 64 x 64: 61 and 307 MB
-BOUND = 40e6  # bytes that 246 MB more of dataset may take
+BOUND = 8e6  # bytes that 246 MB more of dataset may take
+# glibc gives every larger block back when it is freed: the peak is what was alive, and the same in every run
+RETURNING = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 SPACE = ActionSpace((ActionComponent("axis", "continuous", 1, low=(-1.0,), high=(1.0,)),))
 
 MEASURE = """
@@ -57,10 +59,10 @@ def test_fitting_packing_and_checking_take_far_less_memory_than_the_dataset(tmp_
             writer.add(rng.integers(0, 256, (frames, 64, 64, 3), np.uint8), rng.random((frames - 1, 1), np.float32))
         for task in ("fit", "pack", "check"):
             command = [sys.executable, "-c", MEASURE, str(tmp_path / name), task]
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            environment = os.environ | {"PYTHONPATH": str(ROOT)} | RETURNING
             answer = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
             peaks[name, task] = json.loads(answer)
     grown = {task: peaks["long", task] - peaks["short", task] for task in ("fit", "pack", "check")}
     print(grown, peaks)
     assert max(grown.values()) < BOUND, grown
-    assert all(peak < LONG * 64 * 64 * 3 / 2 for peak in peaks.values()), peaks
+    assert all(peak < LONG * 64 * 64 * 3 / 4 for peak in peaks.values()), peaks

@@ -15,8 +15,9 @@ from worlds import moving_pictures, tiny_world
 from ahriuwu_cli import cli
 from ahriuwu_cli.commands import eval as eval_command
 from ahriuwu_cli.commands import eval_plan
+from ahriuwu_cli.data.documents import document_hash
 from ahriuwu_cli.errors import DataError, UserError
-from ahriuwu_cli.evaluation.cells import FOLDER, _sha256, read_cell, run_plan
+from ahriuwu_cli.evaluation.cells import FOLDER, read_cell, run_plan
 from ahriuwu_cli.evaluation.merge import as_markdown, as_text, merge, merged_rows, read_cells
 from ahriuwu_cli.evaluation.plan import read_plan
 from ahriuwu_cli.evaluation.protocol import paired_bootstrap
@@ -83,7 +84,7 @@ def edit(path, change):
     """Change a cell's document and make its checksum fit again."""
     document = read_cell(path)
     change(document)
-    document["checksum"] = _sha256(document)
+    document["checksum"] = document_hash(document)
     path.write_text(json.dumps(document))
 
 

@@ -14,13 +14,14 @@ from ahriuwu_cli import cli
 from ahriuwu_cli.commands import eval as eval_command
 from ahriuwu_cli.commands import eval_plan
 from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation import cells as cells_module
 from ahriuwu_cli.evaluation.cells import FOLDER, read_cell, run_plan, weights_hash
 from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate
 from ahriuwu_cli.evaluation.plan import read_plan
 from ahriuwu_cli.evaluation.protocol import make_manifest
-from ahriuwu_cli.evaluation.shards import Shards, choose_device, find_shards, shard_windows, write_whole
+from ahriuwu_cli.evaluation.shards import Shards, choose_device, find_shards, shard_windows
 from ahriuwu_cli.training.checkpoint import load_world, save_world
 
 DEFAULTS = '[defaults]\ndataset = "data"\nwindows = 5\ncontext = 3\nhorizon = 4\n'

@@ -15,7 +15,7 @@ from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.evaluation import sweep_plots, sweep_run, sweep_verdict
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.rollout import RolloutConfig
-from ahriuwu_cli.training.checkpoint import _document_hash, load_world, save_world, write_tau_ctx
+from ahriuwu_cli.training.checkpoint import load_world, save_world, seal, write_tau_ctx
 
 FEW = ["--windows", "4", "--context", "4", "--horizon", "5", "--device", "cpu"]
 FILES = [
@@ -230,7 +230,7 @@ def test_a_bad_grid_is_one_sentence_and_leaves_nothing_behind(places, run, tmp_p
 
 def rewrite(config, document):
     """A config.json with other contents and the hash that fits them."""
-    config.write_text(json.dumps(document | {"sha256": _document_hash(document)}))
+    config.write_text(json.dumps(seal(document)))
 
 
 def test_a_checkpoint_without_a_context_label_was_honest_and_nothing_else_is_defaulted(world):
@@ -257,7 +257,7 @@ def test_a_failed_write_back_leaves_the_checkpoint_whole(world, monkeypatch):
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("ahriuwu_cli.training.checkpoint.os.replace", full)
+    monkeypatch.setattr("ahriuwu_cli.disk.os.replace", full)
     with pytest.raises(OSError, match="disk full"):
         write_tau_ctx(world, 0.2, {})
     assert (world / "config.json").read_bytes() == before

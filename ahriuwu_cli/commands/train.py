@@ -12,7 +12,8 @@ from ahriuwu_cli.commands.train_tokenizer import train_tokenizer
 from ahriuwu_cli.commands.values import listed
 from ahriuwu_cli.errors import UserError
 
-ONE_STEP_SIZE = ("uniform", "horizon")  # as in `diffusion.forcing`, which needs torch
+FORCING = "independent"  # by default
+ONE_STEP_SIZE = listed("diffusion.forcing", "ONE_STEP_SIZE")
 
 
 def register(app: typer.Typer) -> None:
@@ -45,7 +46,7 @@ def train_dynamics(
         1, "--accumulate", 1, 65536, "Micro-batches a step of a process; a resume may change it."
     ),
     forcing: str = options.name(
-        "independent",
+        FORCING,
         "--forcing",
         listed("diffusion.forcing", "FORCINGS"),
         "Draws of tau and d: independent, context, uniform, horizon, prefix.",
@@ -134,7 +135,7 @@ def train_dynamics(
     settings = dict(locals())
     if resume:
         options.only_for(ctx, "contradicts --resume, which keeps what is in --out", "overwrite")
-    if forcing in ONE_STEP_SIZE:
+    if forcing != FORCING and forcing in ONE_STEP_SIZE():  # for another than the default torch is there already
         options.only_for(
             ctx, f"says nothing to --forcing {forcing}, which draws the smallest d alone", "bootstrap_share"
         )

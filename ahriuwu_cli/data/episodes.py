@@ -6,7 +6,6 @@ Train, val and test are split by episode; episodes with identical content never 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,8 +17,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.documents import document_hash
 from ahriuwu_cli.data.metadata import FORMAT, SPLITS, read_document
 from ahriuwu_cli.data.tensors import TensorInfo, read_header, read_rows
+from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 from ahriuwu_cli.folders import check_folder, put_in_place, whole
 
@@ -55,8 +56,7 @@ class EpisodeStore:
         self.action_space = ActionSpace.from_json(document["action_space"], f"{path / 'dataset.json'}: action_space")
         self._episodes = {e["id"]: Episode(**e) for e in document["episodes"]}
         self._offsets: dict[tuple[str, str], int] = {}
-        canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        self.fingerprint = document_hash(document)
         self._page = _identity(path)
 
     @staticmethod
@@ -101,8 +101,7 @@ class EpisodeStore:
             return
         file = self.file(episode_id)
         try:
-            with open(file, "rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            found = file_hash(file)
         except OSError as error:
             raise DataError(f"cannot read {file}: {error.strerror}") from None
         if found != self.episode(episode_id).sha256:
@@ -251,8 +250,7 @@ class EpisodeWriter:
         (self._staging / "episodes").mkdir(parents=True, exist_ok=True)
         file = self._staging / "episodes" / f"{episode_id}.safetensors"
         save_file(tensors, file)
-        with open(file, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = file_hash(file)
         assert split is None or split in SPLITS, split
         episode = Episode(episode_id, split or "", len(frames), actions is not None, digest, source)
         self._episodes.append(dict(vars(episode)))

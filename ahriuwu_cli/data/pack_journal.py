@@ -6,7 +6,6 @@ is written after the rows are. Nothing in it is believed unless the rows still h
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ahriuwu_cli.data.documents import parse_json, read_bytes
+from ahriuwu_cli.disk import lock
 
 FORMAT = "ahriuwu-journal/1"
 MAX_BYTES = 100_000_000
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -47,13 +46,12 @@ def locked(path: Path, announce: Callable[[str], None]) -> Iterator[Workplace]:
     descriptor = os.open(_hidden(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = lock(descriptor)
         except BlockingIOError:
             announce(f"another process is packing {path}: waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+            held = True
+        if not held:
             announce(f"{path.parent} has no file locks: packing without, so this pack cannot be resumed when cut short")
             own = f"{socket.gethostname()}-{os.getpid()}"
             place = Workplace(_hidden(path, f"{own}.partial"), _hidden(path, f"{own}.journal"), None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ahriuwu_cli.data.episodes import Episode, EpisodeStore
 from ahriuwu_cli.data.metadata import SPLITS
+from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,9 +40,8 @@ def validate(store: EpisodeStore) -> list[Check]:
     same_file = []
     splits = {e.id: e.split for e in store.episodes()}
     for episode in store.episodes():
-        with open(store.file(episode.id), "rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != episode.sha256:
-                changed.append(episode.id)
+        if file_hash(store.file(episode.id)) != episode.sha256:
+            changed.append(episode.id)
         problem = _action_problem(store, episode)
         if problem:
             bad_actions.append(problem)

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from ahriuwu_cli.data.documents import read_object
+from ahriuwu_cli.data.documents import document_hash, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation import shards
 from ahriuwu_cli.evaluation.evaluate import measure_share, ready, summarise
@@ -116,7 +117,7 @@ def identity(everything: dict[str, Any], weights: str) -> dict[str, Any]:
 
 def digest(settings_of_cell: dict[str, Any]) -> str:
     """The first 16 hex digits of the sha256 of settings: a cell's name."""
-    return _sha256(settings_of_cell)[:16]
+    return document_hash(settings_of_cell)[:16]
 
 
 def weights_hash(world: World) -> str:
@@ -137,8 +138,8 @@ def write_cell(path: Path, p: Prepared, result: dict[str, Any]) -> dict[str, Any
         "identity": p.identity,
         "result": result,
     }
-    document["checksum"] = _sha256(document)
-    shards.write_whole(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    document["checksum"] = document_hash(document)
+    write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
     return document
 
 
@@ -149,7 +150,7 @@ def read_cell(path: Path) -> dict[str, Any]:
         if document.get("format") != FORMAT:
             raise ValueError(f"it is not of the format {FORMAT!r}")
         stated = document.pop("checksum", None)
-        if stated != _sha256(document):
+        if stated != document_hash(document):
             raise ValueError("its checksum does not fit its content")
     except FileNotFoundError:
         raise
@@ -248,11 +249,6 @@ def _with_others(whole, share: range, p: Prepared, folder: Path, split: Shards, 
 def _measure(whole, share: range, p: Prepared, bar: Bar | None) -> Measured:
     with bar(p.cell.where) if bar else nullcontext() as progress:
         return measure_share(*whole, progress, share)
-
-
-def _sha256(value: Any) -> str:
-    """Of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.evaluation.generate import persist, reconstruct
-from ahriuwu_cli.evaluation.protocol import Interval, WindowManifest, _student_975
+from ahriuwu_cli.evaluation.protocol import Interval, WindowManifest, student_975
 from ahriuwu_cli.evaluation.summary import jsonable
 from ahriuwu_cli.world import World
 
@@ -281,7 +281,7 @@ def _excess(measure: Measure, x, perfect, other, groups, other_groups) -> dict[s
     value = gap(torch.ones_like(groups, dtype=torch.bool), torch.ones_like(other_groups, dtype=torch.bool))
     without = np.array([gap(groups != name, other_groups != name) for name in names])
     n = len(names)
-    half = _student_975(n - 1) * np.sqrt((n - 1) * without.var()) if n > 1 else np.nan
+    half = student_975(n - 1) * np.sqrt((n - 1) * without.var()) if n > 1 else np.nan
     return {
         "excess": Interval(value, value - half, value + half),
         "p": swap_test(measure, x, perfect, other, groups, other_groups),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -18,6 +17,7 @@ import numpy as np
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows
+from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError
 
 FORMAT = "ahriuwu-windows/1"
@@ -58,12 +58,7 @@ class WindowManifest:
     def save(self, path: Path) -> None:
         """Write as JSON: a temporary name first, then renamed."""
         document = {"format": FORMAT, **asdict(self), "hash": self.hash}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, json.dumps(document, indent=1) + "\n")
 
     @staticmethod
     def load(path: Path, store: EpisodeStore) -> WindowManifest:
@@ -149,12 +144,12 @@ def paired_bootstrap(
     sums, counts = np.bincount(cluster, values), np.bincount(cluster)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     means = (drawn @ sums) / (drawn @ counts)
-    tail = NormalDist().cdf(-np.sqrt(n / (n - 1)) * _student_975(n - 1))
+    tail = NormalDist().cdf(-np.sqrt(n / (n - 1)) * student_975(n - 1))
     lo, hi = np.quantile(means, [tail, 1 - tail])
     return Interval(mean, float(lo), float(hi))
 
 
-def _student_975(freedom: int) -> float:
+def student_975(freedom: int) -> float:
     """The 97.5 % point of Student's t by its expansion in 1 / freedom (Abramowitz & Stegun 26.7.5); 1 % off at 2."""
     z, n = NormalDist().inv_cdf(0.975), freedom
     return float(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ahriuwu_cli.diffusion.tau import LABEL
+from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.printing import printable
 
 Row = dict[str, Any]
@@ -23,12 +23,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A text file, a temporary name first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text)
 
 
 def as_csv(rows: Sequence[Row]) -> str:

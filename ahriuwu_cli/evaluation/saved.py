@@ -19,17 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from ahriuwu_cli.data.documents import parse_object, read_object
+from ahriuwu_cli.data.documents import document_hash, parse_object, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.tensors import checksum, read_arrays, read_header
+from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError
-from ahriuwu_cli.evaluation.cells import _sha256, identity, weights_hash
+from ahriuwu_cli.evaluation.cells import identity, weights_hash
 from ahriuwu_cli.evaluation.evaluate import measure_share, summarise
 from ahriuwu_cli.evaluation.generate import Generated
 from ahriuwu_cli.evaluation.measure import CONTROLS, Made, Maker, Progress, batches
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig, settings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
-from ahriuwu_cli.evaluation.shards import join_measured, set_aside, write_whole
+from ahriuwu_cli.evaluation.shards import join_measured, set_aside
 from ahriuwu_cli.evaluation.summary import pick_horizons
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
@@ -59,7 +60,7 @@ def save_rollouts(
     """
     index = _index(world, store, config, generation, manifest)
     out.mkdir(parents=True, exist_ok=True)
-    if write_whole(out / INDEX, (json.dumps(index, indent=1, allow_nan=False) + "\n").encode(), replace=False):
+    if write_whole(out / INDEX, json.dumps(index, indent=1, allow_nan=False) + "\n", replace=False):
         manifest.save(out / "windows.json")
     elif _read_index(out)["identity"] != index["identity"]:
         raise UserError(f"{out} holds rollouts of other settings: choose another --out")
@@ -127,7 +128,7 @@ def _index(world, store, config, generation, manifest) -> dict[str, Any]:
             "device": str(world.device),
         },
     }
-    return json.loads(json.dumps(index | {"checksum": _sha256(index)}))
+    return json.loads(json.dumps(index | {"checksum": document_hash(index)}))
 
 
 def _stand_in(about: dict[str, Any], store: EpisodeStore) -> Any:
@@ -145,7 +146,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         document = read_object(file)
         if document.get("format") != FORMAT or set(document) != _NEEDED:
             raise ValueError(f"it is not of the format {FORMAT!r}")
-        if _sha256({k: v for k, v in document.items() if k != "checksum"}) != document["checksum"]:
+        if document_hash({k: v for k, v in document.items() if k != "checksum"}) != document["checksum"]:
             raise ValueError("its checksum does not fit its content")
         _check_settings(document["evaluation"], document["generation"])
         if not all(isinstance(document["world"][name], kind) for name, kind in _WORLD.items()):

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -153,33 +153,6 @@ def join_measured(parts: Sequence[Measured]) -> Measured:
     return Measured(
         join([p.tables for p in parts]), not_finite, sum(p.frames for p in parts), max(p.seconds for p in parts)
     )
-
-
-def write_whole(path: Path, content: bytes, replace: bool = True) -> bool:
-    """A temporary name of this host and process, fsync, rename: a reader sees all of it or nothing, even in a crash.
-
-    replace False: what is there stays, and the answer is False; of several processes exactly one writes.
-    """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # fails where the name is taken
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name as well
-    finally:
-        os.close(folder)
-    return True
 
 
 def set_aside(path: Path) -> Path | None:

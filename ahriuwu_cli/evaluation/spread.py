@@ -21,9 +21,9 @@ from ahriuwu_cli.evaluation.protocol import (
     RESAMPLES,
     Interval,
     WindowManifest,
-    _student_975,
     paired_bootstrap,
     read_windows,
+    student_975,
 )
 from ahriuwu_cli.evaluation.scores import Table
 from ahriuwu_cli.evaluation.summary import jsonable, pick_horizons
@@ -130,7 +130,7 @@ def ratio_bootstrap(
         ratios = (drawn @ np.bincount(cluster, above)) / (drawn @ np.bincount(cluster, below))
     if not np.isfinite(ratios).all():
         return Interval(value, np.nan, np.nan)
-    tail = NormalDist().cdf(-np.sqrt(n / (n - 1)) * _student_975(n - 1))
+    tail = NormalDist().cdf(-np.sqrt(n / (n - 1)) * student_975(n - 1))
     lo, hi = np.quantile(ratios, [tail, 1 - tail])
     return Interval(value, float(lo), float(hi))
 

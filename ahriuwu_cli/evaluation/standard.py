@@ -6,7 +6,6 @@ converted once, elsewhere; names and values must stay as they are. The hash stan
 
 from __future__ import annotations
 
-import hashlib
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.tensors import read_tensors
+from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation.distances import CLIP_FRAMES, check_clips, frechet_distance, reference_clips
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct
@@ -69,8 +69,7 @@ class Weights:
     def read(self) -> dict[str, Tensor]:
         """The tensors. CheckpointError for a file that is missing, has another hash or is not safetensors."""
         try:
-            with open(self.path, "rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            found = file_hash(self.path)
             if found != self.hash:
                 raise CheckpointError(f"{self.path} has the sha256 {found}, not {self.hash}: give that file")
             return read_tensors(self.path, MAX_BYTES)

@@ -17,11 +17,12 @@ import numpy as np
 from ahriuwu_cli import __version__
 from ahriuwu_cli.data.documents import parse_object, read_object
 from ahriuwu_cli.data.tensors import checksum, read_arrays
+from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.evaluation.metrics import CAP_DB, SSIM_WINDOW
 from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.scores import Table
-from ahriuwu_cli.evaluation.shards import set_aside, write_whole
+from ahriuwu_cli.evaluation.shards import set_aside
 from ahriuwu_cli.folders import check_folder
 from ahriuwu_cli.rollout import RolloutConfig
 
@@ -127,7 +128,7 @@ def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: 
 
 def note_asked(out: Path, asked: dict[str, Any]) -> None:
     """Remember beside the cells what was asked for, so that the same command can go on."""
-    write_whole(out / FOLDER / ASKED, (json.dumps(asked, indent=1) + "\n").encode())
+    write_whole(out / FOLDER / ASKED, json.dumps(asked, indent=1) + "\n")
 
 
 def put_aside(folder: Path, about: dict[str, Any]) -> Path | None:

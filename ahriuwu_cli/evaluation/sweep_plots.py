@@ -205,7 +205,7 @@ def _headline(figure, result: dict[str, Any], more: str) -> None:
 def _save(figure, path: Path) -> None:
     import io
 
-    from ahriuwu_cli.evaluation.shards import write_whole
+    from ahriuwu_cli.disk import write_whole
 
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})

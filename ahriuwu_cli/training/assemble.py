@@ -28,7 +28,7 @@ from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
 FIT_FRAMES = 4096  # frames that principal components are fitted to, spread over all episodes
-FIT_BYTES = 4 << 20  # bytes of frames, uint8, taken into memory at a time; fitting needs thirty times as many
+FIT_BYTES = 1 << 20  # bytes of frames, uint8, taken into memory at a time; fitting needs some forty times as many
 
 
 def fit_linear_tokenizer(

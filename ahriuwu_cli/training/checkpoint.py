@@ -12,10 +12,8 @@ tensor is an error, never a default. Sizes are compared before memory is taken, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -26,8 +24,9 @@ from torch import Tensor, nn
 
 from ahriuwu_cli.data import tensors as tensors_
 from ahriuwu_cli.data.actions import ActionSpace
-from ahriuwu_cli.data.documents import read_object
+from ahriuwu_cli.data.documents import document_hash, read_object
 from ahriuwu_cli.diffusion import tau as tau_
+from ahriuwu_cli.disk import file_hash, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.folders import replacing, whole
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
@@ -241,13 +240,8 @@ def write_tau_ctx(folder: Path, tau_ctx: float, evidence: dict) -> None:
     document |= {"generation": changed, "facts": document["facts"] | {"tau_ctx_evidence": evidence}}
     if document["format"] != UNSEALED:
         _check_seal(folder, before)
-        document |= {"sha256": _document_hash(document)}
-    temporary = folder / f".config.json.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False))
-        os.replace(temporary, folder / "config.json")
-    finally:
-        temporary.unlink(missing_ok=True)
+        document = seal(document)
+    write_whole(folder / "config.json", json.dumps(document, indent=1, allow_nan=False))
 
 
 def _tokenizer_document(tokenizer: Tokenizer, facts: dict) -> dict:
@@ -263,8 +257,7 @@ def _tokenizer_document(tokenizer: Tokenizer, facts: dict) -> dict:
 def _write_module(folder: Path, module: nn.Module, document: dict) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": FORMAT, "tau_convention": tau_.CONVENTION})
-    document = document | {"weights_sha256": _file_hash(folder / "model.safetensors")}
-    document |= {"sha256": _document_hash(document)}
+    document = seal(document | {"weights_sha256": file_hash(folder / "model.safetensors")})
     (folder / "config.json").write_text(json.dumps(document, indent=1))
 
 
@@ -272,25 +265,20 @@ def _check_seal(folder: Path, document: dict) -> None:
     """CheckpointError when config.json or the weights are not what was saved, by their hashes."""
     if document["format"] == UNSEALED:
         return
-    if _document_hash(document) != document["sha256"]:
+    if seal(document)["sha256"] != document["sha256"]:
         raise CheckpointError(
             f"{folder / 'config.json'} was altered after it was written (its sha256 differs): use another copy"
         )
-    if _file_hash(folder / "model.safetensors") != document["weights_sha256"]:
+    if file_hash(folder / "model.safetensors") != document["weights_sha256"]:
         raise CheckpointError(
             f"{folder / 'model.safetensors'} was altered after it was written (its sha256 differs): use another copy"
         )
 
 
-def _document_hash(document: dict) -> str:
-    """sha256 over all fields but itself."""
+def seal(document: dict) -> dict:
+    """A config.json's document with the sha256 over all fields but that one."""
     kept = {name: value for name, value in document.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return kept | {"sha256": document_hash(kept)}
 
 
 def _say(sentence: str) -> None:

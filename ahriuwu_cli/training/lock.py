@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from ahriuwu_cli.data.pack_journal import NO_LOCKS
+from ahriuwu_cli.disk import lock
 from ahriuwu_cli.errors import UserError
 
 LOCK = ".lock"
@@ -52,18 +52,10 @@ def refuse_alive(folder: Path) -> None:
 
 def _try(file: TextIO, announce: Callable[[str], None], shared: bool = False) -> bool:
     """Lock, or raise BlockingIOError; False, and said, where the file system has no locks."""
-    import fcntl
-
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        announce(f"{Path(file.name).parent} has no file locks: nothing keeps a second run out of it")
-        return False
-    return True
+    if lock(file.fileno(), shared):
+        return True
+    announce(f"{Path(file.name).parent} has no file locks: nothing keeps a second run out of it")
+    return False
 
 
 def _taken(folder: Path) -> UserError:

@@ -6,7 +6,6 @@ downloaded or unpickled; without it a run trains on MSE and says so.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ahriuwu_cli.data.tensors import read_tensors
+from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError, UserError
 
 LPIPS_WEIGHT = 0.2
@@ -88,8 +88,7 @@ def load_lpips(weights_path: Path) -> LPIPS:
     """
     without = "or train without --lpips-weights"
     try:
-        with open(weights_path, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = file_hash(weights_path)
         network, backbone = build_lpips(read_tensors(weights_path, MAX_BYTES), weights_path)
     except OSError as error:
         raise UserError(

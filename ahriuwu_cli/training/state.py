@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ahriuwu_cli.data.documents import parse_object, read_json
 from ahriuwu_cli.data.tensors import read_tensors
-from ahriuwu_cli.disk import sync
+from ahriuwu_cli.disk import file_hash, sync
 from ahriuwu_cli.errors import CheckpointError, DataError
 
 FORMAT = "ahriuwu-state-1"
@@ -39,7 +39,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], document: dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "state.safetensors.partial"
     write_tensors(partial, {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
-    digest = _sha256(partial)
+    digest = file_hash(partial)
     sync(partial)
     partial.rename(folder / _tensors_name(digest))
     sync(folder)
@@ -68,7 +68,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     document, digest = read_document(folder)
     tensors = folder / _tensors_name(digest)
     try:
-        if _sha256(tensors) != digest:
+        if file_hash(tensors) != digest:
             raise CheckpointError(f"{tensors} was altered after it was written (its sha256 differs): use another state")
         return read_tensors(tensors), document
     except OSError as error:
@@ -199,8 +199,3 @@ def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def _tensors_name(digest: str) -> str:
     return f"state-{digest[:16]}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
