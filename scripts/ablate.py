@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,10 @@ PLAN = HERE / "ablations.toml"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training. train: settings of `TrainConfig`; architecture: fields of the size's row that differ."""
+    """One way of training. train: settings of `TrainConfig`; architecture: fields of the size's row that differ.
+
+    blind: "d" where neither training nor sampling ever tells the network another step size than d_min.
+    """
 
     name: str
     seconds: float
@@ -36,6 +39,7 @@ class Arm:
     views: tuple[str, ...]
     train: dict[str, Any]
     architecture: dict[str, Any] = field(default_factory=dict)
+    blind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def read_plan(path: Path = PLAN, seeds: tuple[int, ...] | None = None) -> Plan:
         settings["train"] = common | settings["train"]
         arm = Arm(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         assert set(arm.views) <= set(views), arm
+        assert arm.blind in (None, "d"), arm
         arms.append(arm if seeds is None else Arm(**{**vars(arm), "seeds": seeds}))
     assert len({arm.name for arm in arms}) == len(arms), "two arms of one name"
     limits = {name: study[name] for name in ("windows", "context", "horizon")}
@@ -114,6 +119,9 @@ def train(plan: Plan, arm: Arm, seed: int, out: Path) -> None:
         device=torch.device("cpu"), overwrite=True,
     )  # fmt: skip
     trainer.now = time.process_time
+    if arm.blind == "d":
+        for network in (trainer.model, trainer.average):
+            network.register_forward_pre_hook(_never_told_d)
     with StopRequest() as stop:
         trainer.train(lambda line: None, stop)
 
@@ -121,7 +129,8 @@ def train(plan: Plan, arm: Arm, seed: int, out: Path) -> None:
 def look(plan: Plan, arm: Arm, seed: int, view: str, out: Path) -> None:
     """Evaluate one view of a trained arm, into OUT/results, unless it is there."""
     from ahriuwu_cli.data.episodes import EpisodeStore
-    from ahriuwu_cli.evaluation.blind import blind_copy
+    from ahriuwu_cli.disk import write_whole
+    from ahriuwu_cli.evaluation.blind import CleanContextTold, blind_copy
     from ahriuwu_cli.evaluation.evaluate import evaluate
     from ahriuwu_cli.evaluation.looks import LOOKS, look_closer
     from ahriuwu_cli.evaluation.prepare import EvaluationConfig
@@ -133,13 +142,15 @@ def look(plan: Plan, arm: Arm, seed: int, view: str, out: Path) -> None:
         return
     _say(f"look at {path.stem}")
     settings = dict(plan.views[view])
-    blind, looks = settings.pop("blind", None), settings.pop("looks", ())
+    told_ctx, looks = settings.pop("told_ctx", None), settings.pop("looks", ())
     counts = {"context": plan.context}
     counts |= {name: settings.pop(name, getattr(plan, name)) for name in ("windows", "horizon")}
     store, world = EpisodeStore.open(out / "data"), load_world(_world(out, arm, seed) / "last", "cpu")
     generation = world.generation_with(settings)
-    if blind is not None:
-        world = blind_copy(world, blind)
+    if arm.blind is not None:
+        world = blind_copy(world, arm.blind)
+    if told_ctx is not None:
+        world = replace(world, dynamics=CleanContextTold(world.dynamics, told_ctx))
     config = EvaluationConfig(**counts)
     manifest = make_manifest(store, "test", plan.context, counts["horizon"], counts["windows"], 0)
     result = evaluate(world, store, config, generation, manifest)
@@ -151,9 +162,15 @@ def look(plan: Plan, arm: Arm, seed: int, view: str, out: Path) -> None:
         "loss_by_tau_bin": [json.loads(line)["loss_by_tau_bin"] for line in log if "loss_by_tau_bin" in line][-1],
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(result, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(result, allow_nan=False) + "\n")
+
+
+def _never_told_d(network, inputs: tuple) -> tuple:
+    """What a network gets, (z_tau, tau, d, actions, known), with d_min for every d."""
+    import torch
+
+    z_tau, tau, d, *rest = inputs
+    return z_tau, tau, torch.full_like(d, 1 / network.config.k_max), *rest
 
 
 def _prepare(plan: Plan, out: Path) -> None:

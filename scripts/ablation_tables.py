@@ -9,24 +9,36 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ahriuwu_cli.evaluation.protocol import _student_975, paired_bootstrap
+from ahriuwu_cli.disk import write_whole
+from ahriuwu_cli.evaluation.protocol import paired_bootstrap, student_975
 from ahriuwu_cli.evaluation.report import number
 
 BY_WINDOW = {  # columns that every window has, so that episodes and pairs count
     "gain@1": "gain_db_1", "gain@4": "gain_db_4", "gain@16": "gain_db_16",
-    "delta@4": "delta_shuffled_db_4", "delta@16": "delta_shuffled_db_16",
+    "gain@64": "gain_db_64", "delta@4": "delta_shuffled_db_4", "delta@16": "delta_shuffled_db_16",
 }  # fmt: skip
 PRIOR = 4  # degrees of freedom that the usual spread counts for
-BY_SEED = ("SSIM", "motion", "cosine", "sharp")  # ratios of sums over all windows: seeds alone
-NAMES = {"SSIM": "ssim", "motion": "motion_ratio", "cosine": "motion_cosine", "sharp": "sharpness_ratio"}
+PLACES = {  # columns that a run has one number of: where it stands in the result; the intervals count seeds alone
+    "SSIM": ("horizons", "16", "ssim"), "motion": ("horizons", "16", "motion_ratio"),
+    "cosine": ("horizons", "16", "motion_cosine"), "sharp": ("horizons", "16", "sharpness_ratio"),
+    "sharp@64": ("horizons", "64", "sharpness_ratio"), "motion@64": ("horizons", "64", "motion_ratio"),
+    "spread@16": ("spread", "horizons", "16", "spread_ratio", "value"),
+    "energy@16": ("spread", "horizons", "16", "energy_score", "value"),
+    "Frechet": ("distances", "latent_frechet", "generated"),
+    **{  # error of z_hat at generated frame 1 and 16, by level: position 7 + frame, tenth of tau
+        f"tau {(bin + 1) / 10:g} @{frame}": ("levels", "error", 7 + frame, bin)
+        for bin in (1, 4, 9) for frame in (1, 16)
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,15 @@ class Found:
         """(seeds,) means of a column."""
         if column in BY_WINDOW:
             return self.windows(column).mean(axis=1)
-        return np.array([r["horizons"]["16"][NAMES[column]] for r in self.results], float)
+        return np.array([reduce(getitem, PLACES[column], r) for r in self.results], float)
+
+    def has(self, column: str) -> bool:
+        """Whether this view was looked at so."""
+        try:
+            self.by_seed(column)
+        except KeyError:
+            return False
+        return True
 
     @property
     def episodes(self) -> list[str]:
@@ -66,11 +86,15 @@ class Study:
     def usual(self, column: str) -> float:
         """The variance between seeds that most arms have: a median, so that one arm that fails at times stays alone.
 
-        A median of few variances is low by the factor of a chi-square's median (Wilson & Hilferty 1931).
+        Views of an arm look at the same worlds, so their mean counts once. A median of few variances is low by the
+        factor of a chi-square's median (Wilson & Hilferty 1931).
         """
-        groups = [g for g in (f.by_seed(column) for f in self.found.values()) if len(g) > 1]
-        scaled = [g.var(ddof=1) / (1 - 2 / (9 * (len(g) - 1))) ** 3 for g in groups]
-        return float(np.median(scaled)) if scaled else math.nan
+        arms: dict[str, list[float]] = {}
+        for f in self.found.values():
+            if len(f.results) > 1 and f.has(column):
+                values = f.by_seed(column)
+                arms.setdefault(f.arm, []).append(values.var(ddof=1) / (1 - 2 / (9 * (len(values) - 1))) ** 3)
+        return float(np.median([np.mean(v) for v in arms.values()])) if arms else math.nan
 
     def spread(self, f: Found, column: str) -> tuple[float, int]:
         """(standard deviation between seeds of this arm, degrees of freedom): its own, drawn towards the usual one.
@@ -84,13 +108,13 @@ class Study:
     def rerun(self, f: Found, column: str) -> float:
         """Half of the 95 % interval that one more seed falls into, on the same windows."""
         sd, freedom = self.spread(f, column)
-        return _student_975(freedom) * sd * math.sqrt(1 + 1 / len(f.results))
+        return student_975(freedom) * sd * math.sqrt(1 + 1 / len(f.results))
 
     def mean(self, f: Found, column: str, minus: Found | None = None) -> tuple[float, float, float]:
         """(value, lo, hi) of the mean over seeds, or of its paired difference to another arm's."""
         arms = [f, minus] if minus else [f]
         parts = [(self.spread(arm, column), len(arm.results)) for arm in arms]
-        half = math.hypot(*(_student_975(freedom) * sd / math.sqrt(n) for (sd, freedom), n in parts))
+        half = math.hypot(*(student_975(freedom) * sd / math.sqrt(n) for (sd, freedom), n in parts))
         if column not in BY_WINDOW:
             value = f.by_seed(column).mean() - (minus.by_seed(column).mean() if minus else 0)
             return value, value - half, value + half
@@ -109,17 +133,18 @@ def write_report(plan: dict[str, Any], out: Path, docs: Path) -> None:
         assert mark.search(text), f"{path} has no place for the table {table['name']}"
         filled = as_markdown(study, table)
         text = mark.sub(lambda found, filled=filled: found[1] + filled + found[2], text)
-    _write(path, text)
-    columns = (*BY_WINDOW, *BY_SEED)
+    write_whole(path, text)
+    columns = (*BY_WINDOW, *PLACES)
     rows = [
         {
             "arm": f.arm, "view": f.view, "seed": r["study"]["seed"], "steps": r["study"]["steps"],
-            "cpu_seconds": r["study"]["cpu_seconds"], **{c: round(float(f.by_seed(c)[i]), 4) for c in columns},
+            "cpu_seconds": r["study"]["cpu_seconds"],
+            **{c: round(float(f.by_seed(c)[i]), 4) for c in columns if f.has(c)},
         }
         for f in study.found.values() for i, r in enumerate(f.results)
     ]  # fmt: skip
-    usual = {c: round(math.sqrt(study.usual(c)), 4) for c in columns}
-    _write(docs / "results.json", json.dumps({"usual_sd_between_seeds": usual, "rows": rows}, indent=1) + "\n")
+    usual = {c: round(math.sqrt(study.usual(c)), 4) for c in columns if not math.isnan(study.usual(c))}
+    write_whole(docs / "results.json", json.dumps({"usual_sd_between_seeds": usual, "rows": rows}, indent=1) + "\n")
 
 
 def as_markdown(study: Study, table: dict[str, Any]) -> str:
@@ -128,18 +153,19 @@ def as_markdown(study: Study, table: dict[str, Any]) -> str:
     rows = [study.found.get(tuple(row)) for row in table["rows"]]
     lacking = [" ".join(key) for key, f in zip(table["rows"], rows, strict=True) if f is None]
     against = study.found.get(tuple(table["reference"])) if "reference" in table else None
-    lines = [["arm, view", "seeds", "steps", *columns, "rerun, gain@16"]]
+    compared = table.get("compared", "gain@16" if "gain@16" in columns else columns[0])
+    lines = [["arm, view", "seeds", "steps", *columns, f"rerun, {compared}"]]
     if against:
-        lines[0].append(f"gain@16 minus {' '.join(table['reference'])}")
+        lines[0].append(f"{compared} minus {' '.join(table['reference'])}")
     for f in rows:
         if f is None:
             continue
         steps = round(np.mean([r["study"]["steps"] for r in f.results]))
         cells = [f"{f.arm}, {f.view}", str(len(f.results)), str(steps)]
-        cells += [_interval(study.mean(f, c), sign=c in BY_WINDOW) for c in columns]
-        cells.append(f"+- {number(study.rerun(f, 'gain@16'))}")
+        cells += [_interval(study.mean(f, c), sign=c in BY_WINDOW) if f.has(c) else "-" for c in columns]
+        cells.append(f"+- {number(study.rerun(f, compared))}")
         if against:
-            cells.append("ref" if f is against else _interval(study.mean(f, "gain@16", against), sign=True))
+            cells.append("ref" if f is against else _interval(study.mean(f, compared, against), sign=True))
         lines.append(cells)
     text = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]) + "\n"
     return text + (f"\nNot yet run: {', '.join(lacking)}.\n" if lacking else "")
@@ -148,9 +174,3 @@ def as_markdown(study: Study, table: dict[str, Any]) -> str:
 def _interval(values: tuple[float, float, float], sign: bool) -> str:
     value, lo, hi = (number(float(v), sign=sign) for v in values)
     return f"{value} [{lo}, {hi}]"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -50,3 +50,17 @@ class BlindDynamics:
         elif self.sense == "action":
             actions = torch.zeros_like(actions)
         return tau, d, actions
+
+
+class CleanContextTold(BlindDynamics):
+    """Stands in for a `Dynamics`, and tells it of every frame at tau 0 that it is at another level.
+
+    Such labels on clean context frames were a bug of other systems; `RolloutConfig.ctx_label` tells the opposite lie.
+    """
+
+    def __init__(self, seeing: CachedDenoiser, told: float) -> None:
+        super().__init__(seeing, "label")
+        self.told = told
+
+    def _told(self, tau: Tensor, d: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.where(tau == 0, self.told, tau), d, actions

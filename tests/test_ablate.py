@@ -1,0 +1,88 @@
+"""The ablation study: its plan holds together, its lies are lies, and its tables say what the results say."""
+
+import sys
+import tomllib
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from worlds import moving_pictures, tiny_world
+
+from ahriuwu_cli.evaluation.blind import CleanContextTold
+from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate
+from ahriuwu_cli.evaluation.protocol import make_manifest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+import ablate  # noqa: E402
+import ablation_tables  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    store = moving_pictures(tmp_path_factory.mktemp("ablate") / "data")
+    return store, tiny_world(store), make_manifest(store, "test", 3, 6, 4, 0)
+
+
+def test_every_row_of_every_table_is_an_arm_and_a_view_that_the_plan_has():
+    document, plan = tomllib.loads(ablate.PLAN.read_text()), ablate.read_plan()
+    there = {(arm.name, view) for arm in plan.arms for view in arm.views}
+    for table in document["table"]:
+        asked = {tuple(row) for row in table["rows"]} | ({tuple(table["reference"])} if "reference" in table else set())
+        assert asked <= there, asked - there
+        known = {*ablation_tables.BY_WINDOW, *ablation_tables.PLACES}
+        assert set(table.get("columns", ())) <= known
+        assert f"<!-- table {table['name']} -->" in (SCRIPTS.parent / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("wrong", ['[[arm]]\nname = "x"\nseeds_ = [1]', '[[arm]]\nname = "x"\nviews = ["plane"]'])
+def test_a_plan_with_a_word_that_means_nothing_is_refused(wrong, tmp_path):
+    text = ablate.PLAN.read_text()
+    (tmp_path / "plan.toml").write_text(text[: text.index("[[arm]]")] + wrong + "\n")
+    with pytest.raises((TypeError, AssertionError)):
+        ablate.read_plan(tmp_path / "plan.toml")
+
+
+def test_a_network_that_is_never_told_d_answers_alike_for_every_d(place):
+    world = place[1]
+    network = deepcopy(world.dynamics)
+    z = torch.randn(1, 4, world.tokenizer.tokens, world.tokenizer.latent_dim)
+    actions, known = torch.zeros(1, 4, world.action_space.width), torch.ones(1, 4, dtype=torch.bool)
+    answers = lambda: [  # noqa: E731
+        network(z, torch.full((1, 4), 0.5), torch.full((1, 4), d), actions, known) for d in (1 / 8, 1 / 2)
+    ]
+    small, large = answers()
+    assert not torch.equal(small, large)
+    network.register_forward_pre_hook(ablate._never_told_d)
+    told_small, told_large = answers()
+    assert torch.equal(told_small, small)
+    assert torch.equal(told_large, small)
+
+
+def test_a_clean_context_that_is_told_to_be_noisy_is_another_forecast_and_nothing_else_is_touched(place):
+    store, world, manifest = place
+    score = lambda w, tau: evaluate(  # noqa: E731
+        w, store, EvaluationConfig(), w.generation_with({"sampler": "euler", "steps": 2, "tau_ctx": tau}), manifest
+    )["windows"]
+    told = replace(world, dynamics=CleanContextTold(world.dynamics, 0.1))
+    assert score(told, 0.0) != score(world, 0.0)
+    assert score(told, 0.1) == score(world, 0.1)  # nothing is at tau 0 there
+    honest = replace(world, dynamics=CleanContextTold(world.dynamics, 0.0))
+    assert score(honest, 0.0) == score(world, 0.0)
+
+
+def test_the_usual_spread_counts_an_arm_once_however_many_views_it_has():
+    def found(arm, view, values):
+        results = tuple({"horizons": {"16": {"ssim": v}}, "study": {"seed": i}} for i, v in enumerate(values))
+        return ablation_tables.Found(arm, view, results)
+
+    study = ablation_tables.Study(Path("/nowhere"))
+    wide, narrow, middle = (0.0, 1.0), (0.0, 0.1), (0.0, 0.5)
+    study.found = {
+        (f.arm, f.view): f for f in (found("a", "p", wide), found("b", "p", narrow), found("c", "p", middle))
+    }
+    usual = study.usual("SSIM")
+    study.found |= {("a", view): found("a", view, wide) for view in "qrst"}
+    assert study.usual("SSIM") == pytest.approx(usual)
