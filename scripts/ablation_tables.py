@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ablation_plots import plot_table
 
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.evaluation.protocol import paired_bootstrap, student_975
@@ -49,15 +50,22 @@ class Found:
     view: str
     results: tuple[dict[str, Any], ...]
 
-    def windows(self, column: str) -> np.ndarray:
-        """(seeds, windows) of a column of BY_WINDOW."""
-        return np.array([[row[BY_WINDOW[column]] for row in r["windows"]] for r in self.results], float)
+    def windows(self, column: str, beside: Found | None = None) -> np.ndarray:
+        """(seeds, windows) of a column of BY_WINDOW; `beside` another: of the seeds that both have."""
+        return np.array([[row[BY_WINDOW[column]] for row in r["windows"]] for r in self._of(beside)], float)
 
-    def by_seed(self, column: str) -> np.ndarray:
-        """(seeds,) means of a column."""
+    def by_seed(self, column: str, beside: Found | None = None) -> np.ndarray:
+        """(seeds,) means of a column; `beside` another: of the seeds that both have."""
         if column in BY_WINDOW:
-            return self.windows(column).mean(axis=1)
-        return np.array([reduce(getitem, PLACES[column], r) for r in self.results], float)
+            return self.windows(column, beside).mean(axis=1)
+        return np.array([reduce(getitem, PLACES[column], r) for r in self._of(beside)], float)
+
+    @property
+    def seeds(self) -> set[int]:
+        return {r["study"]["seed"] for r in self.results}
+
+    def _of(self, beside: Found | None) -> list[dict[str, Any]]:
+        return [r for r in self.results if beside is None or r["study"]["seed"] in beside.seeds]
 
     def has(self, column: str) -> bool:
         """Whether this view was looked at so."""
@@ -86,24 +94,27 @@ class Study:
     def usual(self, column: str) -> float:
         """The variance between seeds that most arms have: a median, so that one arm that fails at times stays alone.
 
-        Views of an arm look at the same worlds, so their mean counts once. A median of few variances is low by the
-        factor of a chi-square's median (Wilson & Hilferty 1931).
+        Views of an arm look at the same worlds, so their mean counts once.
         """
         arms: dict[str, list[float]] = {}
         for f in self.found.values():
-            if len(f.results) > 1 and f.has(column):
-                values = f.by_seed(column)
-                arms.setdefault(f.arm, []).append(values.var(ddof=1) / (1 - 2 / (9 * (len(values) - 1))) ** 3)
-        return float(np.median([np.mean(v) for v in arms.values()])) if arms else math.nan
+            if f.has(column):
+                arms.setdefault(f.arm, []).append(_variance(f.by_seed(column)))
+        return _usual(arms)
+
+    def usual_between_views(self, column: str) -> float:
+        """The same of the difference between an arm's first view and another one: both look at the same worlds."""
+        first: dict[str, Found] = {}
+        arms: dict[str, list[float]] = {}
+        for f in (f for f in self.found.values() if f.has(column)):
+            other = first.setdefault(f.arm, f)
+            if other is not f:
+                arms.setdefault(f.arm, []).append(_variance(f.by_seed(column, other) - other.by_seed(column, f)))
+        return _usual(arms)
 
     def spread(self, f: Found, column: str) -> tuple[float, int]:
-        """(standard deviation between seeds of this arm, degrees of freedom): its own, drawn towards the usual one.
-
-        Three seeds hardly know their spread; the usual one counts as PRIOR further ones (moderated t, Smyth 2004).
-        """
-        values = f.by_seed(column)
-        own, freedom = (values.var(ddof=1), len(values) - 1) if len(values) > 1 else (0.0, 0)
-        return math.sqrt((PRIOR * self.usual(column) + freedom * own) / (PRIOR + freedom)), PRIOR + freedom
+        """(standard deviation between seeds of this arm, degrees of freedom): its own, drawn towards the usual one."""
+        return _moderated(f.by_seed(column), self.usual(column))
 
     def rerun(self, f: Found, column: str) -> float:
         """Half of the 95 % interval that one more seed falls into, on the same windows."""
@@ -111,16 +122,48 @@ class Study:
         return student_975(freedom) * sd * math.sqrt(1 + 1 / len(f.results))
 
     def mean(self, f: Found, column: str, minus: Found | None = None) -> tuple[float, float, float]:
-        """(value, lo, hi) of the mean over seeds, or of its paired difference to another arm's."""
-        arms = [f, minus] if minus else [f]
-        parts = [(self.spread(arm, column), len(arm.results)) for arm in arms]
-        half = math.hypot(*(student_975(freedom) * sd / math.sqrt(n) for (sd, freedom), n in parts))
+        """(value, lo, hi) of the mean over seeds, or of its paired difference to another arm's or view's.
+
+        Two views of an arm are paired by seed, two arms by window alone.
+        """
+        same = minus is not None and minus.arm == f.arm
+        ours, theirs = f.by_seed(column, minus if same else None), np.zeros(1)
+        if minus is not None:
+            theirs = minus.by_seed(column, f if same else None)
+        if same:
+            sd, freedom = _moderated(ours - theirs, self.usual_between_views(column))
+            half = student_975(freedom) * sd / math.sqrt(len(ours))
+        else:
+            parts = [(self.spread(arm, column), len(arm.results)) for arm in (f, minus) if arm is not None]
+            half = math.hypot(*(student_975(freedom) * sd / math.sqrt(n) for (sd, freedom), n in parts))
         if column not in BY_WINDOW:
-            value = f.by_seed(column).mean() - (minus.by_seed(column).mean() if minus else 0)
+            value = ours.mean() - theirs.mean()
             return value, value - half, value + half
-        values = f.windows(column).mean(0) - (minus.windows(column).mean(0) if minus else 0)
+        values = f.windows(column, minus if same else None).mean(0)
+        if minus is not None:
+            values = values - minus.windows(column, f if same else None).mean(0)
         b = paired_bootstrap(values, f.episodes)
         return b.value, b.value - math.hypot(b.value - b.lo, half), b.value + math.hypot(b.hi - b.value, half)
+
+
+def _variance(values: np.ndarray) -> float:
+    """Of few values, as one of many whose median is taken: that of a chi-square is low (Wilson & Hilferty 1931)."""
+    return values.var(ddof=1) / (1 - 2 / (9 * (len(values) - 1))) ** 3 if len(values) > 1 else math.nan
+
+
+def _usual(arms: dict[str, list[float]]) -> float:
+    """The median over arms of the mean over what each has; NaN where no arm has anything."""
+    means = [np.nanmean(v) for v in arms.values() if not np.isnan(v).all()]
+    return float(np.median(means)) if means else math.nan
+
+
+def _moderated(values: np.ndarray, usual: float) -> tuple[float, int]:
+    """(standard deviation, degrees of freedom) of few values, drawn towards the usual one.
+
+    Three seeds hardly know their spread; the usual one counts as PRIOR further ones (moderated t, Smyth 2004).
+    """
+    own, freedom = (values.var(ddof=1), len(values) - 1) if len(values) > 1 else (0.0, 0)
+    return math.sqrt((PRIOR * usual + freedom * own) / (PRIOR + freedom)), PRIOR + freedom
 
 
 def write_report(plan: dict[str, Any], out: Path, docs: Path) -> None:
@@ -132,6 +175,9 @@ def write_report(plan: dict[str, Any], out: Path, docs: Path) -> None:
         mark = re.compile(rf"(<!-- table {table['name']} -->\n).*?(<!-- end -->)", re.DOTALL)
         assert mark.search(text), f"{path} has no place for the table {table['name']}"
         filled = as_markdown(study, table)
+        figure = plot_table(study, table, docs / "results")
+        if figure is not None:
+            filled += f"\n![{table['name']}: the table as a plot](results/{figure.name})\n"
         text = mark.sub(lambda found, filled=filled: found[1] + filled + found[2], text)
     write_whole(path, text)
     columns = (*BY_WINDOW, *PLACES)

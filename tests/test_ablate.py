@@ -86,3 +86,38 @@ def test_the_usual_spread_counts_an_arm_once_however_many_views_it_has():
     usual = study.usual("SSIM")
     study.found |= {("a", view): found("a", view, wide) for view in "qrst"}
     assert study.usual("SSIM") == pytest.approx(usual)
+
+
+def test_two_views_of_an_arm_are_paired_by_seed_and_two_arms_are_not():
+    def found(arm, view, values, seeds=(0, 1, 2)):
+        results = tuple(
+            {"horizons": {"16": {"ssim": v}}, "study": {"seed": s}} for v, s in zip(values, seeds, strict=True)
+        )
+        return ablation_tables.Found(arm, view, results)
+
+    study = ablation_tables.Study(Path("/nowhere"))
+    a, b, c = found("a", "p", (0.1, 0.5, 0.9)), found("a", "q", (0.2, 0.6, 1.0)), found("c", "p", (0.2, 0.6, 1.0))
+    study.found = {(f.arm, f.view): f for f in (a, b, c)}
+    value, low, high = study.mean(b, "SSIM", a)
+    assert (value, low, high) == pytest.approx((0.1, 0.1, 0.1))  # every seed moved by as much
+    value, low, high = study.mean(c, "SSIM", a)
+    assert value == pytest.approx(0.1)
+    assert high - low > 0.5
+    late = found("a", "late", (0.7, 1.1), (1, 2))  # its first seed is still to come
+    study.found["a", "late"] = late
+    assert study.mean(late, "SSIM", a)[0] == pytest.approx(0.2)
+
+
+def test_a_table_becomes_a_picture_and_one_row_alone_does_not(tmp_path):
+    def found(arm, values):
+        results = tuple(
+            {"horizons": {"16": {"ssim": v}}, "study": {"seed": s, "cpu_seconds": 60.0}} for s, v in enumerate(values)
+        )
+        return ablation_tables.Found(arm, "p", results)
+
+    study = ablation_tables.Study(Path("/nowhere"))
+    study.found = {(arm, "p"): found(arm, (0.1, 0.2)) for arm in "ab"}
+    table = {"name": "t", "rows": [["a", "p"], ["b", "p"]], "columns": ["SSIM"], "reference": ["a", "p"]}
+    assert ablation_tables.plot_table(study, table, tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert ablation_tables.plot_table(study, table | {"over": "seconds"}, tmp_path) is not None
+    assert ablation_tables.plot_table(study, table | {"rows": [["a", "p"]]}, tmp_path) is None
