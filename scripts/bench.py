@@ -15,6 +15,8 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,9 +39,22 @@ from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.rollout import KeyedNoise, RolloutConfig, rollout
 from ahriuwu_cli.training.optimiser import apply, build_optimizers
 
+FIRST_FRAME = """
+import sys, torch
+from ahriuwu_cli.rollout import KeyedNoise, rollout
+from ahriuwu_cli.training.checkpoint import load_world
+torch.set_num_threads(int(sys.argv[2]))
+world = load_world(sys.argv[1], "cpu")
+shape = (world.tokenizer.tokens, world.tokenizer.latent_dim)
+actions, known = torch.zeros(1, 9, world.action_space.width), torch.ones(1, 9, dtype=torch.bool)
+noise = KeyedNoise(0, ["0"], shape)
+frames = rollout(world.dynamics, torch.randn(1, 8, *shape), actions, known, world.generation, noise, world.k_max)
+world.decode(next(frames)[:, None])
+"""  # a process from its start to the first decoded frame of a shipped world, 8 frames given
 SPACE = ActionSpace((ActionComponent("buttons", "binary", 3),))
 SLOTS = (("binary", 3, (), ()),)
 K_MAX = 64
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -139,7 +154,14 @@ def measure_rollout(model: Dynamics, a: argparse.Namespace, found: dict) -> dict
         "share_of_floor_eager": round(share["float32"], 3),
         "ratio_frame_2000_to_100": round(late_over_early(model, a), 3),
         "bfloat16_against_float32": agreement(forms["bfloat16"], model, a),
+        "first_frame_seconds": round(first_frame(a), 2),
     }
+
+
+def first_frame(a: argparse.Namespace) -> float:
+    """Seconds from the start of a process to its first frame: interpreter, torch, a checkpoint, a prompt, K passes."""
+    command = [sys.executable, "-c", FIRST_FRAME, str(ROOT / "checkpoints" / "defend_the_center"), str(a.threads)]
+    return median(lambda: subprocess.run(command, check=True, cwd=ROOT), 5)
 
 
 def late_over_early(model: Dynamics, a: argparse.Namespace, early: int = 100, late: int = 2000) -> float:
@@ -347,6 +369,7 @@ def as_table(r: dict) -> str:
         *([(f"rollout, compiled in {o['compile_seconds']} s", *compiled)] if o["compile_seconds"] else []),
         *((f"rollout, {name}, ms a frame", ms, "", "") for name, ms in o["by_steps"].items()),
         ("rollout, passes a frame", o["passes_per_frame"], "", ""),
+        ("rollout, first frame of a shipped world after its process started, s", o["first_frame_seconds"], "", ""),
         ("rollout, frame 2,000 over frame 100", o["ratio_frame_2000_to_100"], "", ""),
         ("training, plain, forward + backward, ms", t["plain_ms"], t["floor_ms"], t["share_of_peak"]),
         (f"training, {t['bootstrap_rows']} rows bootstrapped, ms", t["shortcut_ms"], "", t["share_of_peak_shortcut"]),
