@@ -9,6 +9,7 @@ import typer
 from typer.main import get_command
 
 from ahriuwu_cli import __version__
+from ahriuwu_cli.commands.guard import guarded
 from ahriuwu_cli.commands.values import check_words
 from ahriuwu_cli.errors import UserError, did_you_mean
 from ahriuwu_cli.printing import one_sentence, only_text
@@ -63,7 +64,7 @@ def _run(arguments: list[str], debug: bool) -> object:
     """The command's exit code, its error printed."""
     try:
         check_words(arguments)
-        code = get_command(app).main(args=arguments, prog_name="ahriuwu", standalone_mode=False)
+        code = guarded(get_command(app)).main(args=arguments, prog_name="ahriuwu", standalone_mode=False)
     except UserError as error:
         if debug:
             raise

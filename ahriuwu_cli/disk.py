@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from pathlib import Path
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -49,8 +50,11 @@ def write_whole(path: Path, content: bytes | str, replace: bool = True) -> bool:
 
 
 def file_hash(path: Path) -> str:
-    """The sha256 of a file, streamed. OSError."""
-    with open(path, "rb") as stream:
+    """The sha256 of a regular file, streamed. OSError, also for a pipe or a device, which would never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -84,7 +88,15 @@ def discard(path: Path) -> None:
     if not path.name.startswith("."):
         hidden = path.with_name(f".{path.name}.{os.getpid()}.old")
         os.rename(path, hidden)
-    shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+    remove(hidden)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link, whatever it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def mend(folder: Path, names: tuple[str, ...]) -> None:
@@ -92,7 +104,8 @@ def mend(folder: Path, names: tuple[str, ...]) -> None:
     for name in names:
         if not (folder / name).exists():
             for old in folder.glob(f".{name}.*.old"):
-                os.rename(old, folder / name)
-                break
+                if not old.is_symlink():  # nothing that we made
+                    os.rename(old, folder / name)
+                    break
         for left in [*folder.glob(f".{name}.*.tmp"), *folder.glob(f".{name}.*.old")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove(left)

@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +19,7 @@ from ahriuwu_cli.disk import NO_LOCKS, exchange, lock, sync
 from ahriuwu_cli.errors import UserError
 
 PATIENCE, PAUSE = 10.0, 0.001  # seconds: how long a reader waits for a folder that is being replaced, between looks
+PARTS = ("episodes", "latents", "best", "last", "tokenizer", "state", "prompts", "rollouts", "cells")  # of our folders
 MISSING = 3  # looks by which a folder that is not there, with no old one beside it, counts as missing
 T = TypeVar("T")
 
@@ -35,6 +36,22 @@ def check_folder(out: Path, overwrite: bool) -> None:
         raise UserError(f"{near} cannot be written to: choose another --out")
     if near == out and not overwrite and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
+
+
+def keep_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """UserError when replacing `out` would take away what is read, or the folder that the user stands in.
+
+    Results may lie inside of what is read (`runs/mine/eval`), but not where it keeps its own parts.
+    """
+    target = out.resolve()
+    for read in inputs:
+        source = read.resolve()
+        own = target.is_relative_to(source) and target != source and target.relative_to(source).parts[0] in PARTS
+        if source.is_relative_to(target) or own:
+            raise UserError(f"--overwrite would replace {read}, which is read: choose another --out than {out}")
+    for place, what in ((Path.cwd(), "the current folder"), (Path.home(), "the home folder")):
+        if place.resolve().is_relative_to(target):
+            raise UserError(f"--overwrite would replace {what} ({out}): choose another --out")
 
 
 class replacing:
