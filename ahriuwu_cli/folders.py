@@ -20,12 +20,17 @@ from ahriuwu_cli.errors import UserError
 
 PATIENCE, PAUSE = 10.0, 0.001  # seconds: how long a reader waits for a folder that is being replaced, between looks
 PARTS = ("episodes", "latents", "best", "last", "tokenizer", "state", "prompts", "rollouts", "cells")  # of our folders
+KINDS = {"dataset.json": "dataset", "config.json": "checkpoint", "run.json": "run"}  # by what lies in them
 MISSING = 3  # looks by which a folder that is not there, with no old one beside it, counts as missing
 T = TypeVar("T")
 
 
-def check_folder(out: Path, overwrite: bool) -> None:
-    """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite."""
+def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
+    """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite.
+
+    holds: "results" of looking at a world, which never take the place of a dataset, a checkpoint or a run, or lie among
+    its files; anything else that is written may replace its own kind.
+    """
     try:
         near = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
     except OSError as error:
@@ -34,6 +39,9 @@ def check_folder(out: Path, overwrite: bool) -> None:
         raise UserError(f"{near} is a file: choose a folder for --out")
     if not os.access(near, os.W_OK | os.X_OK):
         raise UserError(f"{near} cannot be written to: choose another --out")
+    kind = next((kind for name, kind in KINDS.items() if os.path.lexists(out / name)), None)
+    if kind and holds == "results":
+        raise UserError(f"{out} holds a {kind}: choose another --out")
     if near == out and not overwrite and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
 

@@ -66,6 +66,32 @@ def test_what_is_read_is_never_replaced(place, words, capsys):
     assert contents(place) == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "rollout world data --out other --overwrite",
+        "eval world data --out other --overwrite --windows 2 --context 3 --horizon 4",
+        "eval generate world data --out other --windows 2 --context 3 --horizon 4",
+        "eval plan plan.toml --out other",
+        "sweep-tau world data --out other --overwrite --windows 2 --context 3 --horizon 4",
+    ],
+)
+@pytest.mark.parametrize("kind", ["dataset", "checkpoint", "run"])
+def test_results_never_lie_among_the_files_of_another_kind(place, words, kind, capsys):
+    (place / "plan.toml").write_text('[defaults]\ndataset = "data"\n[[cell]]\ncheckpoint = "world"\n')
+    if kind == "run":
+        (place / "other").mkdir()
+        (place / "other" / "run.json").write_text("{}")
+    else:
+        shutil.copytree("data" if kind == "dataset" else "world", "other")
+    before = contents(place)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words.split())
+    assert stop.value.code == 2
+    assert f"other holds a {kind}: choose another --out" in capsys.readouterr().err
+    assert contents(place) == before
+
+
 def test_results_may_lie_inside_of_a_run_and_beside_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for out in ("run/eval", "run/rollout-3", "runs", "other"):

@@ -192,7 +192,7 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
     """
     if resume and overwrite:
         raise UserError("give --resume to go on or --overwrite to start over, not both")
-    check_folder(folder, overwrite=True)
+    check_folder(folder, overwrite=True, holds="run")
     refuse_alive(folder)
     content = _content(folder)
     if overwrite or not content:
