@@ -23,7 +23,7 @@ stage() { # stage NAME COMMAND...: run, and note the seconds
 
 stage record    ahriuwu record doom:defend_the_center --out "$out/data" --episodes 220 --size 64 --splits 0.7,0.08,0.22 --seed 0
 stage tokenizer ahriuwu train tokenizer "$out/data" --out "$out/tokenizer" --patch 64x8 --latent-dim 128
-stage train     ahriuwu train dynamics "$out/data" --tokenizer "$out/tokenizer" --out "$out/world" --forcing context --ramp flat --lr 5e-3 --budget "$budget"
+stage train     ahriuwu train dynamics "$out/data" --tokenizer "$out/tokenizer" --out "$out/world" --ramp flat --bootstrap-share 0 --lr 5e-3 --budget "$budget"
 stage rollout   ahriuwu rollout "$out/world" "$out/data" --out "$out/rollout" --length 32
 stage turns     ahriuwu rollout "$out/world" "$out/data" --out "$out/turns" --length 8 --pick busiest \
   --actions repeat:TURN_LEFT --actions repeat:TURN_RIGHT --actions data
