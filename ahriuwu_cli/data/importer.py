@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.action_files import ActionTable, infer_space, read_actions
 from ahriuwu_cli.data.actions import ActionSpace
-from ahriuwu_cli.data.documents import read_json
+from ahriuwu_cli.data.documents import as_text, read_json
 from ahriuwu_cli.data.resize import area_resize, centre_crop
 from ahriuwu_cli.data.video import MAX_PIXELS, iter_video, video_fps
 from ahriuwu_cli.errors import DataError, UserError
@@ -104,7 +104,7 @@ def import_videos(plan: ImportPlan) -> Iterator[tuple[np.ndarray, np.ndarray | N
                     f"{len(frames) - 1} rows, row t for the step from frame t to frame t+1"
                 )
             plan.action_space.validate(actions, str(table.path))
-        yield frames, actions, video.name
+        yield frames, actions, as_text(video.name)
 
 
 def _files(folder: Path) -> list[Path]:

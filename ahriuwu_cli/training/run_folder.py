@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli import __version__
-from ahriuwu_cli.data.documents import parse_object, read_object
+from ahriuwu_cli.data.documents import parse_object, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, write_whole
 from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
 from ahriuwu_cli.folders import check_folder
@@ -108,7 +108,7 @@ class RunFolder:
         """Append one line to metrics.jsonl; NaN never gets in."""
         if self.writes:
             with self.writing(), open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.write(to_json(line) + "\n")
         return line
 
     def save_state(self, step: int, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ class RunFolder:
             if path.name != LOCK:
                 discard(path)
         document = {**self.asked, "command": self.command, "versions": versions(), **more}
-        write_whole(self.folder / "run.json", json.dumps(document, indent=1) + "\n")
+        write_whole(self.folder / "run.json", to_json(document, 1) + "\n")
 
     def _cut_log(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that come after `step`, and one that a kill cut short."""
@@ -217,13 +217,13 @@ def read_run(folder: Path) -> dict[str, Any]:
 def versions() -> dict:
     """What this ran with: ahriuwu, torch, Python, and the git revision of the code where it is a checkout."""
     git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, check=False
     )
     return {
         "ahriuwu": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "git": git.stdout.strip() or None,
+        "git": git.stdout.decode("ascii", "replace").strip() or None,
     }
 
 
