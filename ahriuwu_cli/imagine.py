@@ -8,7 +8,6 @@ is not finite, leaves `out` as it was.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ahriuwu_cli.data.documents import MAX_RESULT, to_json
 from ahriuwu_cli.data.tensor_writer import TensorWriter
 from ahriuwu_cli.data.video import MAX_PIXELS, Page, mp4_writer, write_gif, write_strip
 from ahriuwu_cli.diffusion.tau import LABEL
@@ -73,7 +73,7 @@ def imagine(
             "checkpoint": str(world.path),
             "files": {name: str(out / path.name) for name, path in film.files.items()},
         }
-        (folder / "rollout.json").write_text(json.dumps(result, indent=1))
+        (folder / "rollout.json").write_text(to_json(result, 1, MAX_RESULT))
     return result
 
 

@@ -7,6 +7,9 @@ A small world, its dataset, runs, packs, videos and results are made once. Every
 one sentence on stderr with exit code 2, 3 or 4 (1 where a check's answer is no), within 30 s and 1 GiB, and write only
 where it was asked to. A success must be explained: by what was changed and what the command reads. Exit code 1 when
 anything did not hold; `--only N` runs mutation N again and prints what it said.
+
+Chance rarely puts a pipe where it matters, so `--special` does it everywhere: each file of each kind becomes a pipe and
+a device without an end, once for every command that reads it.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from pathlib import Path
 
 from mutations import mutate, sealed
 
+SPECIAL = ("missing", "a folder", "a pipe", "a device", "a link to nothing", "a link to itself")
+ENDLESS = ("a pipe", "a device")
 SECONDS, MEMORY = 30, 1 << 30  # limits of one mutation, memory above what the process begins with
 REFUSED = {2, 3, 4}
 SMALL = ["--context", "2", "--length", "2", "--scale", "1"]
@@ -133,6 +138,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS), help="by commas; default: all")
     parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--special", action="store_true", help="a pipe and a device for every file, not by chance")
     parser.add_argument("--only", type=int, help="this mutation alone, and what it said")
     a = parser.parse_args()
     unknown = sorted(set(a.kinds.split(",")) - set(KINDS))
@@ -140,7 +146,9 @@ def main() -> None:
         parser.error(f"unknown kind {unknown[0]!r}: choose from {', '.join(KINDS)}")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         numbers = [a.only] if a.only is not None else range(a.first, a.first + a.mutations)
-        rows = fuzz(Path(scratch), numbers, a.seed, a.kinds.split(","))
+        if a.special:
+            numbers = None if a.only is None else [a.only]
+        rows = fuzz(Path(scratch), numbers, a.seed, a.kinds.split(","), a.special)
     print(table(rows))
     bad = [row for row in rows if row["wrong"]]
     for row in bad:
@@ -152,18 +160,25 @@ def main() -> None:
     sys.exit(1 if bad else 0)
 
 
-def fuzz(scratch: Path, numbers: Sequence[int], seed: int, kinds: list[str]) -> list[dict]:
-    """A row for every mutation: number, kind, what was done, exit code, seconds, bytes, and what was wrong with it."""
+def fuzz(
+    scratch: Path, numbers: Sequence[int] | None, seed: int, kinds: list[str], special: bool = False
+) -> list[dict]:
+    """A row for every mutation: number, kind, what was done, exit code, seconds, bytes, and what was wrong with it.
+
+    special: of the cases of `specials` those of these numbers, None for all.
+    """
     prepare()
     base = scratch / "base"
     code = in_a_child(lambda: build(base), scratch / "build.log", seconds=300)[0]
     if code:
         raise SystemExit(f"the files to damage could not be made:\n{(scratch / 'build.log').read_text()[-2000:]}")
     rows, made = [], snapshot(base)
+    cases = specials(base, kinds) if special else []
+    numbers = range(len(cases)) if numbers is None else numbers
     for number in numbers:
         rng = random.Random(f"{seed}/{number}")
-        kind = kinds[number % len(kinds)]
-        rows.append({"number": number, "kind": kind} | one(base, scratch / "work", kind, rng))
+        kind, *chosen = cases[number] if special else (kinds[number % len(kinds)],)
+        rows.append({"number": number, "kind": kind} | one(base, scratch / "work", kind, rng, *chosen))
         if sys.stderr.isatty():
             print(f"\r{len(rows)}/{len(numbers)}", end="", file=sys.stderr, flush=True)
         if len(numbers) == 1:
@@ -195,8 +210,26 @@ def prepare() -> None:
             cli.main(command)
 
 
-def one(base: Path, work: Path, kind: str, rng: random.Random) -> dict:
-    """One mutation: copy, damage, run, judge."""
+def specials(base: Path, kinds: list[str]) -> list[tuple[str, str, list[str], str]]:
+    """(kind, file, command, what the file becomes) for every file that is damaged and every command that reads it."""
+    cases = []
+    for kind in kinds:
+        files = sorted({p for pattern in KINDS[kind].files for p in base.glob(pattern) if p.is_file()})
+        commands = [c for i, c in enumerate(KINDS[kind].commands) if c not in KINDS[kind].commands[:i]]
+        cases += [(kind, str(f.relative_to(base)), c, how) for f in files for c in commands for how in ENDLESS]
+    return cases
+
+
+def one(
+    base: Path,
+    work: Path,
+    kind: str,
+    rng: random.Random,
+    chosen: str = "",
+    command: list[str] | None = None,
+    special: str = "",
+) -> dict:
+    """One mutation: copy, damage, run, judge. Which file, which command and how: as chosen, or drawn."""
     spec = KINDS[kind]
     if work.exists():
         shutil.rmtree(work)
@@ -204,10 +237,14 @@ def one(base: Path, work: Path, kind: str, rng: random.Random) -> dict:
     for name in spec.needs:
         copy = shutil.copytree if (base / name).is_dir() else shutil.copy2
         copy(base / name, work / name)
-    file = rng.choice(sorted(p for p in work.glob(rng.choice(spec.files)) if p.is_file()))
-    command = [str(file.relative_to(work)) if word == "FILE" else word for word in rng.choice(spec.commands)]
+    if chosen:
+        file = work / chosen
+    else:
+        file = rng.choice(sorted(p for p in work.glob(rng.choice(spec.files)) if p.is_file()))
+        command = rng.choice(spec.commands)
+    command = [str(file.relative_to(work)) if word == "FILE" else word for word in command]
     before = file.read_bytes()
-    how, hashes_fit = damage(file, before, rng)
+    how, hashes_fit = damage(file, before, rng, special)
     if kind == "journal":  # now it lies where the packer looks; the finished pack does not
         shutil.rmtree(work / "data" / "latents")
         (work / "unfinished").rename(work / "data" / "latents")
@@ -228,12 +265,11 @@ def one(base: Path, work: Path, kind: str, rng: random.Random) -> dict:
             "said": said[-600:]}  # fmt: skip
 
 
-def damage(file: Path, data: bytes, rng: random.Random) -> tuple[str, bool]:
-    """Damage the file on disk; (what was done, whether the hashes around it fit again)."""
-    draw = rng.random()
-    if draw < 0.04:
+def damage(file: Path, data: bytes, rng: random.Random, special: str = "") -> tuple[str, bool]:
+    """Damage the file on disk; (what was done, whether the hashes around it fit again). special: one of SPECIAL."""
+    if special or rng.random() < 0.04:
         file.unlink()
-        how = rng.choice(("missing", "a folder", "a pipe", "a device", "a link to nothing", "a link to itself"))
+        how = special or rng.choice(SPECIAL)
         if how == "a folder":
             file.mkdir()
         elif how == "a pipe":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -146,3 +147,14 @@ def test_an_episode_keeps_the_split_that_it_was_given(tmp_path):
     splits = [e.split for e in EpisodeStore.open(tmp_path / "d").episodes()]
     assert splits[:4] == ["test"] * 4
     assert set(splits[4:]) == {"train", "val", "test"}
+
+
+def test_notes_that_never_end_or_are_no_text_are_refused_at_once(place, run):
+    os.mkfifo(place / "pipe")
+    (place / "large.txt").write_bytes(b"x" * 1_000_001)
+    (place / "latin.txt").write_bytes(b"caf\xe9")
+    for name in ("/dev/zero", place / "pipe", place / "large.txt", place / "latin.txt", place):
+        code, out, said = run("export", place / "world", "--out", place / "small", "--notes", name)
+        assert (code, out, said.count("\n")) == (2, "", 1), said
+        assert said.startswith(f"error: {name} cannot be read as text (")
+    assert not (place / "small").exists()

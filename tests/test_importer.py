@@ -1,6 +1,7 @@
 """The importer: a video whose next frame is its action, and every way in which files can fail to fit together."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -159,3 +160,26 @@ def test_limits_on_length_hold(tmp_path):
     _video(tmp_path / "a.mp4", t=1)
     with pytest.raises(DataError, match=r"1 frame\(s\)"):
         _load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["actions.json", "a.csv", "a.jsonl", "b.mp4"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "nothing"])
+def test_what_would_be_read_and_is_no_regular_file_is_refused(tmp_path, name, kind):
+    _video(tmp_path / "a.mp4")
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "gone")
+    with pytest.raises(DataError, match=f"{name} is no regular file"):
+        plan_import(ImportConfig(tmp_path))
+
+
+def test_other_names_in_the_folder_are_left_alone(tmp_path):
+    _video(tmp_path / "a.mp4")
+    (tmp_path / "raw").mkdir()
+    os.mkfifo(tmp_path / "control")
+    (tmp_path / ".b.csv").symlink_to("/dev/zero")
+    assert plan_import(ImportConfig(tmp_path)).videos == (tmp_path / "a.mp4",)

@@ -1,5 +1,6 @@
 """A plan is read strictly, shared without gaps or overlaps, and its cells are finished once and never lost."""
 
+import inspect
 import itertools
 import json
 import os
@@ -462,3 +463,44 @@ def test_eval_without_a_subcommand_is_still_the_command_and_its_help_names_the_o
     assert "--share" in run("plan", "--help")[1]
     assert "--reference" in run("merge", "--help")[1]
     assert run("palm")[0] == 2
+
+
+RANGES = {
+    "steps": 65536,
+    "windows": 50_000,
+    "context": 10_000,
+    "horizon": 100_000,
+    "noise_seeds": 1024,
+    "seed": 2**63 - 1,
+}
+
+
+def test_a_plan_allows_what_the_command_line_allows(plan):
+    options = inspect.signature(eval_command.evaluate).parameters
+    for name, most in RANGES.items():
+        assert options[name].default.parser.high == most
+        least = 0 if name == "seed" else 1
+        base = ONE.replace(f"{name} =", "# ")
+        assert [getattr(read_plan(plan(f"{base}{name} = {v}\n"))[0], name) for v in (least, most)] == [least, most]
+        for value in (least - 1, most + 1, 2**64, int("9" * 400)):
+            with pytest.raises(UserError, match=f"cell 1 of .*: {name} .* is not in {least} to {most}"):
+                read_plan(plan(f"{base}{name} = {value}\n"))
+    assert options["tau_ctx"].default.parser.high == 1
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".jsonl"])
+@pytest.mark.parametrize("settings", [("seed", "0x" + "f" * 5000), ("steps", "[0x" + "f" * 5000 + "]")])
+def test_numbers_with_thousands_of_digits_are_a_sentence_wherever_they_stand(plan, run, suffix, settings):
+    name, value = settings
+    text = f"{ONE}{name} = {value}\n" if suffix == ".toml" else f'{{"{name}": {value}}}\n'
+    for written in (text, f"defaults = {value}\n"):
+        code, out, said = run("plan", plan(written, suffix), "--out", "unused")
+        assert (code, out, said.count("\n")) == (2, "", 1)
+        assert len(said) < 600
+
+
+def test_ten_thousand_cells_are_read_and_more_are_refused(plan):
+    text = ONE + "".join(f'[[cell]]\ncheckpoint = "a"\nseed = {i}\n' for i in range(1, 10_000))
+    assert len(read_plan(plan(text))) == 10_000
+    with pytest.raises(UserError, match="has 10001 cells, more than 10000: make several plans of it"):
+        read_plan(plan(text + '[[cell]]\ncheckpoint = "b"\n'))

@@ -10,6 +10,8 @@ import typer
 from ahriuwu_cli.commands import options
 from ahriuwu_cli.commands.values import listed
 
+MOST_WORDS = 1_000_000  # bytes of --notes
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -44,6 +46,7 @@ def export(
     as_json: bool = options.AsJson,
 ) -> None:
     """Write a world ready to ship: weights in 16 bits, prompts, and a model card. `ahriuwu rollout` runs it alone."""
+    from ahriuwu_cli.data.documents import decode, read_bytes
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.errors import UserError
     from ahriuwu_cli.folders import check_folder
@@ -54,8 +57,8 @@ def export(
         options.only_for(ctx, "is about the prompts that --prompts takes", "clips", "frames", "split", "pick", "seed")
     check_folder(out, overwrite, holds="world")
     try:
-        words = notes.read_text() if notes else ""
-    except (OSError, UnicodeDecodeError) as error:
+        words = decode(read_bytes(notes, MOST_WORDS)) if notes else ""
+    except (OSError, ValueError) as error:
         raise UserError(f"{notes} cannot be read as text ({error}): give a text file") from None
     store = None if prompts is None else EpisodeStore.open(prompts)
     facts = write(

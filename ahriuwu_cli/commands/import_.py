@@ -41,7 +41,8 @@ def import_(
     """
     from tqdm import tqdm
 
-    from ahriuwu_cli.data.describe import as_text, describe
+    from ahriuwu_cli.data import describe
+    from ahriuwu_cli.data.documents import as_text
     from ahriuwu_cli.data.episodes import EpisodeWriter, check_target, parse_fractions
     from ahriuwu_cli.data.importer import ImportConfig, import_videos, plan_import
     from ahriuwu_cli.data.resize import parse_size
@@ -56,7 +57,7 @@ def import_(
         width=width,
         fps=plan.fps,
         action_space=plan.action_space,
-        source={"kind": "import", "folder": folder.resolve().name},
+        source={"kind": "import", "folder": as_text(folder.resolve().name)},
         seed=seed,
         fractions=fractions,
         overwrite=overwrite,
@@ -67,5 +68,5 @@ def import_(
             bar.update()
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)
-    facts = describe(out)
-    typer.echo(json.dumps(facts) if as_json else as_text(facts))
+    facts = describe.describe(out)
+    typer.echo(json.dumps(facts) if as_json else describe.as_text(facts))

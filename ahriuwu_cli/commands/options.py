@@ -7,10 +7,10 @@ from typing import Any
 
 import typer
 
+from ahriuwu_cli import ranges
 from ahriuwu_cli.commands.values import Name, Number, Text, Whole, device_name, listed
 from ahriuwu_cli.errors import UserError
 
-SEEDS = 2**63 - 1
 MANY = 10**9  # steps, frames: more than anybody waits for
 CLEAN_TO_NOISE = " where 0 is clean and 1 is noise"
 SPLITS = listed("data.metadata", "SPLITS")
@@ -61,7 +61,7 @@ AsJson = typer.Option(False, "--json", help="Print one JSON object instead of te
 
 
 def passes(help: str = "K, model passes a frame (default: the checkpoint's).") -> Any:
-    return whole(None, "--steps", 1, 65536, help)
+    return whole(None, "--steps", *ranges.STEPS, help)
 
 
 def sampler(help: str = "shortcut, euler or renoise (default: the checkpoint's).") -> Any:
@@ -70,7 +70,7 @@ def sampler(help: str = "shortcut, euler or renoise (default: the checkpoint's).
 
 def tau_ctx(default: float | None = None) -> Any:
     help = "Noise of context frames, tau (0 clean, 1 noise)."
-    return number(default, "--tau-ctx", 0, 1, help, "[)", CLEAN_TO_NOISE)
+    return number(default, "--tau-ctx", *ranges.TAU_CTX, help, "[)", CLEAN_TO_NOISE)
 
 
 def ctx_mode(help: str) -> Any:
@@ -82,19 +82,19 @@ def ctx_label(help: str) -> Any:
 
 
 def seed(help: str) -> Any:
-    return whole(0, "--seed", 0, SEEDS, help)
+    return whole(0, "--seed", *ranges.SEED, help)
 
 
 def windows(help: str) -> Any:
-    return whole(None, "--windows", 1, 1_000_000, help)
+    return whole(None, "--windows", *ranges.WINDOWS, help)
 
 
 def context(help: str = "Frames that are given, never scored (default: 8).") -> Any:
-    return whole(None, "--context", 1, 10_000, help)
+    return whole(None, "--context", *ranges.CONTEXT, help)
 
 
 def horizon() -> Any:
-    return whole(None, "--horizon", 1, 100_000, "Frames that are generated (default: 16).")
+    return whole(None, "--horizon", *ranges.HORIZON, "Frames that are generated (default: 16).")
 
 
 def batch(help: str = "Windows at a time; changes the speed, not the numbers.") -> Any:
@@ -102,4 +102,4 @@ def batch(help: str = "Windows at a time; changes the speed, not the numbers.") 
 
 
 def noise_seeds() -> Any:
-    return whole(1, "--noise-seeds", 1, 1024, "Rollouts of every window with different noise, averaged.")
+    return whole(1, "--noise-seeds", *ranges.NOISE_SEEDS, "Rollouts of every window with different noise, averaged.")

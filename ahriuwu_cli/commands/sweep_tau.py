@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ahriuwu_cli import ranges
 from ahriuwu_cli.commands import options, values
 from ahriuwu_cli.errors import CheckpointError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 TAUS = "0,.02,.05,.1,.2,.3,.5,.9"
 _TAUS = values.by_commas("--taus", values.Number("--taus", 0, 1, "[)", options.CLEAN_TO_NOISE))
-_STEPS = values.by_commas("--steps", values.Whole("--steps", 1, 65536))
+_STEPS = values.by_commas("--steps", values.Whole("--steps", *ranges.STEPS))
 _SAMPLERS = values.by_commas("--sampler", values.Name("--sampler", None, options.SAMPLERS))
 _CTX_MODES = values.by_commas("--ctx-mode", values.Name("--ctx-mode", None, options.CTX_MODES))
 _CTX_LABELS = values.by_commas("--ctx-label", values.Name("--ctx-label", None, options.CTX_LABELS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -157,7 +158,10 @@ def seconds(text: str, option: str = "--budget") -> float:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """UserError for a word of the command line that is empty, only spaces, longer than a path, or no text."""
+    """UserError for a word of the command line that is empty, only spaces, longer than a path, or no text.
+
+    Words end up in JSON and Markdown: bytes of a name that are not UTF-8 cannot be written there.
+    """
     for before, word in zip(["the command", *words], words, strict=False):
         option, equals, value = word.partition("=") if word.startswith("--") else (before, "=", word)
         if equals and not value.strip():
@@ -166,6 +170,10 @@ def check_words(words: Sequence[str]) -> None:
             raise UserError(f"what follows {shown(before)} has {len(word)} characters: {LONGEST} are the most")
         if "\0" in word:
             raise UserError(f"{shown(word)} holds a character that no name has: write it without")
+        if any("\ud800" <= c <= "\udfff" for c in word):
+            encoding = sys.getfilesystemencoding()
+            remedy = "rename it" if encoding == "utf-8" else "set PYTHONUTF8=1"
+            raise UserError(f"{shown(word)} is not text in {encoding}, so no result could name it: {remedy}")
 
 
 def shown(given: Any) -> str:

@@ -1,5 +1,7 @@
 """JSON that others may have written: one strict reader, with limits that are checked before memory is taken.
 
+And one writer, which gives nothing that the reader would refuse: what is written can be read again.
+
 Refused, with a reason: more bytes, values or nesting than allowed, a key that stands twice, NaN and infinity, numbers
 beyond 64 bits, text that is not UTF-8 or begins with a byte order mark, halves of surrogate pairs, devices and pipes.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 10_000_000
+MAX_RESULT = 100_000_000  # of what keeps a row for every window
 MAX_VALUES = 4_000_000  # of arrays and objects together; the largest datasets have about six an episode
 MAX_DEPTH = 64  # the deepest file of ours has 8
 
@@ -78,6 +81,20 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     if len(data) > most:
         raise ValueError(f"it is larger than {most / 1e6:g} MB")
     return data
+
+
+def to_json(value: Any, indent: int | None = None, most: int = MAX_BYTES) -> str:
+    """The text of a JSON value for a file, ASCII. ValueError with the reason where `parse_json` would refuse it."""
+    text = json.dumps(value, indent=indent, allow_nan=False)
+    if len(text) > most:
+        raise ValueError(f"it would be larger than {most / 1e6:g} MB")
+    parse_json(text)
+    return text
+
+
+def as_text(name: Path | str) -> str:
+    """A name of the file system for people, JSON and Markdown: bytes of it that are not UTF-8 come out as \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def document_hash(value: Any) -> str:

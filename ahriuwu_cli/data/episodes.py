@@ -6,7 +6,6 @@ Train, val and test are split by episode; episodes with identical content never 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import weakref
@@ -17,8 +16,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.actions import ActionSpace
-from ahriuwu_cli.data.documents import document_hash
-from ahriuwu_cli.data.metadata import FORMAT, SPLITS, read_document
+from ahriuwu_cli.data.documents import as_text, document_hash, to_json
+from ahriuwu_cli.data.metadata import FORMAT, MAX_BYTES, SPLITS, read_document
 from ahriuwu_cli.data.tensors import TensorInfo, read_header, read_rows
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
@@ -199,7 +198,7 @@ class EpisodeWriter:
         self._overwrite = overwrite
         self._facts = {
             "format": FORMAT,
-            "name": name or self.path.name,
+            "name": name or as_text(self.path.name),
             "source": source or {},
             "fps": fps,
             "frame_skip": frame_skip,
@@ -276,7 +275,11 @@ class EpisodeWriter:
         for episode in self._episodes:
             episode["split"] = splits[episode["sha256"]]
         document = self._facts | {"episodes": self._episodes}
-        (self._staging / "dataset.json").write_text(json.dumps(document, indent=1) + "\n")
+        try:
+            page = to_json(document, 1, MAX_BYTES) + "\n"
+        except ValueError as error:
+            raise DataError(f"no dataset.json can be written ({error}): make several datasets of it") from None
+        (self._staging / "dataset.json").write_text(page)
         check_target(self.path, self._overwrite)  # somebody may have written there meanwhile
         self.path.parent.mkdir(parents=True, exist_ok=True)
         put_in_place(self._staging, self.path, self._overwrite)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.action_files import ActionTable, infer_space, read_actions
 from ahriuwu_cli.data.actions import ActionSpace
-from ahriuwu_cli.data.documents import read_json
+from ahriuwu_cli.data.documents import as_text, read_json
 from ahriuwu_cli.data.resize import area_resize, centre_crop
 from ahriuwu_cli.data.video import MAX_PIXELS, iter_video, video_fps
 from ahriuwu_cli.errors import DataError, UserError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 ACTION_SUFFIXES = (".csv", ".jsonl")
+DECLARED = "actions.json"
 MAX_EPISODE_BYTES = 8_000_000_000  # of one video's frames, which are all in memory before they are written
 SAME_RATE = 1e-3  # relative; 29.97 and 30 differ by exactly this
 
@@ -62,14 +63,14 @@ def plan_import(config: ImportConfig) -> ImportPlan:
     folder = config.folder
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give the folder that holds the videos")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    files = _files(folder)
     videos = tuple(p for p in files if p.suffix.lower() in VIDEO_SUFFIXES)
     if not videos:
         raise DataError(f"{folder} holds no video file ({', '.join(VIDEO_SUFFIXES)}): subfolders are not searched")
     tables = _tables(files, videos)
     notes: list[str] = []
-    declared = folder / "actions.json"
-    if declared.is_file():
+    declared = folder / DECLARED
+    if declared in files:
         space = ActionSpace.from_json(_read_json(declared), str(declared))
     else:
         space, found = infer_space(list(tables.values()))
@@ -103,7 +104,19 @@ def import_videos(plan: ImportPlan) -> Iterator[tuple[np.ndarray, np.ndarray | N
                     f"{len(frames) - 1} rows, row t for the step from frame t to frame t+1"
                 )
             plan.action_space.validate(actions, str(table.path))
-        yield frames, actions, video.name
+        yield frames, actions, as_text(video.name)
+
+
+def _files(folder: Path) -> list[Path]:
+    """What an import reads, by name. DataError where such a name is a folder, a pipe, a device or a link to nothing."""
+    names = (*VIDEO_SUFFIXES, *ACTION_SUFFIXES)
+    files = sorted(
+        p for p in folder.iterdir() if p.name == DECLARED or (p.suffix.lower() in names and not p.name.startswith("."))
+    )
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path} is no regular file: move it away, or put the file itself there")
+    return files
 
 
 def _tables(files: list[Path], videos: tuple[Path, ...]) -> dict[Path, ActionTable]:

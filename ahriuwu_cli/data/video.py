@@ -39,18 +39,20 @@ def iter_video(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[np.nd
     """Decode a video frame by frame, uint8 (h, w, 3), all of one size.
 
     Raises DataError when it is not one, is damaged, changes its size, or is larger than a limit: the decoder itself is
-    told the most pixels of a frame, whatever the file says of them.
+    told the most pixels of a frame, whatever the file says of them. Whether all of it came is known at its end.
     """
     import av
+
+    from ahriuwu_cli.data.whole_video import Clock, broken
 
     with _opened(Path(path)) as (container, stream):
         if stream.width * stream.height > max_pixels:
             raise DataError(f"{path} is {stream.width}x{stream.height}, above the limit of {max_pixels} pixels a frame")
         stream.codec_context.options = {"max_pixels": str(max_pixels)}
         stream.thread_type = "AUTO"
-        size, decoded = None, 0
+        size, decoded, clock = None, 0, Clock(container, stream)
         try:
-            for frame in container.decode(stream):
+            for frame in clock.frames(container, stream):
                 size = size or (frame.height, frame.width)
                 if size != (frame.height, frame.width):
                     raise DataError(
@@ -60,6 +62,8 @@ def iter_video(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[np.nd
                 if size[0] * size[1] > max_pixels or decoded > MAX_DECODED:
                     raise DataError(f"{path} has more than {MAX_DECODED:g} pixels in all: cut it, or make it smaller")
                 yield frame.to_ndarray(format="rgb24")
+            if fault := broken(Path(path)) or clock.fault():
+                raise DataError(f"{path} is damaged ({fault}): restore it, or convert what is left of it first")
         except av.error.FFmpegError as error:
             raise DataError(
                 f"{path} is damaged, no video, or has frames above {max_pixels} pixels: {error.strerror}; convert or "

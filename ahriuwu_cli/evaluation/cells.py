@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ahriuwu_cli.data.documents import document_hash, read_object
+from ahriuwu_cli.data.documents import MAX_RESULT, document_hash, read_object, to_json
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
@@ -140,14 +140,14 @@ def write_cell(path: Path, p: Prepared, result: dict[str, Any]) -> dict[str, Any
         "result": result,
     }
     document["checksum"] = document_hash(document)
-    write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_whole(path, to_json(document, 1, MAX_RESULT) + "\n")
     return document
 
 
 def read_cell(path: Path) -> dict[str, Any]:
     """A cell's document. DataError when it is damaged or was edited; FileNotFoundError when it is not there."""
     try:
-        document = read_object(path)
+        document = read_object(path, MAX_RESULT)
         if document.get("format") != FORMAT:
             raise ValueError(f"it is not of the format {FORMAT!r}")
         stated = document.pop("checksum", None)

@@ -6,6 +6,7 @@ the best cell at the last frame unless one is named, and every other cell is sho
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,9 +224,9 @@ def _labels(group: list[FinishedCell]) -> dict[str, str]:
     for c in group:
         told = ", ".join(f"{n} {flat[c.name].get(n)}" for n in varying)
         labels[c.name] = f"{c.checkpoint} ({told})" if told else c.checkpoint
-    shown = list(labels.values())
+    shown = Counter(labels.values())
     for c in group:
-        if shown.count(labels[c.name]) > 1:
+        if shown[labels[c.name]] > 1:
             labels[c.name] += f" weights {c.identity['checkpoint_hash'][:8]}"
     return labels
 

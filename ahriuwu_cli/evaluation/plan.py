@@ -18,10 +18,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ahriuwu_cli import ranges
 from ahriuwu_cli.data.documents import decode, parse_json, read_bytes
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 
 MAX_BYTES = 1_000_000
+MAX_CELLS = 10_000  # each is checked before the first is run, and is a file
 MAX_DOTS = 64  # of a line: names with thousands of parts would take hours to read
 GENERATION = ("steps", "sampler", "tau_ctx", "ctx_mode", "ctx_label")
 WINDOWS = ("split", "windows", "context", "horizon")  # of windows still to be drawn; a manifest has its own
@@ -30,6 +32,10 @@ _KINDS = {
     "steps": int, "sampler": str, "tau_ctx": float, "ctx_mode": str, "ctx_label": str,
     "split": str, "windows": int, "context": int, "horizon": int,
     "seed": int, "noise_seeds": int,
+}  # fmt: skip
+_RANGES = {
+    "steps": ranges.STEPS, "tau_ctx": ranges.TAU_CTX, "windows": ranges.WINDOWS, "context": ranges.CONTEXT,
+    "horizon": ranges.HORIZON, "seed": ranges.SEED, "noise_seeds": ranges.NOISE_SEEDS,
 }  # fmt: skip
 _WORDS = {str: "text", int: "a whole number", float: "a number"}
 _SUFFIXES = {".toml": "TOML", ".jsonl": "JSON lines", ".ndjson": "JSON lines"}
@@ -67,6 +73,8 @@ def read_plan(path: Path) -> list[Cell]:
     _check_keys(defaults, f"the defaults of {path.name}")
     if not entries:
         raise UserError(f"{path} has no cell: add one, {_example(path)}")
+    if len(entries) > MAX_CELLS:
+        raise UserError(f"{path} has {len(entries)} cells, more than {MAX_CELLS}: make several plans of it")
     seen: dict[Cell, str] = {}
     for where, entry in entries:
         _check_keys(entry, where)
@@ -103,7 +111,7 @@ def _from_toml(path: Path, text: str) -> tuple[dict[str, Any], list[tuple[str, d
             raise UserError(f"{path} has the unknown entry {name!r}: {did_you_mean(name, ('defaults', 'cell'))}")
     defaults, cells = document.get("defaults", {}), document.get("cell", [])
     if not isinstance(defaults, dict):
-        raise UserError(f"{path}: defaults is {defaults!r}, not a table: write [defaults]")
+        raise UserError(f"{path}: defaults is {_shown(defaults)}, not a table: write [defaults]")
     if not isinstance(cells, list) or not all(isinstance(c, dict) for c in cells):
         raise UserError(f"{path}: cell is not a list of tables: begin every cell with [[cell]]")
     return defaults, [(f"cell {i} of {path.name}", c) for i, c in enumerate(cells, 1)]
@@ -137,9 +145,30 @@ def _check_keys(entry: dict[str, Any], where: str) -> None:
         kind = _KINDS[name]
         allowed = (int, float) if kind is float else kind
         if not isinstance(value, allowed) or isinstance(value, bool) or value == "":
-            raise UserError(f"{where}: {name} is {value!r}, not {_WORDS[kind]}")
+            raise UserError(f"{where}: {name} is {_shown(value)}, not {_WORDS[kind]}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {name} is {value!r}, not a finite number")
+        if name in _RANGES:
+            _check_range(name, value, where)
+
+
+def _check_range(name: str, value: float, where: str) -> None:
+    """UserError where the option of the same name would refuse the value."""
+    low, high = _RANGES[name]
+    within, fits = f"{low} to {high}", low <= value <= high
+    if _KINDS[name] is float:  # tau
+        within, fits = f"[{low:g}, {high:g}), where 0 is clean and 1 is noise", low <= value < high
+    if not fits:
+        raise UserError(f"{where}: {name} {_shown(value)} is not in {within}")
+
+
+def _shown(value: Any) -> str:
+    """A value as a sentence quotes it; numbers with thousands of digits are not written out."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number with thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-10:]}"
 
 
 def _cell(folder: Path, settings: dict[str, Any], where: str) -> Cell:

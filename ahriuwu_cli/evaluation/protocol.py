@@ -14,7 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ahriuwu_cli.data.documents import read_object
+from ahriuwu_cli.data.documents import read_object, to_json
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.disk import write_whole
@@ -58,7 +58,7 @@ class WindowManifest:
     def save(self, path: Path) -> None:
         """Write as JSON: a temporary name first, then renamed."""
         document = {"format": FORMAT, **asdict(self), "hash": self.hash}
-        write_whole(path, json.dumps(document, indent=1) + "\n")
+        write_whole(path, to_json(document, 1) + "\n")
 
     @staticmethod
     def load(path: Path, store: EpisodeStore) -> WindowManifest:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ahriuwu_cli.data.documents import MAX_RESULT, to_json
 from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.printing import printable
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Strict JSON, a temporary name first."""
-    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_text(path, to_json(document, 1, MAX_RESULT) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

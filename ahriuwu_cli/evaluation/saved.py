@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ahriuwu_cli.data.documents import document_hash, parse_object, read_object
+from ahriuwu_cli.data.documents import document_hash, parse_object, read_object, to_json
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.tensors import checksum, read_arrays, read_header
 from ahriuwu_cli.disk import write_whole
@@ -60,7 +60,7 @@ def save_rollouts(
     """
     index = _index(world, store, config, generation, manifest)
     out.mkdir(parents=True, exist_ok=True)
-    if write_whole(out / INDEX, json.dumps(index, indent=1, allow_nan=False) + "\n", replace=False):
+    if write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False):
         manifest.save(out / "windows.json")
     elif _read_index(out)["identity"] != index["identity"]:
         raise UserError(f"{out} holds rollouts of other settings: choose another --out")
@@ -208,7 +208,7 @@ def _write_part(path: Path, made: Made) -> None:
 
     seconds = {name: [each.seconds for each in rollouts] for name, rollouts in made.rollouts.items()}
     tensors = {name: np.ascontiguousarray(value) for name, value in _tensors(made).items()}
-    told = json.dumps(seconds)
+    told = to_json(seconds)
     write_whole(path, save(tensors, {"format": FORMAT, "seconds": told, "checksum": checksum(tensors, [told])}))
 
 

@@ -7,7 +7,6 @@ belongs to the window, so the numbers are those of one process.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -109,11 +108,12 @@ def write_part(path: Path, measured: Measured, identity: dict[str, Any]) -> None
     """The tables of some windows (float64) with the settings that they were measured with."""
     from safetensors.numpy import save
 
+    from ahriuwu_cli.data.documents import to_json
     from ahriuwu_cli.data.tensors import checksum
 
     tensors = {f"{who}/{name}": values for who, table in measured.tables.items() for name, values in table.items()}
     facts = {"not_finite": measured.not_finite, "frames": measured.frames, "seconds": measured.seconds}
-    metadata = {"format": FORMAT, "identity": json.dumps(identity), "facts": json.dumps(facts)}
+    metadata = {"format": FORMAT, "identity": to_json(identity), "facts": to_json(facts)}
     metadata["checksum"] = checksum(tensors, [metadata["identity"], metadata["facts"]])
     write_whole(path, save(tensors, metadata))
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ahriuwu_cli import __version__
-from ahriuwu_cli.data.documents import parse_object, read_object
+from ahriuwu_cli.data.documents import parse_object, read_object, to_json
 from ahriuwu_cli.data.tensors import checksum, read_arrays
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError
@@ -73,7 +73,7 @@ def write_cell(folder: Path, about: dict[str, Any], scores: CellScores) -> None:
     tensors = {key: np.ascontiguousarray(v, np.float64) for key, v in tensors.items()}
     tensors["clip"] = np.ascontiguousarray(scores.clip)
     facts = {"seconds": scores.seconds, "wall": scores.wall, "not_finite": scores.not_finite}
-    metadata = {"format": FORMAT, "identity": json.dumps(about, sort_keys=True), "facts": json.dumps(facts)}
+    metadata = {"format": FORMAT, "identity": to_json(about), "facts": to_json(facts)}
     metadata["checksum"] = checksum(tensors, [metadata["identity"], metadata["facts"]])
     write_whole(cell_file(folder, about), save(tensors, metadata))
 
@@ -128,7 +128,7 @@ def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: 
 
 def note_asked(out: Path, asked: dict[str, Any]) -> None:
     """Remember beside the cells what was asked for, so that the same command can go on."""
-    write_whole(out / FOLDER / ASKED, json.dumps(asked, indent=1) + "\n")
+    write_whole(out / FOLDER / ASKED, to_json(asked, 1) + "\n")
 
 
 def put_aside(folder: Path, about: dict[str, Any]) -> Path | None:

@@ -12,7 +12,6 @@ tensor is an error, never a default. Sizes are compared before memory is taken, 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from ahriuwu_cli.data import tensors as tensors_
 from ahriuwu_cli.data.actions import ActionSpace
-from ahriuwu_cli.data.documents import document_hash, read_object
+from ahriuwu_cli.data.documents import document_hash, read_object, to_json
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.disk import file_hash, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
@@ -241,7 +240,7 @@ def write_tau_ctx(folder: Path, tau_ctx: float, evidence: dict) -> None:
     if document["format"] != UNSEALED:
         _check_seal(folder, before)
         document = seal(document)
-    write_whole(folder / "config.json", json.dumps(document, indent=1, allow_nan=False))
+    write_whole(folder / "config.json", to_json(document, 1))
 
 
 def _tokenizer_document(tokenizer: Tokenizer, facts: dict) -> dict:
@@ -258,7 +257,7 @@ def _write_module(folder: Path, module: nn.Module, document: dict) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": FORMAT, "tau_convention": tau_.CONVENTION})
     document = seal(document | {"weights_sha256": file_hash(folder / "model.safetensors")})
-    (folder / "config.json").write_text(json.dumps(document, indent=1))
+    (folder / "config.json").write_text(to_json(document, 1))
 
 
 def _check_seal(folder: Path, document: dict) -> None:

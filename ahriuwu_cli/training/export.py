@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from ahriuwu_cli.data.documents import read_object
+from ahriuwu_cli.data.documents import MAX_RESULT, as_text, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.windows import draw_windows
+from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.metrics import gradient_energy
 from ahriuwu_cli.evaluation.report import in_markdown
@@ -63,7 +64,7 @@ def export(
     save_world(slim, out)
     if windows:
         _write_prompts(out / PROMPT, prompts, windows, frames)
-    (out / CARD).write_text(card(out.name, world, weights, scores, notes))
+    write_whole(out / CARD, card(as_text(out.absolute().name), world, weights, scores, notes))
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     again = load_world(out, "cpu")
     after = again.dynamics.state_dict()
@@ -137,7 +138,7 @@ def _table(scores: dict[str, Any]) -> list[str]:
 def _scores(folder: Path) -> dict[str, Any]:
     file = folder / "eval.json" if folder.is_dir() else folder
     try:
-        scores = read_object(file)
+        scores = read_object(file, MAX_RESULT)
         if scores["kind"] != "eval" or scores["status"] != "ok":
             raise ValueError("it is not the result of an evaluation that went well")
         _table(scores)

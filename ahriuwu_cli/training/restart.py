@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 
+from ahriuwu_cli.data.documents import as_text
 from ahriuwu_cli.training.signals import StopRequest
 
 ECHO = 5.0  # seconds in which torchrun may pass on a signal that its processes already got
@@ -17,14 +18,14 @@ _OF_THIS_TIME = ("--resume", "--overwrite")  # how a run is begun; not what is a
 
 def stoppable() -> StopRequest:
     """What a training command does its work in, from its first import on: a signal ends it with the command to type."""
-    typed = f"{launcher()} {shlex.join(sys.argv[1:])}"
+    typed = as_text(f"{launcher()} {shlex.join(sys.argv[1:])}")
     speaks = os.environ.get("RANK", "0") == "0"  # of a launcher's processes
     return StopRequest(ECHO if _several() else 0.0, f"nothing of this is lost, start again with: {typed}", speaks)
 
 
 def command_line() -> str:
     """This program's command line without --resume and --overwrite."""
-    return f"{launcher()} {shlex.join(a for a in sys.argv[1:] if a not in _OF_THIS_TIME)}"
+    return as_text(f"{launcher()} {shlex.join(a for a in sys.argv[1:] if a not in _OF_THIS_TIME)}")
 
 
 def launcher() -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli import __version__
-from ahriuwu_cli.data.documents import parse_object, read_object
+from ahriuwu_cli.data.documents import parse_object, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, write_whole
 from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
 from ahriuwu_cli.folders import check_folder
@@ -109,7 +109,7 @@ class RunFolder:
         """Append one line to metrics.jsonl; NaN never gets in."""
         if self.writes:
             with self.writing(), open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.write(to_json(line) + "\n")
         return line
 
     def save_state(self, step: int, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ class RunFolder:
             if path.name != LOCK:
                 discard(path)
         document = {**self.asked, "command": self.command, "versions": versions(), **more}
-        write_whole(self.folder / "run.json", json.dumps(document, indent=1) + "\n")
+        write_whole(self.folder / "run.json", to_json(document, 1) + "\n")
 
     def _cut_log(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that come after `step`, and one that a kill cut short."""
@@ -252,10 +252,10 @@ def _revision() -> str | None:
     """None where the code is no checkout, or where there is no git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        git = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        git = subprocess.run(command, capture_output=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return git.stdout.strip() or None
+    return git.stdout.decode("ascii", "replace").strip() or None
 
 
 def _content(folder: Path) -> list[str]:

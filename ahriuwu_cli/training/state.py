@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ahriuwu_cli.data.documents import parse_object, read_json
+from ahriuwu_cli.data.documents import parse_object, read_json, to_json
 from ahriuwu_cli.data.tensors import read_tensors
 from ahriuwu_cli.disk import file_hash, sync
 from ahriuwu_cli.errors import CheckpointError, DataError
@@ -35,7 +35,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], document: dict[str, 
     (NaN and infinity are not: say None), OSError when the disk is full. Other files of the folder are left alone.
     """
 
-    text = json.dumps(document, allow_nan=False)
+    text = to_json(document, most=MAX_BYTES)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "state.safetensors.partial"
     write_tensors(partial, {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
@@ -50,7 +50,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], document: dict[str, 
         "document": document,
     }
     partial = folder / (DOCUMENT + ".partial")
-    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    partial.write_text(to_json(facts, 1, MAX_BYTES) + "\n")
     sync(partial)
     partial.rename(folder / DOCUMENT)
     sync(folder)

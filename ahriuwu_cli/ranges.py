@@ -1,0 +1,12 @@
+"""What settings of an evaluation may be, the same on the command line and in a plan: (lowest, highest), both included.
+
+Nothing is imported here, so that the command line and the plan's reader can both ask.
+"""
+
+STEPS = (1, 65536)  # K, model passes a frame
+WINDOWS = (1, 50_000)  # a result keeps a row for each: more would make it larger than anything of ours reads again
+CONTEXT = (1, 10_000)
+HORIZON = (1, 100_000)
+NOISE_SEEDS = (1, 1024)
+SEED = (0, 2**63 - 1)
+TAU_CTX = (0.0, 1.0)  # without its upper end, where nothing of the context is left

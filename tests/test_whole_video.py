@@ -1,0 +1,118 @@
+"""A video that was cut or damaged is refused, whatever its container; sound ones of every kind pass."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from ahriuwu_cli.data.importer import ImportConfig, import_videos, plan_import
+from ahriuwu_cli.data.video import iter_video, write_gif, write_mp4
+from ahriuwu_cli.errors import DataError
+
+FRAMES = 40
+CODECS = {"mkv": "libx264", "mov": "libx264", "mp4": "libx264", "avi": "libx264", "webm": "libvpx"}
+STEADY = [100 * i for i in range(FRAMES)]  # ms
+UNEVEN = list(np.cumsum(np.random.default_rng(1).integers(20, 400, FRAMES)))
+PAUSED = [t + 5000 * (i >= 20) for i, t in enumerate(STEADY)]
+LATE = [t + 3000 for t in STEADY]
+
+
+def noisy() -> np.ndarray:
+    """A bar that moves over noise: a few kilobytes a frame, so that a cut or a hole hits many frames."""
+    frames = np.random.default_rng(0).integers(0, 60, (FRAMES, 64, 64, 3)).astype(np.uint8)
+    for t in range(FRAMES):
+        frames[t, :, 2 * t % 60 : 2 * t % 60 + 4] = 220
+    return frames
+
+
+def film(path, codec, times=None, sound=0, **options) -> None:
+    """The noisy frames by PyAV, ten a second or at their times in ms; sound: seconds of silence beside them."""
+    with av.open(str(path), "w", options=options) as out:
+        stream = out.add_stream(codec, rate=10)
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        voice = out.add_stream("libopus", rate=48_000) if sound else None
+        for i, picture in enumerate(noisy()):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+            if times:
+                frame.pts, frame.time_base = int(times[i]), Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+        if voice:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 48_000 * sound), np.int16), format="s16", layout="mono")
+            silence.sample_rate, silence.pts = 48_000, 0
+            rates = {"rate": 48_000, "frame_size": voice.codec_context.frame_size}
+            change = av.AudioResampler(format=voice.codec_context.format, layout=voice.codec_context.layout, **rates)
+            for piece in [*change.resample(silence), *change.resample(None)]:
+                out.mux(voice.encode(piece))
+            out.mux(voice.encode(None))
+
+
+def count(path) -> int:
+    return sum(1 for _ in iter_video(path))
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_sound_videos_pass_with_all_their_frames(tmp_path, kind):
+    for name, times in {"plain": None, "uneven": UNEVEN, "paused": PAUSED, "late": LATE}.items():
+        film(tmp_path / f"{name}.{kind}", CODECS[kind], times)
+        assert count(tmp_path / f"{name}.{kind}") == FRAMES, name
+
+
+def test_sound_that_is_longer_or_shorter_than_its_pictures_is_no_damage(tmp_path):
+    for seconds in (1, 9):
+        for name, codec in (("a.webm", "libvpx-vp9"), ("a.mkv", "libx264"), ("a.mp4", "libx264")):
+            film(tmp_path / name, codec, sound=seconds)
+            assert count(tmp_path / name) == FRAMES, (name, seconds)
+
+
+def test_our_own_videos_and_live_ones_pass(tmp_path):
+    write_mp4(tmp_path / "own.mp4", noisy(), 30000 / 1001)
+    write_gif(tmp_path / "own.gif", noisy(), 10)
+    film(tmp_path / "live.mkv", "libx264", live="1")  # states no lengths
+    film(tmp_path / "live.mp4", "libx264", movflags="frag_keyframe+empty_moov")
+    for name in ("own.mp4", "own.gif", "live.mkv", "live.mp4"):
+        assert count(tmp_path / name) == FRAMES, name
+
+
+def damaged(path):
+    """The file cut to two thirds, with 3,000 zeros in its middle, and without them."""
+    whole = path.read_bytes()
+    middle, hole = len(whole) // 2, min(3000, len(whole) // 4)
+    yield "cut", whole[: len(whole) * 2 // 3]
+    yield "zeros", whole[:middle] + bytes(hole) + whole[middle + hole :]
+    yield "hole", whole[:middle] + whole[middle + hole :]
+
+
+@pytest.mark.parametrize("kind", [*CODECS, "gif", "own.mp4"])
+def test_a_video_that_was_cut_or_has_a_hole_is_refused(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "gif":
+        write_gif(path, noisy(), 10)
+    elif kind == "own.mp4":
+        write_mp4(path, noisy(), 10)
+    else:
+        film(path, CODECS[kind])
+    for name, content in damaged(path):
+        path.write_bytes(content)
+        with pytest.raises(DataError):
+            print(name, count(path), "frames were accepted")
+
+
+def test_import_refuses_a_short_video_in_one_sentence(tmp_path):
+    film(tmp_path / "a.mkv", "libvpx")
+    whole = (tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(DataError, match=r"a\.mkv is damaged \(it .*\): restore it"):
+        list(import_videos(plan_import(ImportConfig(tmp_path))))
+
+
+def test_a_prompt_of_the_first_frames_may_come_from_a_video_that_was_cut(tmp_path):
+    film(tmp_path / "a.mkv", "libvpx")
+    whole = (tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(whole[: len(whole) * 2 // 3])
+    frames = iter_video(tmp_path / "a.mkv")
+    assert [next(frames).shape for _ in range(8)] == [(64, 64, 3)] * 8
