@@ -88,11 +88,11 @@ def test_it_overfits_a_tiny_clip_and_its_latents_have_unit_spread(tmp_path):
     tiny = small_dataset(tmp_path / "data", episodes=1, frames=4)
     architecture = dataclasses.replace(TINY, latent_dim=16, mask_max=0.0)
     config = TokenizerTrainConfig(
-        architecture=architecture, steps=150, batch=2, frames=4, lr=1e-2, warmup=10, clip=10.0, log_every=1
-    )
+        architecture=architecture, steps=150, batch=2, frames=4, lr=1e-2, warmup=10, clip=10.0, log_every=1, seed=2
+    )  # one seed of eight stays on a plateau at a twentieth for so long, whatever the optimiser (docs/log.md)
     tokenizer = train_transformer_tokenizer(tiny, config, tmp_path / "run")
     lines = metrics(tmp_path / "run")
-    assert lines[-1]["mse"] < lines[0]["mse"] / 30
+    assert lines[-1]["mse"] < lines[0]["mse"] / 1000
     frames = torch.from_numpy(tiny.frames("000000"))[None]
     latents = tokenizer.encode(frames)
     assert not tokenizer.training
