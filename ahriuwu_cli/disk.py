@@ -76,8 +76,12 @@ def random_digits() -> int:
 
 def call_it(error: OSError, path: Path, hidden: Path) -> None:
     """Let an error name `path` where it names what is hidden below `hidden`, or a disk refused without any name."""
-    named = "" if error.filename is None else os.fsdecode(error.filename)
-    if f"{named}{os.sep}".startswith(f"{hidden}{os.sep}") or (not named and error.errno in REFUSALS):
+    if error.filename is None:
+        inside = error.errno in REFUSALS
+    else:
+        named = os.path.abspath(os.fsdecode(error.filename))
+        inside = f"{named}{os.sep}".startswith(f"{os.path.abspath(hidden)}{os.sep}")
+    if inside:
         error.filename = str(path)
 
 

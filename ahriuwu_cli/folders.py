@@ -202,8 +202,6 @@ def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iter
     empty is removed. A file system without locks is said.
     """
     made = [p for p in (out, *out.parents) if not p.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    held = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
 
     def leave() -> None:
         for folder in made:
@@ -212,18 +210,19 @@ def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iter
             except OSError:
                 break
 
-    try:
+    with ExitStack() as stack:
+        stack.callback(leave)
+        stack.enter_context(undoing(leave))
+        out.mkdir(parents=True, exist_ok=True)
+        held = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, held)
         try:
             if not lock(held, absent=NO_FOLDER_LOCKS):
                 announce(f"{out} has no file locks: see to it that no other process writes there")
         except BlockingIOError:
             raise UserError(f"another process is writing to {out}: choose another --out, or wait for it") from None
         check_folder(out, overwrite)
-        with undoing(leave):
-            yield
-    finally:
-        leave()
-        os.close(held)
+        yield
 
 
 def _tried(read: Callable[[], T]) -> Callable[[], T]:
