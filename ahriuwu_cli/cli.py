@@ -11,6 +11,7 @@ import typer
 from typer.main import get_command
 
 from ahriuwu_cli import __version__
+from ahriuwu_cli.commands.guard import guarded
 from ahriuwu_cli.commands.values import check_words
 from ahriuwu_cli.disk import REFUSALS, refusal, visible
 from ahriuwu_cli.errors import UserError, did_you_mean
@@ -86,7 +87,7 @@ def _run(arguments: list[str], debug: bool) -> object:
 def _outcome(arguments: list[str], debug: bool) -> object:
     try:
         check_words(arguments)
-        code = get_command(app).main(args=arguments, prog_name="ahriuwu", standalone_mode=False)
+        code = guarded(get_command(app)).main(args=arguments, prog_name="ahriuwu", standalone_mode=False)
         if code == INTERRUPTED:  # Typer's answer to a KeyboardInterrupt, which is raised within another program alone
             _complain("interrupted")
         return code

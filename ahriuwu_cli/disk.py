@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,8 +102,11 @@ def refusal(error: OSError, place: str) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """The sha256 of a file, streamed. OSError."""
-    with open(path, "rb") as stream:
+    """The sha256 of a regular file, streamed. OSError, also for a pipe or a device, which would never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -136,7 +140,15 @@ def discard(path: Path) -> None:
     if not path.name.startswith("."):
         hidden = path.with_name(f".{path.name}.{os.getpid()}.old")
         os.rename(path, hidden)
-    shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+    remove(hidden)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link, whatever it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def mend(folder: Path, names: tuple[str, ...]) -> None:
@@ -144,7 +156,8 @@ def mend(folder: Path, names: tuple[str, ...]) -> None:
     for name in names:
         if not (folder / name).exists():
             for old in folder.glob(f".{name}.*.old"):
-                os.rename(old, folder / name)
-                break
+                if not old.is_symlink():  # nothing that we made
+                    os.rename(old, folder / name)
+                    break
         for left in [*folder.glob(f".{name}.*.tmp"), *folder.glob(f".{name}.*.old")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove(left)

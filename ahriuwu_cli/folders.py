@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -22,12 +22,18 @@ from ahriuwu_cli.stopping import unbroken, undoing
 
 NO_FOLDER_LOCKS = NO_LOCKS | {errno.EBADF}  # some disks lock files alone
 PATIENCE, PAUSE = 10.0, 0.001  # seconds: how long a reader waits for a folder that is being replaced, between looks
+PARTS = ("episodes", "latents", "best", "last", "tokenizer", "state", "prompts", "rollouts", "cells")  # of our folders
+KINDS = {"dataset.json": "dataset", "config.json": "checkpoint", "run.json": "run"}  # by what lies in them
 MISSING = 3  # looks by which a folder that is not there, with no old one beside it, counts as missing
 T = TypeVar("T")
 
 
-def check_folder(out: Path, overwrite: bool) -> None:
-    """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite."""
+def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
+    """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite.
+
+    holds: "results" of looking at a world, which never take the place of a dataset, a checkpoint or a run, or lie among
+    its files; anything else that is written may replace its own kind.
+    """
     try:
         near = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
     except OSError as error:
@@ -36,8 +42,27 @@ def check_folder(out: Path, overwrite: bool) -> None:
         raise UserError(f"{near} is a file: choose a folder for --out")
     if not os.access(near, os.W_OK | os.X_OK):
         raise UserError(f"{near} cannot be written to: choose another --out")
+    kind = next((kind for name, kind in KINDS.items() if os.path.lexists(out / name)), None)
+    if kind and holds == "results":
+        raise UserError(f"{out} holds a {kind}: choose another --out")
     if near == out and not overwrite and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
+
+
+def keep_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """UserError when replacing `out` would take away what is read, or the folder that the user stands in.
+
+    Results may lie inside of what is read (`runs/mine/eval`), but not where it keeps its own parts.
+    """
+    target = out.resolve()
+    for read in inputs:
+        source = read.resolve()
+        own = target.is_relative_to(source) and target != source and target.relative_to(source).parts[0] in PARTS
+        if source.is_relative_to(target) or own:
+            raise UserError(f"--overwrite would replace {read}, which is read: choose another --out than {out}")
+    for place, what in ((Path.cwd(), "the current folder"), (Path.home(), "the home folder")):
+        if place.resolve().is_relative_to(target):
+            raise UserError(f"--overwrite would replace {what} ({out}): choose another --out")
 
 
 class replacing:

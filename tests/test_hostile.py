@@ -28,6 +28,7 @@ from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.data.pack_check import check_packs
 from ahriuwu_cli.data.tensors import read_tensors
 from ahriuwu_cli.data.video import iter_video, write_gif, write_mp4
+from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import CheckpointError, DataError
 from ahriuwu_cli.evaluation.merge import read_cells
 from ahriuwu_cli.evaluation.report import as_csv, in_markdown
@@ -39,6 +40,7 @@ from ahriuwu_cli.printing import one_sentence, printable
 from ahriuwu_cli.training import checkpoint
 from ahriuwu_cli.training.checkpoint import load_world, save_world
 from ahriuwu_cli.training.describe import describe_checkpoint
+from ahriuwu_cli.training.state import load_state, save_state
 
 PACKAGE = Path(ahriuwu_cli.__file__).parent
 SCRIPTS = PACKAGE.parent / "scripts"
@@ -435,6 +437,24 @@ def test_an_image_is_looked_at_before_it_is_decoded(tmp_path, folder, kind, caps
     assert end.value.code == 3
     assert said.count("\n") == 1
     assert "a.png" in said
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_hash_is_made_of_a_regular_file_alone(tmp_path, kind):
+    path = tmp_path / "weights"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="is no regular file"):
+        file_hash(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_state_whose_tensors_are_a_pipe_or_a_device_is_damaged_and_nothing_waits_for_it(tmp_path, kind):
+    save_state(tmp_path / "state", {"a": torch.ones(2)}, {"step": 1})
+    (tensors,) = (tmp_path / "state").glob("state-*")
+    tensors.unlink()
+    os.mkfifo(tensors) if kind == "pipe" else tensors.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="is no regular file"):
+        load_state(tmp_path / "state")
 
 
 def test_no_escape_sequence_of_a_file_reaches_the_terminal(tmp_path, capsys):

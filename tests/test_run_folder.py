@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from small import small_dataset
 
 from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
 from ahriuwu_cli.training.clock import TrainingClock
-from ahriuwu_cli.training.run_folder import RunFolder, goes_on
+from ahriuwu_cli.training.run_folder import RunFolder, _revision, goes_on, versions
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.states import States
 
@@ -281,3 +282,74 @@ def test_a_time_budget_decides_its_steps_once_and_a_kill_cannot_undo_it(tmp_path
     assert resumed.step == 10
     for name, tensor in whole.average.state_dict().items():
         assert torch.equal(tensor, resumed.average.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
+def test_a_lock_that_no_run_made_is_neither_followed_nor_waited_for(tmp_path, kind):
+    run = begun(tmp_path / "run", 3)
+    lock, precious = tmp_path / "run" / ".lock", tmp_path / "precious"
+    lock.unlink()
+    if kind == "link":
+        precious.write_text("precious")
+    if kind in ("link", "dangling"):
+        lock.symlink_to(precious)
+    else:
+        os.mkfifo(lock) if kind == "pipe" else lock.mkdir()
+    for ask in (lambda: goes_on(tmp_path / "run", ASKED, FREE, False, False), lambda: run.go_on(print)):
+        with pytest.raises(CheckpointError, match="is no file that a run made"):
+            ask()
+    assert not precious.exists() or precious.read_text() == "precious"
+
+
+def test_a_run_whose_folder_went_away_ends_with_a_sentence_and_makes_no_other(tmp_path):
+    run = begun(tmp_path / "run", 3)
+    run.go_on(print)
+    shutil.rmtree(tmp_path / "run")
+    for write in (lambda: run.log({"step": 4}), lambda: run.save_state(4, {}, {"step": 4, "total": 9})):
+        with pytest.raises(TrainingError, match="was removed or replaced while this run was writing there"):
+            write()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_leaves_nothing_in_the_folder_that_another_run_has_made_anew(tmp_path, monkeypatch):
+    first = begun(tmp_path / "run", 3)
+    first.go_on(print)
+    save = States.save
+
+    def slow_save(states, *given):
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "run")
+        begun(tmp_path / "run", 1)
+        return save(states, *given)
+
+    monkeypatch.setattr(States, "save", slow_save)
+    with pytest.raises(TrainingError, match="was removed or replaced"):
+        first.save_state(5, {"a": torch.zeros(2)}, {"step": 5, "total": 9})
+    second = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2)
+    _, tensors, document = second.go_on(print)
+    assert document["step"] == 1
+    assert torch.equal(tensors["a"], torch.ones(2))
+    second.release()
+
+
+def test_what_lies_under_a_hidden_name_is_cleared_away_whatever_it_is_and_a_link_is_never_followed(tmp_path):
+    run = begun(tmp_path / "run", 3)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    (tmp_path / "run" / "state" / ".step-file").touch()
+    (tmp_path / "run" / "state" / ".step-link").symlink_to(precious)
+    (tmp_path / "run" / ".best.12.tmp").symlink_to(precious)
+    (tmp_path / "run" / ".last.12.old").symlink_to(precious)
+    assert run.go_on(print)[2]["step"] == 3
+    run.release()
+    assert (precious / "file").exists()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl", "run.json", "state"]
+    assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-00000003"]
+
+
+def test_a_machine_without_git_trains_all_the_same(monkeypatch):
+    _revision.cache_clear()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert versions()["git"] is None
+    _revision.cache_clear()

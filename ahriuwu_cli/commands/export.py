@@ -52,7 +52,7 @@ def export(
 
     if prompts is None:
         options.only_for(ctx, "is about the prompts that --prompts takes", "clips", "frames", "split", "pick", "seed")
-    check_folder(out, overwrite)
+    check_folder(out, overwrite, holds="world")
     try:
         words = notes.read_text() if notes else ""
     except (OSError, UnicodeDecodeError) as error:

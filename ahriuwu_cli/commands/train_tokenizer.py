@@ -104,7 +104,7 @@ def _linear(
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.checkpoint import pick_device
 
-    check_folder(out, overwrite)
+    check_folder(out, overwrite, holds="tokenizer")
     pick_device(device)
     store = EpisodeStore.open(dataset)
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:

@@ -70,7 +70,8 @@ def run_plan(
     before the first rollout; errors name the cell. UserError, DataError or CheckpointError.
     """
     folder = out / FOLDER
-    check_folder(folder, overwrite=True)
+    for each in (out, folder):
+        check_folder(each, overwrite=True)
     files = _Files(shards.choose_device(device, split))
     mine = [prepare_cell(files, cells[i], batch) for i in split.of_cells(len(cells))]
     first: dict[str, Cell] = {}

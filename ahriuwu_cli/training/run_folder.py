@@ -17,6 +17,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,7 +30,7 @@ from ahriuwu_cli.disk import FULL, discard, mend, sync, write_whole
 from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
 from ahriuwu_cli.folders import check_folder
 from ahriuwu_cli.training.finite import check_finite
-from ahriuwu_cli.training.lock import LOCK, refuse_alive, take
+from ahriuwu_cli.training.lock import LOCK, refuse_alive, still_held, take
 from ahriuwu_cli.training.states import States
 
 WRITTEN = ("run.json", "metrics.jsonl", "best", "last", "tokenizer", "state")  # under hidden names first
@@ -117,20 +118,42 @@ class RunFolder:
         with self.writing():
             if (self.folder / "metrics.jsonl").exists():
                 sync(self.folder / "metrics.jsonl")
-            self.states.save(step, tensors, document)
+            saved = self.states.save(step, tensors, document)
+            if not self._is_ours():  # it became another run's folder while this was written
+                discard(saved)
 
     @contextmanager
     def writing(self, otherwise: str | None = None) -> Iterator[None]:
-        """Writing that fails in here is a TrainingError in a sentence: the disk is full, the folder is read-only."""
+        """Writing that fails in here is a TrainingError in a sentence: the disk is full, the folder is read-only.
+
+        So it is where the folder was removed under the run, or made anew by another one: nothing is written there.
+        """
+        self._check_ours()
         try:
             yield
         except OSError as error:
+            self._check_ours()
             remedy = "make room" if error.errno in FULL else "make it writable or choose another --out"
-            newest = self.states.newest()
-            stands = f"the last good state is {newest}, go on with: {self.again}" if newest else "no state is saved yet"
             raise TrainingError(
-                f"cannot write {error.filename or self.folder} ({error.strerror}): {remedy}; {otherwise or stands}"
+                f"cannot write {error.filename or self.folder} ({error.strerror}): {remedy}; "
+                f"{otherwise or self.where_it_stands()}"
             ) from error
+        self._check_ours()
+
+    def where_it_stands(self) -> str:
+        """What is saved, and how to go on from there, for the end of a sentence."""
+        newest = self.states.newest()
+        return f"the last good state is {newest}, go on with: {self.again}" if newest else "no state is saved yet"
+
+    def _is_ours(self) -> bool:
+        return self._lock is None or still_held(self.folder, self._lock)
+
+    def _check_ours(self) -> None:
+        if not self._is_ours():
+            raise TrainingError(
+                f"{self.folder} was removed or replaced while this run was writing there, so it ended: "
+                "start it again with another --out"
+            )
 
     def release(self) -> None:
         """Let other runs into the folder."""
@@ -169,7 +192,7 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
     """
     if resume and overwrite:
         raise UserError("give --resume to go on or --overwrite to start over, not both")
-    check_folder(folder, overwrite=True)
+    check_folder(folder, overwrite=True, holds="run")
     refuse_alive(folder)
     content = _content(folder)
     if overwrite or not content:
@@ -216,15 +239,23 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def versions() -> dict:
     """What this ran with: ahriuwu, torch, Python, and the git revision of the code where it is a checkout."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "ahriuwu": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "git": git.stdout.strip() or None,
+        "git": _revision(),
     }
+
+
+@cache
+def _revision() -> str | None:
+    """None where the code is no checkout, or where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return git.stdout.strip() or None
 
 
 def _content(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ahriuwu_cli.disk import discard, exchange, sync
+from ahriuwu_cli.disk import discard, exchange, remove, sync
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.training.state import load_state, read_document, save_state
 
@@ -29,7 +29,7 @@ class States:
         found = self._found()
         return found[-1] if found else None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> Path:
         """Write the state of a step, then drop the oldest. OSError leaves the states before it and no trace of this."""
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
@@ -48,6 +48,7 @@ class States:
             shutil.rmtree(partial, ignore_errors=True)
         for old in self._found()[: -self.keep]:
             discard(old)
+        return target
 
     def glance(self) -> dict[str, Any] | None:
         """The document of the newest state without its tensors; None when there is none, or a damaged one."""
@@ -91,7 +92,7 @@ class States:
     def clean(self) -> None:
         """Remove what killed saves left. Only for who holds the run's lock."""
         for left in self.folder.glob(".step-*"):
-            shutil.rmtree(left)
+            remove(left)
 
     def _found(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))

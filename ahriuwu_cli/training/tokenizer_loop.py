@@ -63,6 +63,8 @@ def train_transformer_tokenizer(
         _train(trainer, stop, progress)
         stop.end_at_once(f"all {trainer.step} steps are done and saved, the tokenizer comes of: {trainer.run.again}")
         trainer.scale_latents()
+    except DataError as error:
+        raise DataError(f"{error}; {trainer.run.where_it_stands()}") from error
     finally:
         trainer.run.release()
     return trainer.model.eval()

@@ -1,0 +1,38 @@
+"""What no command may do: `--overwrite` a folder that it reads, or the one that the user stands in."""
+
+from __future__ import annotations
+
+import functools
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ahriuwu_cli.folders import keep_apart
+
+
+def guarded(command: Any) -> Any:
+    """A command tree of typer in which every command that has --overwrite looks at its paths first, once."""
+    for below in getattr(command, "commands", {}).values():
+        guarded(below)
+    has_overwrite = any(p.name == "overwrite" for p in command.params)
+    if command.callback is not None and has_overwrite and not hasattr(command.callback, "guarded"):
+        command.callback = _guard(command.callback)
+    return command
+
+
+def _guard(callback: Callable[..., Any]) -> Callable[..., Any]:
+    names = [name for name, kind in typing.get_type_hints(callback).items() if kind is Path and name != "out"]
+
+    @functools.wraps(callback)
+    def checked(**given: Any) -> Any:
+        _look(given, names)
+        return callback(**given)
+
+    checked.guarded = True
+    return checked
+
+
+def _look(given: Mapping[str, Any], names: list[str]) -> None:
+    if given.get("overwrite") and given.get("out") is not None:
+        keep_apart(given["out"], [given[name] for name in names if given.get(name) is not None])

@@ -1,0 +1,115 @@
+"""--overwrite replaces results, and never what a command reads or the folder that the user stands in."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from small import small_dataset, small_world
+from typer.main import get_command
+
+from ahriuwu_cli import cli
+from ahriuwu_cli.commands.guard import guarded
+from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.folders import keep_apart
+from ahriuwu_cli.training.checkpoint import save_tokenizer, save_world
+
+TRAIN = "--steps 1 --batch 1 --frames 2 --preview-windows 1 --device cpu"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    small_dataset(tmp_path / "data", episodes=4)
+    save_world(small_world(), tmp_path / "world")
+    save_tokenizer(small_world().tokenizer, tmp_path / "tok", {})
+    (tmp_path / "videos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"train dynamics data --tokenizer tok --out data {TRAIN}",
+        f"train dynamics data --tokenizer tok --out tok {TRAIN}",
+        f"train dynamics data --tokenizer tok --out . {TRAIN}",
+        f"train dynamics data --tokenizer tok --init-from world --out world {TRAIN}",
+        f"train dynamics data --tokenizer tok --out data/episodes {TRAIN}",
+        "train tokenizer data --patch 8 --latent-dim 6 --out data",
+        "train tokenizer data --kind transformer --steps 1 --out data/latents",
+        "rollout world data --out world",
+        "rollout world data --out data",
+        "rollout world data --out link",
+        "export world --out world",
+        "export world --prompts data --out data",
+        "eval world data --out data",
+        "eval world data --out ..",
+        "eval score rollouts data --out rollouts",
+        "sweep-tau world data --out world",
+        "import videos --out videos",
+        "record doom:basic --out .",
+    ],
+)
+def test_what_is_read_is_never_replaced(place, words, capsys):
+    os.symlink("data", "link")
+    shutil.copytree("world", "rollouts")
+    before = contents(place)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), "--overwrite"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2, said
+    assert "--overwrite would replace" in said
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "rollout world data --out other --overwrite",
+        "eval world data --out other --overwrite --windows 2 --context 3 --horizon 4",
+        "eval generate world data --out other --windows 2 --context 3 --horizon 4",
+        "eval plan plan.toml --out other",
+        "sweep-tau world data --out other --overwrite --windows 2 --context 3 --horizon 4",
+    ],
+)
+@pytest.mark.parametrize("kind", ["dataset", "checkpoint", "run"])
+def test_results_never_lie_among_the_files_of_another_kind(place, words, kind, capsys):
+    (place / "plan.toml").write_text('[defaults]\ndataset = "data"\n[[cell]]\ncheckpoint = "world"\n')
+    if kind == "run":
+        (place / "other").mkdir()
+        (place / "other" / "run.json").write_text("{}")
+    else:
+        shutil.copytree("data" if kind == "dataset" else "world", "other")
+    before = contents(place)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words.split())
+    assert stop.value.code == 2
+    assert f"other holds a {kind}: choose another --out" in capsys.readouterr().err
+    assert contents(place) == before
+
+
+def test_results_may_lie_inside_of_a_run_and_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in ("run/eval", "run/rollout-3", "runs", "other"):
+        keep_apart(Path(out), [Path("run"), Path("data")])
+    with pytest.raises(UserError, match="which is read"):
+        keep_apart(Path("run/best"), [Path("run")])
+    with pytest.raises(UserError, match="home folder"):
+        keep_apart(Path.home(), [])
+
+
+def test_every_command_with_overwrite_is_guarded_and_only_once():
+    def leaves(command):
+        below = getattr(command, "commands", {})
+        return [leaf for each in below.values() for leaf in leaves(each)] or [command]
+
+    tree = guarded(guarded(get_command(cli.app)))
+    able = [leaf for leaf in leaves(tree) if any(p.name == "overwrite" for p in leaf.params)]
+    assert len(able) >= 9
+    for leaf in able:
+        assert leaf.callback.guarded
+        assert not hasattr(leaf.callback.__wrapped__, "guarded")
