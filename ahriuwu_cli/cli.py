@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 
 import typer
@@ -11,9 +13,12 @@ from typer.main import get_command
 from ahriuwu_cli import __version__
 from ahriuwu_cli.commands.guard import guarded
 from ahriuwu_cli.commands.values import check_words
+from ahriuwu_cli.disk import REFUSALS, refusal, visible
 from ahriuwu_cli.errors import UserError, did_you_mean
-from ahriuwu_cli.printing import one_sentence, only_text
+from ahriuwu_cli.printing import OutputLost, one_sentence, only_text
+from ahriuwu_cli.startup import begin
 
+INTERRUPTED = 128 + signal.SIGINT
 app = typer.Typer(
     name="ahriuwu",
     help="Train, roll out and evaluate Dreamer-4-style world models. tau is 0 for clean latents and 1 for pure noise.",
@@ -48,7 +53,13 @@ def _add_commands() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line. Exit codes: 0 done, 1 a check failed, 2 usage, 3 data, 4 checkpoint, 130 interrupted."""
+    """Run the command line; without argv as the program of this process, which minds its signals and streams.
+
+    Exit codes: 0 done, 1 a check failed or a disk is full, 2 usage, 3 data, 4 checkpoint, 128 + the number of a signal
+    (SIGPIPE's, 141, where the reader of stdout has ended).
+    """
+    if argv is None:
+        begin()
     # Threads that wait for each other must sleep, not spin: beside one other busy process spinning made a rollout forty
     # times slower. OpenMP reads this when torch is imported; whoever set it already is right.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -63,29 +74,37 @@ def main(argv: list[str] | None = None) -> None:
 def _run(arguments: list[str], debug: bool) -> object:
     """The command's exit code, its error printed."""
     try:
+        code = _outcome(arguments, debug)
+        sys.stdout.flush()
+        return code
+    except OutputLost as error:
+        if error.errno == errno.EPIPE:  # whoever read it has enough
+            return 128 + signal.SIGPIPE
+        _complain(f"stdout takes no output ({error}): send it elsewhere; nothing else went wrong")
+        return 1
+
+
+def _outcome(arguments: list[str], debug: bool) -> object:
+    try:
         check_words(arguments)
         code = guarded(get_command(app)).main(args=arguments, prog_name="ahriuwu", standalone_mode=False)
+        if code == INTERRUPTED:  # Typer's answer to a KeyboardInterrupt, which is raised within another program alone
+            _complain("interrupted")
+        return code
     except UserError as error:
         if debug:
             raise
         _complain(str(error))
-        code = error.exit_code
-    except typer.Abort:
-        code = 130
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        return error.exit_code
+    except OutputLost:
+        raise
     except Exception as error:
         if debug:
             raise
-        code = _explain(error)
-    return code
+        return _explain(error, arguments)
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: Exception, arguments: list[str]) -> int:
     """Say what is wrong, in one sentence, and return the exit code."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":  # a word is missing that says what to do
@@ -100,11 +119,22 @@ def _explain(error: Exception) -> int:
         hint = f"; see `{context.command_path} --help`" if context and not sentence.endswith("?") else ""
         _complain(sentence + hint)
         return getattr(error, "exit_code", 2)
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        _complain(refusal(error, visible(error.filename) or _out(arguments)))
+        return 1
     if isinstance(error, OSError) and error.filename is not None:  # the system refused a path that somebody gave
-        _complain(f"{str(error.filename)[:200]}: {error.strerror}; give another path, or make this one usable")
+        _complain(f"{visible(error.filename)[:200]}: {error.strerror}; give another path, or make this one usable")
         return 2
     _complain(f"internal error: {type(error).__name__}: {error} (run again with --debug, and please report it)")
     return 70
+
+
+def _out(arguments: list[str]) -> str:
+    """What --out is on a command line, where an error does not say what it was about."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == "--out" or word.startswith("--out="):
+            return word.removeprefix("--out=") if "=" in word else following
+    return "its output"
 
 
 def _complain(sentence: str) -> None:

@@ -10,11 +10,17 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from ahriuwu_cli.stopping import undoing
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSALS = FULL | {errno.EROFS, errno.EIO}  # of a disk, whoever asks and whatever for
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})  # what a file system without says
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -28,25 +34,71 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def arriving(path: Path) -> Iterator[Path]:
+    """Yields a hidden name beside path, which no other process takes, to write: it is gone afterwards.
+
+    Rename it to have it; a signal that ends the program removes it. An OSError names `path`, not the hidden name.
+    """
+    temporary = path.with_name(f".{path.name}.{random_digits()}.tmp")
+    with undoing(lambda: temporary.unlink(missing_ok=True)):
+        try:
+            yield temporary
+        except OSError as error:
+            call_it(error, path, temporary)
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: bytes | str, replace: bool = True) -> bool:
     """Write a file under a hidden name that no other process takes, on this host or another, and rename it.
 
-    replace False: what is there stays, and the answer is False; of several processes exactly one writes.
+    replace False: what is there stays, and the answer is False; of several processes exactly one writes. OSError.
     """
-    temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(7))}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync(temporary)
-        if replace:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # fails where the name is taken
+        with arriving(path) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            sync(temporary)
+            if replace:
+                os.replace(temporary, path)
+            else:
+                os.link(temporary, path)  # fails where the name is taken
     except FileExistsError:
         return False
-    finally:
-        temporary.unlink(missing_ok=True)
     sync(path.parent)
     return True
+
+
+def random_digits() -> int:
+    """A part of a name that no other process takes, on this host or another."""
+    return int.from_bytes(os.urandom(7))
+
+
+def call_it(error: OSError, path: Path, hidden: Path) -> None:
+    """Let an error name `path` where it names what is hidden below `hidden`, or a disk refused without any name."""
+    if error.filename is None:
+        inside = error.errno in REFUSALS
+    else:
+        named = os.path.abspath(os.fsdecode(error.filename))
+        inside = f"{named}{os.sep}".startswith(f"{os.path.abspath(hidden)}{os.sep}")
+    if inside:
+        error.filename = str(path)
+
+
+def visible(name: str | bytes | int | None) -> str:
+    """What people call the file of an error: without hidden names that it would have lost in the end. "" for None."""
+    text = "" if name is None else os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    return re.sub(r"(^|/)\.([^/]+)\.(?:\d+\.tmp|partial-\d+)(?=/|$)", r"\1\2", text)
+
+
+def refusal(error: OSError, place: str) -> str:
+    """One sentence on a disk that refused `place`, with what to do."""
+    if error.errno in FULL:
+        return f"no room for {place} ({error.strerror}): make room there, or choose another --out"
+    if error.errno == errno.EROFS:
+        return f"{place} is on a disk that cannot be written to ({error.strerror}): choose another --out"
+    return f"the disk of {place} fails ({error.strerror}): see to the disk, or choose another --out"
 
 
 def file_hash(path: Path) -> str:

@@ -28,6 +28,12 @@ class TrainingError(UserError):
     exit_code = 1
 
 
+class DiskError(UserError):
+    """A disk that takes no more: it is full, read-only or failing. Exit code 1."""
+
+    exit_code = 1
+
+
 class Interrupted(UserError):
     """A signal ended a run after its state was saved. Exit code 128 + the signal's number."""
 

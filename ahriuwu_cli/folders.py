@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ahriuwu_cli.disk import NO_LOCKS, exchange, lock, sync
+from ahriuwu_cli.disk import NO_LOCKS, call_it, exchange, lock, random_digits, sync
 from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.stopping import unbroken, undoing
 
+NO_FOLDER_LOCKS = NO_LOCKS | {errno.EBADF}  # some disks lock files alone
 PATIENCE, PAUSE = 10.0, 0.001  # seconds: how long a reader waits for a folder that is being replaced, between looks
 PARTS = ("episodes", "latents", "best", "last", "tokenizer", "state", "prompts", "rollouts", "cells")  # of our folders
 KINDS = {"dataset.json": "dataset", "config.json": "checkpoint", "run.json": "run"}  # by what lies in them
@@ -63,43 +66,100 @@ def keep_apart(out: Path, inputs: Iterable[Path]) -> None:
 
 
 class replacing:
-    """`with replacing(folder) as temporary`: fill a sibling, then put it in the place of `folder`, see `put_in_place`.
+    """`with replacing(folder) as temporary`: fill a hidden folder, then put it in the place of `folder`.
 
-    overwrite False: what another process put there meanwhile is kept, with a UserError.
+    See `put_in_place`. The hidden folder lies in the nearest folder that exists; other parents are made at the end.
+    Whatever stops the writing, `folder` stays as it was. A signal that ends the program removes the hidden folder; what
+    a killed process left is removed by the next that writes the same folder: the writer holds a lock on it (`flock`)
+    as long as it lives. overwrite False: what another process put there meanwhile is kept, with a UserError. An OSError
+    names `folder`, not what is hidden.
     """
 
     def __init__(self, folder: Path, overwrite: bool = True) -> None:
         folder = Path(folder)
         self.folder, self.overwrite = folder.resolve() if folder.is_symlink() else folder, overwrite
-        self.temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+        self.temporary: Path | None = None
 
     def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
+        near = next(p for p in self.folder.absolute().parents if p.is_dir())
+        near = self.folder.parent if self.folder.parent.is_dir() else near  # as it was given
+        clear_leftovers(near, self.folder.name)
+        with ExitStack() as stack:
+            while True:
+                path = self.temporary = near / f".{self.folder.name}.{random_digits()}.tmp"
+                stack.callback(shutil.rmtree, path, ignore_errors=True)
+                stack.enter_context(undoing(lambda path=path: shutil.rmtree(path, ignore_errors=True)))
+                try:
+                    path.mkdir()
+                except OSError as error:
+                    call_it(error, self.folder, path)
+                    raise
+                if (held := _held(path)) is not None:
+                    stack.callback(os.close, held)
+                    break  # else somebody who clears leftovers was quicker than the lock
+            self._stack = stack.pop_all()
         return self.temporary
 
     def __exit__(self, kind, value, trace) -> None:
-        try:
-            if kind is None:
-                for path in sorted(self.temporary.rglob("*"), reverse=True):
-                    sync(path)
-                sync(self.temporary)
-                put_in_place(self.temporary, self.folder, self.overwrite)
-                sync(self.folder.parent)
-        finally:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+        with self._stack:
+            try:
+                if kind is None:
+                    self._finish()
+            except OSError as error:
+                call_it(error, self.folder, self.temporary)
+                raise
+            if isinstance(value, OSError):
+                call_it(value, self.folder, self.temporary)
+
+    def _finish(self) -> None:
+        for path in sorted(self.temporary.rglob("*"), reverse=True):
+            sync(path)
+        sync(self.temporary)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with unbroken():
+            put_in_place(self.temporary, self.folder, self.overwrite)
+        sync(self.folder.parent)
+
+
+def clear_leftovers(near: Path, name: str) -> None:
+    """Remove what killed writers (`replacing`) of the folder `name` left in `near`; never what a live one fills."""
+    hidden = re.compile(rf"\.{re.escape(name)}\.\d+\.tmp")
+    for left in filter(hidden.fullmatch, os.listdir(near)):
+        with suppress(OSError):  # no folder, or another process takes it away
+            held = os.open(near / left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if lock(held, absent=NO_FOLDER_LOCKS):  # without locks nobody knows whether its writer lives
+                    shutil.rmtree(near / left, ignore_errors=True)
+            finally:
+                os.close(held)
+
+
+def _held(path: Path) -> int | None:
+    """A new folder's descriptor, which holds its lock where there are locks; None when it was taken away before."""
+    try:
+        held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        lock(held, absent=NO_FOLDER_LOCKS)
+        if _leads_to(path, held):
+            return held
+    except BlockingIOError:
+        pass
+    os.close(held)
+    return None
 
 
 def put_in_place(new: Path, folder: Path, overwrite: bool = True) -> None:
     """Rename the folder `new` to `folder`, and delete what was there.
 
     On Linux the two swap names in one step. Elsewhere what was there is renamed away first, so for an instant `folder`
-    is not there: a reader waits (`whole`), and a kill in that instant leaves the old one beside it as `.NAME.PID.old`.
+    is not there: a reader waits (`whole`), and a kill in that instant leaves the old one beside it, `.NAME.DIGITS.old`.
     UserError when something is there and overwrite is off.
     """
     if overwrite and folder.is_dir() and exchange(new, folder):
         return shutil.rmtree(new, ignore_errors=True)
-    retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    retired = folder.with_name(f".{folder.name}.{random_digits()}.old")
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -167,23 +227,27 @@ def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iter
     empty is removed. A file system without locks is said.
     """
     made = [p for p in (out, *out.parents) if not p.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    held = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            if not lock(held, absent=NO_LOCKS | {errno.EBADF}):  # some disks lock no folder
-                announce(f"{out} has no file locks: see to it that no other process writes there")
-        except BlockingIOError:
-            raise UserError(f"another process is writing to {out}: choose another --out, or wait for it") from None
-        check_folder(out, overwrite)
-        yield
-    finally:
+
+    def leave() -> None:
         for folder in made:
             try:
                 folder.rmdir()
             except OSError:
                 break
-        os.close(held)
+
+    with ExitStack() as stack:
+        stack.callback(leave)
+        stack.enter_context(undoing(leave))
+        out.mkdir(parents=True, exist_ok=True)
+        held = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, held)
+        try:
+            if not lock(held, absent=NO_FOLDER_LOCKS):
+                announce(f"{out} has no file locks: see to it that no other process writes there")
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {out}: choose another --out, or wait for it") from None
+        check_folder(out, overwrite)
+        yield
 
 
 def _tried(read: Callable[[], T]) -> Callable[[], T]:

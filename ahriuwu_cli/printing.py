@@ -2,14 +2,18 @@
 
 Control characters, marks that turn the direction of writing, and what the terminal's encoding lacks come out as \x1b,
 \u202e and the like. On stderr the carriage return stays, since progress bars are drawn with it.
+
+A stream that is closed, full or gone: what is said on stderr is for whoever still listens, so nothing that is asked for
+ends when it cannot be written. Stdout holds the result: `OutputLost` says that it did not get through.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 MOST = 2000  # characters of an error's sentence
@@ -32,11 +36,31 @@ def one_sentence(text: str) -> str:
     return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
 
 
+class OutputLost(Exception):
+    """Stdout takes nothing any more. `errno`: EPIPE when its reader has ended, ENOSPC when a disk is full."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error.strerror or str(error))
+        self.errno = error.errno
+
+
+def open_missing() -> None:
+    """Put /dev/null where stdin, stdout or stderr were closed: else the next file that is opened takes their place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  as long as the process
+
+
 @contextmanager
 def only_text() -> Iterator[None]:
-    """Within it sys.stdout and sys.stderr write printable text alone."""
+    """Within it sys.stdout and sys.stderr write printable text alone; stdout raises OutputLost, stderr nothing."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Printable(sys.stdout, keep_return=False), _Printable(sys.stderr, keep_return=True)
+    sys.stdout, sys.stderr = _Printable(sys.stdout), _Printable(sys.stderr, is_stderr=True)
     try:
         yield
     finally:
@@ -46,20 +70,43 @@ def only_text() -> Iterator[None]:
 class _Printable:
     """Stands before a text stream."""
 
-    def __init__(self, stream: TextIO, keep_return: bool) -> None:
-        self._stream, self._keep_return = stream, keep_return
+    def __init__(self, stream: TextIO, is_stderr: bool = False) -> None:
+        self._stream, self._is_stderr = stream, is_stderr
+        self._lost: OSError | None = None
 
     def write(self, text: str) -> int:
         if not isinstance(text, str):
             raise TypeError(f"text is written here, not {type(text).__name__}")
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        shown = printable(text, self._keep_return).encode(encoding, "backslashreplace").decode(encoding)
-        self._stream.write(shown)
+        shown = printable(text, keep_return=self._is_stderr).encode(encoding, "backslashreplace").decode(encoding)
+        with self._failing():
+            self._stream.write(shown)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
+
+    def flush(self) -> None:
+        with self._failing():
+            self._stream.flush()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What cannot be written goes to /dev/null from here on, what is still in the stream's buffer too.
+
+        OutputLost then, and every time after: a library may have caught it.
+        """
+        try:
+            yield
+        except OSError as error:
+            self._lost = error
+            with suppress(OSError, ValueError):  # no file of the system, such as a test's
+                void = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(void, self._stream.fileno())
+                os.close(void)
+        if self._lost and not self._is_stderr:
+            raise OutputLost(self._lost) from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

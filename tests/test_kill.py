@@ -108,7 +108,9 @@ def test_a_signal_before_the_first_step_ends_at_once_and_says_how_to_start_again
     life.signal(signal.SIGUSR1)
     code, said = end(life)
     assert code == 138, said
-    assert said == f"error: stopped by signal 10; nothing of this is lost, start again with: ahriuwu {COMMANDS[kind]}\n"
+    assert said.startswith("error: stopped by signal 10; nothing ")  # the same, from the program's start on
+    assert said.endswith(f", start again with: ahriuwu {COMMANDS[kind]}\n")
+    assert said.count("\n") == 1
 
 
 @both

@@ -24,7 +24,7 @@ from ahriuwu_cli.data import pack_encode, pack_format, pack_journal, packing
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.data.pack_check import check_packs
-from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.errors import DataError, DiskError
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
 from ahriuwu_cli.training.assemble import fit_linear_tokenizer
 from ahriuwu_cli.training.checkpoint import save_tokenizer
@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_stops_with_a_sentence_and_what_was_finished_stays(
         return write(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(DataError, match=r"no room for .* make room and run the same command again"):
+    with pytest.raises(DiskError, match=r"no room for .* make room and run the same command again"):
         open_pack(store, tokenizer, workers=1)
     monkeypatch.setattr(os, "pwrite", write)
     assert not list((store.path / "latents").glob("train*"))

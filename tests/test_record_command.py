@@ -98,7 +98,7 @@ def test_ctrl_c_while_recording_exits_130_and_leaves_nothing(here):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
     )
     deadline = time.monotonic() + 60
-    while not list(here.glob(".d.partial*/episodes/*")) and time.monotonic() < deadline:
+    while not list(here.glob(".d.*.tmp/episodes/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == 130

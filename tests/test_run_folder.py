@@ -12,7 +12,7 @@ import pytest
 import torch
 from small import small_dataset
 
-from ahriuwu_cli.errors import CheckpointError, Interrupted, TrainingError, UserError
+from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
 from ahriuwu_cli.training.clock import TrainingClock
 from ahriuwu_cli.training.run_folder import RunFolder, _revision, goes_on, versions
 from ahriuwu_cli.training.signals import StopRequest
@@ -212,32 +212,32 @@ def test_a_damaged_run_json_of_a_run_with_states_is_an_error_and_not_a_new_run(t
         goes_on(tmp_path / "run", ASKED, FREE, True, False)
 
 
-def stopped(by: list[signal.Signals], waits: bool = False, after: str | None = None, **options) -> None:
-    """Signals come, in the loop or before it; then the loop is over."""
-    with StopRequest(**options) as stop:
-        if waits:
-            stop.wait_for_step()
-        for number in by:
-            os.kill(os.getpid(), number)
-        assert stop.number == by[0]
-        assert waits
-        if after:
-            stop.end_at_once(after)
+def stopped(capfd, by: list[signal.Signals], waits: bool = False, after: str | None = None, **options) -> tuple:
+    """Signals come, in the loop or before it; then the loop is over: (exit code, what was said) of that process."""
+    child = os.fork()
+    if not child:
+        with StopRequest(**options) as stop:
+            if waits:
+                stop.wait_for_step()
+            for number in by:
+                os.kill(os.getpid(), number)
+            if stop.number == by[0] and waits and after:
+                stop.end_at_once(after)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, capfd.readouterr().err
 
 
-def test_a_signal_before_the_loop_ends_at_once_and_one_in_it_waits():
-    with pytest.raises(Interrupted, match="stopped by signal 10; start again") as caught:
-        stopped([signal.SIGUSR1], at_once="start again")
-    assert caught.value.exit_code == 138
-    with pytest.raises(SystemExit) as silent:
-        stopped([signal.SIGTERM], at_once="start again", speaks=False)
-    assert silent.value.code == 143
-    stopped([signal.SIGTERM], waits=True, at_once="start again")
-    with pytest.raises(Interrupted, match="stopped by signal 15; nearly done") as caught:
-        stopped([signal.SIGTERM], waits=True, after="nearly done", at_once="start again")
-    assert caught.value.exit_code == 143
-    with pytest.raises(Interrupted, match="stopped by signal 2; asked twice"):
-        stopped([signal.SIGINT, signal.SIGTERM], waits=True)
+def test_a_signal_before_the_loop_ends_at_once_and_one_in_it_waits(capfd):
+    once = {"at_once": "start again"}
+    assert stopped(capfd, [signal.SIGUSR1], **once) == (138, "error: stopped by signal 10; start again\n")
+    assert stopped(capfd, [signal.SIGTERM], **once, speaks=False) == (143, "")
+    assert stopped(capfd, [signal.SIGTERM], waits=True, **once) == (0, "")
+    said = "error: stopped by signal 15; nearly done\n"
+    assert stopped(capfd, [signal.SIGTERM], waits=True, after="nearly done", **once) == (143, said)
+    code, said = stopped(capfd, [signal.SIGINT, signal.SIGTERM], waits=True)
+    assert code == 130
+    assert said.startswith("error: stopped by signal 2; asked twice")
 
 
 def test_a_time_budget_decides_its_steps_once_and_a_kill_cannot_undo_it(tmp_path, monkeypatch):

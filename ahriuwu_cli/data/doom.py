@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import tempfile
 import threading
@@ -13,8 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.doom_guard import Guard
 from ahriuwu_cli.data.recording import RecordConfig, Recorded, record_episodes
+from ahriuwu_cli.disk import random_digits
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.stopping import HANDLED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,18 +54,22 @@ class DoomWorld:
         game.set_window_visible(False)
         game.set_sound_enabled(False)
         self.action_space, self._order = _action_space([b.name for b in game.get_available_buttons()])
-        self._litter = Path(tempfile.mkdtemp(prefix="ahriuwu-doom-"))
-        home, on_interrupt = Path.cwd(), signal.getsignal(signal.SIGINT)
+        litter = Path(tempfile.gettempdir()) / f"ahriuwu-doom-{random_digits()}"
+        self._guard = Guard(litter)
+        home = Path.cwd()
         try:
-            os.chdir(self._litter)  # the engine writes _vizdoom/ and _vizdoom.ini where it is started
+            litter.mkdir(mode=0o700)
+            os.chdir(litter)  # the engine writes _vizdoom/ and _vizdoom.ini where it is started
             game.init()
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, on_interrupt)  # the library's own handler would end us without cleaning up
+        except OSError:
+            self._guard.end()
+            raise
         except Exception as error:
-            shutil.rmtree(self._litter, ignore_errors=True)
+            self._guard.end()
             raise DataError(f"ViZDoom could not start {config.name!r}: {error}") from None
         finally:
             os.chdir(home)
+            _take_signals_back()
 
     def reset(self, seed: int) -> np.ndarray:
         """Start an episode; the first picture, uint8 (120, 160, 3)."""
@@ -81,7 +87,8 @@ class DoomWorld:
     def close(self) -> None:
         """Stop the engine and remove its files."""
         self._game.close()
-        shutil.rmtree(self._litter, ignore_errors=True)
+        _take_signals_back()
+        self._guard.end()
 
 
 def record_doom(config: RecordConfig) -> Iterator[Recorded]:
@@ -91,6 +98,13 @@ def record_doom(config: RecordConfig) -> Iterator[Recorded]:
         yield from record_episodes(world, config)
     finally:
         world.close()
+
+
+def _take_signals_back() -> None:
+    """The library puts its own handlers in while the engine runs and none when it ends: neither would clean up."""
+    if threading.current_thread() is threading.main_thread():
+        for number in HANDLED:
+            signal.signal(number, signal.getsignal(number))  # Python's list does not know of the library's
 
 
 def _vizdoom() -> ModuleType:

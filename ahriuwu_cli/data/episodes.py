@@ -7,9 +7,8 @@ Train, val and test are split by episode; episodes with identical content never 
 from __future__ import annotations
 
 import os
-import shutil
-import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import as_text, document_hash, to_json
 from ahriuwu_cli.data.metadata import FORMAT, MAX_BYTES, SPLITS, read_document
-from ahriuwu_cli.data.tensors import TensorInfo, read_header, read_rows
+from ahriuwu_cli.data.tensors import TensorInfo, as_os_errors, read_header, read_rows
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
-from ahriuwu_cli.folders import check_folder, put_in_place, whole
+from ahriuwu_cli.folders import check_folder, replacing, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -210,10 +209,8 @@ class EpisodeWriter:
         self._episodes: list[dict[str, Any]] = []
         check_target(self.path, overwrite)
         check_fractions(fractions)  # now, not after an hour of recording
-        near = next(p for p in self.path.parents if p.is_dir())  # parents are made only at the end
-        self._staging = near / f".{self.path.name}.partial-{os.getpid()}"
-        # Cleaned up by __exit__, and at the process's end where an interrupt hits before __exit__ has begun.
-        self._clean = weakref.finalize(self, shutil.rmtree, self._staging, ignore_errors=True)
+        self._place = ExitStack()
+        self._staging: Path | None = None
 
     @property
     def frames(self) -> int:
@@ -221,13 +218,18 @@ class EpisodeWriter:
         return sum(e["frames"] for e in self._episodes)
 
     def __enter__(self) -> EpisodeWriter:
+        with ExitStack() as stack:
+            self._staging = stack.enter_context(replacing(self.path, self._overwrite))
+            (self._staging / "episodes").mkdir()
+            self._place = stack.pop_all()
         return self
 
     def add(self, frames: np.ndarray, actions: np.ndarray | None, source: str = "", split: str | None = None) -> str:
         """Write one episode, frames uint8 (T, H, W, 3) and actions float32 (T-1, A) or None; returns its id.
 
         split: train, val or test; left out, it is drawn from the writer's fractions at the end.
-        Raises DataError on a wrong shape, a wrong count of actions, or actions outside the action space.
+        Raises DataError on a wrong shape, a wrong count of actions, or actions outside the action space; OSError when
+        the disk is full.
         """
         import numpy as np
         from safetensors.numpy import save_file
@@ -246,9 +248,9 @@ class EpisodeWriter:
                 raise DataError(f"{where}: actions were given, but the dataset's action space is empty")
             tensors["actions"] = np.ascontiguousarray(actions)
         episode_id = f"{len(self._episodes):06d}"
-        (self._staging / "episodes").mkdir(parents=True, exist_ok=True)
         file = self._staging / "episodes" / f"{episode_id}.safetensors"
-        save_file(tensors, file)
+        with as_os_errors(file):
+            save_file(tensors, file)
         digest = file_hash(file)
         assert split is None or split in SPLITS, split
         episode = Episode(episode_id, split or "", len(frames), actions is not None, digest, source)
@@ -258,11 +260,11 @@ class EpisodeWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._clean()
+        if kind is not None:
+            self._place.__exit__(kind, error, trace)
+            return
+        with self._place:
+            self._finish()
 
     def _finish(self) -> None:
         if not self._episodes:
@@ -281,8 +283,6 @@ class EpisodeWriter:
             raise DataError(f"no dataset.json can be written ({error}): make several datasets of it") from None
         (self._staging / "dataset.json").write_text(page)
         check_target(self.path, self._overwrite)  # somebody may have written there meanwhile
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        put_in_place(self._staging, self.path, self._overwrite)
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:

@@ -22,8 +22,8 @@ from ahriuwu_cli.data.pack_format import (
     parts_of,
 )
 from ahriuwu_cli.data.pack_journal import Journal, Workplace, locked, read_journal, write_all
-from ahriuwu_cli.disk import FULL, sync
-from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.disk import FULL, REFUSALS, sync
+from ahriuwu_cli.errors import DataError, DiskError
 
 if TYPE_CHECKING:
     from ahriuwu_cli.data.episodes import EpisodeStore
@@ -42,7 +42,8 @@ def make_pack(
 ) -> None:
     """Write the pack, going on where an earlier packer was cut short; nothing is done when is_there() under the lock.
 
-    Raises DataError when the disk is full or read-only, or a source is damaged; finished parts are kept for next time.
+    Raises DiskError when the disk is full, read-only or failing, DataError when a source is damaged or the folder may
+    not be written; finished parts are kept for next time.
     """
     facts = new_facts(store, tokenizer.fingerprint(), split)
     layout = new_layout(path, store, tokenizer, facts)
@@ -54,7 +55,8 @@ def make_pack(
             if not is_there():
                 _make(path, store, tokenizer, facts, layout, place, progress, announce, workers)
     except OSError as error:
-        raise DataError(_sentence(error, path, layout)) from None
+        kind = DiskError if error.errno in REFUSALS else DataError
+        raise kind(_sentence(error, path, layout)) from None
 
 
 def _make(

@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +43,20 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+
+@contextmanager
+def as_os_errors(path: Path) -> Iterator[None]:
+    """What safetensors says of a disk while it writes `path` comes out as an OSError, as from any other file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
 
 
 def read_header(path: Path | str) -> dict[str, TensorInfo]:

@@ -12,12 +12,14 @@ from ahriuwu_cli.data.episodes import Episode, EpisodeStore
 from ahriuwu_cli.data.metadata import SPLITS
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.printing import printable
 
 if TYPE_CHECKING:
     import numpy as np
 
 RUN = 16  # so many changing frames in a row that two splits share are no coincidence
 BLOCK_BYTES = 16 << 20  # bytes of frames taken into memory at a time
+OWN = ("dataset.json", "episodes", "latents")  # names in a dataset's folder
 MOSTLY = 0.95  # an episode is black or frozen when this share of its frames is
 
 
@@ -64,9 +66,11 @@ def validate(store: EpisodeStore) -> list[Check]:
     return [
         Check("shapes, types, lengths", True, f"{len(splits)} episodes, T-1 actions for T frames"),
         _check("contents match their hashes", changed, "every file is as it was written"),
+        _check("no other files among the episodes", _strangers(store), "every file is listed in dataset.json"),
         _check("actions", bad_actions, f"{len(labelled)} labelled episodes: finite, and within the action space"),
         _check("no episode in two splits", same_file, "no identical files across splits"),
         _check(f"no {RUN} equal frames in two splits", same_run, "no shared runs of changing frames"),
+        _check("no other files", _neighbours(store), "dataset.json, episodes and latents alone", "unknown:", True),
         _check("splits", [s for s in SPLITS if s not in present], "train, val and test", "none in", True),
         _check("pictures", black, "no black episodes", "black:", True),
         _check("motion", frozen, "no frozen episodes", "frozen:", True),
@@ -77,6 +81,17 @@ def _check(name: str, problems: list[str], good: str, lead: str = "", warning: b
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     detail = f"{lead} {', '.join(problems[:5])}{more}".strip() if problems else good
     return Check(name, not problems, detail, warning)
+
+
+def _strangers(store: EpisodeStore) -> list[str]:
+    """Names in the folder of episodes that are none: what another program put there, or an older one left."""
+    known = {store.file(e.id).name for e in store.episodes()}
+    return sorted(printable(p.name) for p in (store.path / "episodes").iterdir() if p.name not in known)
+
+
+def _neighbours(store: EpisodeStore) -> list[str]:
+    """Names beside dataset.json that are not of a dataset; notes of people may well be among them."""
+    return sorted(printable(p.name) for p in store.path.iterdir() if p.name not in OWN)
 
 
 def _action_problem(store: EpisodeStore, episode: Episode) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
+from ahriuwu_cli.disk import arriving
 from ahriuwu_cli.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -271,12 +272,9 @@ def _renamed(path: Path) -> Iterator[str]:
     """A temporary name beside path, which takes its place when all went well and vanishes otherwise."""
     if not path.parent.is_dir():
         raise UserError(f"the folder {path.parent} does not exist: make it, or write elsewhere")
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with arriving(path) as temporary:
         yield str(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _fit(text: str, width: int, font) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ahriuwu_cli.diffusion.tau import LABEL
+from ahriuwu_cli.disk import arriving
 from ahriuwu_cli.evaluation.plots import BLUE, GREY
 
 ORANGE, RED = "#c8641e", "#c22f2f"
@@ -97,12 +98,9 @@ def _figure(width: float, height: float):
 
 
 def _save(figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with arriving(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _floats(values: list[float | None]) -> list[float]:

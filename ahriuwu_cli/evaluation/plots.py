@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ahriuwu_cli.disk import arriving
+
 GREY, BLUE = "#777777", "#1f6fb4"
 
 
@@ -42,12 +44,9 @@ def _finish(figure, axes, path: Path) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with arriving(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _floats(values: list[float | None]) -> list[float]:

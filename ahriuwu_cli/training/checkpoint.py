@@ -61,6 +61,12 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def save_world(world: World, folder: Path) -> None:
     """Write the world as a checkpoint folder: under a temporary name first, then renamed over what was there."""
+    with replacing(folder) as temporary:
+        fill_with_world(world, temporary)
+
+
+def fill_with_world(world: World, folder: Path) -> None:
+    """Write the files of a world into a new folder, for who puts it in place (`folders.replacing`)."""
     document = {
         "format": FORMAT,
         "kind": "dynamics",
@@ -76,10 +82,9 @@ def save_world(world: World, folder: Path) -> None:
         "generation": asdict(world.generation),
         "facts": world.facts,
     }
-    with replacing(folder) as temporary:
-        _write_module(temporary, world.dynamics, document)
-        (temporary / "tokenizer").mkdir()
-        _write_module(temporary / "tokenizer", world.tokenizer, _tokenizer_document(world.tokenizer, {}))
+    _write_module(folder, world.dynamics, document)
+    (folder / "tokenizer").mkdir()
+    _write_module(folder / "tokenizer", world.tokenizer, _tokenizer_document(world.tokenizer, {}))
 
 
 def load_world(path: Path | str, device: str = "auto") -> World:

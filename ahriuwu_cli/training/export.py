@@ -21,9 +21,10 @@ from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.metrics import gradient_energy
 from ahriuwu_cli.evaluation.report import in_markdown
+from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.models.dynamics import count_parameters
 from ahriuwu_cli.prompts import CANDIDATES, PICKS
-from ahriuwu_cli.training.checkpoint import load_world, save_world
+from ahriuwu_cli.training.checkpoint import fill_with_world, load_world
 from ahriuwu_cli.world import World
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +46,7 @@ def export(
     evidence: Path | None = None,
     notes: str = "",
 ) -> dict[str, Any]:
-    """Write the folder and return its facts. The tokenizer stays in float32: it is small.
+    """Write the folder, whole or not at all, and return its facts. The tokenizer stays in float32: it is small.
 
     prompts: a dataset from which `clips` clips of `frames` frames of a split are taken, at random or those with most
     edges in view (`busiest`). generation: other defaults for rollouts, such as {"sampler": "shortcut"}. evidence: a
@@ -61,10 +62,12 @@ def export(
     slim = replace(
         world, dynamics=deepcopy(world.dynamics).to(FORMATS[weights]), facts=world.facts | {"weights": weights}
     )
-    save_world(slim, out)
-    if windows:
-        _write_prompts(out / PROMPT, prompts, windows, frames)
-    write_whole(out / CARD, card(as_text(out.absolute().name), world, weights, scores, notes))
+    with replacing(out) as folder:
+        fill_with_world(slim, folder)
+        if windows:
+            _write_prompts(folder / PROMPT, prompts, windows, frames)
+        text = card(as_text(out.absolute().name), world, weights, scores, notes)
+        (folder / CARD).write_text(text, encoding="utf-8")
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     again = load_world(out, "cpu")
     after = again.dynamics.state_dict()

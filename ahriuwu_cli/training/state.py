@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli.data.documents import parse_object, read_json, to_json
-from ahriuwu_cli.data.tensors import read_tensors
+from ahriuwu_cli.data.tensors import as_os_errors, read_tensors
 from ahriuwu_cli.disk import file_hash, sync
 from ahriuwu_cli.errors import CheckpointError, DataError
 
@@ -99,16 +97,10 @@ def read_document(folder: Path) -> tuple[dict[str, Any], str]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file. OSError, as from any other file, when the disk is full or read-only."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
+    with as_os_errors(path):
         save_file(dict(tensors), path, metadata=metadata)
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
     if metadata:
         _in_order(path)
 

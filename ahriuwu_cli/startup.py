@@ -1,0 +1,27 @@
+"""What comes first, before anything heavy is imported: whole streams, and signals that end in a sentence."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+from ahriuwu_cli.printing import open_missing
+from ahriuwu_cli.training.restart import launcher
+from ahriuwu_cli.training.signals import StopRequest
+
+_stop: StopRequest | None = None
+
+
+def begin() -> None:
+    """Of a process of its own. Called again it does nothing.
+
+    A signal ends the program where it stands, until a command asks for something else (`training.restart.stoppable`).
+    """
+    global _stop
+    open_missing()
+    if _stop is None:
+        again = f"{launcher()} {shlex.join(sys.argv[1:])}"
+        said = f"nothing half done is left, start again with: {again}"
+        _stop = StopRequest(at_once=said, speaks=os.environ.get("RANK", "0") == "0", heeds_ignored=False)
+        _stop.__enter__()  # until the process ends
