@@ -17,7 +17,6 @@ import torch
 from ahriuwu_cli.data.documents import MAX_RESULT, as_text, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.windows import draw_windows
-from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.metrics import gradient_energy
 from ahriuwu_cli.evaluation.report import in_markdown
