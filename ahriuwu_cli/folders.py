@@ -31,8 +31,9 @@ T = TypeVar("T")
 def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
     """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite.
 
-    holds: "results" of looking at a world, which never take the place of a dataset, a checkpoint or a run, or lie among
-    its files; anything else that is written may replace its own kind.
+    holds: "results" of looking at a world, or a "rollout", never take the place of a dataset, a checkpoint or a run, or
+    lie among its files; anything else that is written may replace its own kind. What is put in place as one folder
+    (all but "results" and a "run") cannot be the current one, which would be gone under the user's feet.
     """
     try:
         near = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
@@ -43,8 +44,10 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
     if not os.access(near, os.W_OK | os.X_OK):
         raise UserError(f"{near} cannot be written to: choose another --out")
     kind = next((kind for name, kind in KINDS.items() if os.path.lexists(out / name)), None)
-    if kind and holds == "results":
+    if kind and holds in ("results", "rollout"):
         raise UserError(f"{out} holds a {kind}: choose another --out")
+    if holds not in ("results", "run") and out.resolve() == Path.cwd():
+        raise UserError(f"{out} is the current folder, which a {holds} would replace: choose another --out")
     if near == out and not overwrite and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
 

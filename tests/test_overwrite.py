@@ -92,6 +92,26 @@ def test_results_never_lie_among_the_files_of_another_kind(place, words, kind, c
     assert contents(place) == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "rollout {0}/world {0}/data --out .",
+        "export {0}/world --out .",
+        "train tokenizer {0}/data --out .",
+        "record doom:basic --out .",
+        "import {0}/videos --out ../empty",
+    ],
+)
+def test_what_is_put_in_place_as_a_whole_is_never_the_current_folder(place, words, capsys, monkeypatch):
+    (place / "empty").mkdir()
+    monkeypatch.chdir(place / "empty")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([word.format(place) for word in words.split()])
+    assert stop.value.code == 2
+    assert "is the current folder" in capsys.readouterr().err
+    assert os.path.samefile(".", place / "empty")
+
+
 def test_results_may_lie_inside_of_a_run_and_beside_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for out in ("run/eval", "run/rollout-3", "runs", "other"):

@@ -61,7 +61,7 @@ def rollout(
     from ahriuwu_cli.prompts import IMAGES, shipped_prompt
     from ahriuwu_cli.training.checkpoint import load_world
 
-    check_folder(out, overwrite)
+    check_folder(out, overwrite, holds="rollout")
     prompt = shipped_prompt(checkpoint) if prompt is None else prompt
     if prompt.is_file():
         options.only_for(ctx, f"is for a dataset, and {prompt} is a file", "episode", "split", "pick")
