@@ -9,6 +9,7 @@ import torch
 
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.folders import replacing
+from ahriuwu_cli.training.state import save_state
 from ahriuwu_cli.training.states import States
 
 
@@ -202,3 +203,12 @@ def test_after_a_kill_between_two_renames_the_old_folder_is_put_back(tmp_path):
     mend(tmp_path, ("best", "last"))
     assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.7.tmp", "best"]
     assert (tmp_path / "best" / "file").read_text() == ".best.7.old"
+
+
+def test_what_is_saved_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_state(tmp_path / "state", {"a": torch.ones(2)}, {"step": 1})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "state").iterdir()} == {0o640}

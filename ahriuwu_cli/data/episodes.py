@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import as_text, document_hash, to_json
 from ahriuwu_cli.data.metadata import FORMAT, MAX_BYTES, SPLITS, read_document
-from ahriuwu_cli.data.tensors import TensorInfo, as_os_errors, read_header, read_rows
+from ahriuwu_cli.data.tensors import TensorInfo, as_any_file, read_header, read_rows
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 from ahriuwu_cli.folders import check_folder, replacing, whole
@@ -249,7 +249,7 @@ class EpisodeWriter:
             tensors["actions"] = np.ascontiguousarray(actions)
         episode_id = f"{len(self._episodes):06d}"
         file = self._staging / "episodes" / f"{episode_id}.safetensors"
-        with as_os_errors(file):
+        with as_any_file(file):
             save_file(tensors, file)
         digest = file_hash(file)
         assert split is None or split in SPLITS, split

@@ -46,12 +46,15 @@ class TensorInfo:
 
 
 @contextmanager
-def as_os_errors(path: Path) -> Iterator[None]:
-    """What safetensors says of a disk while it writes `path` comes out as an OSError, as from any other file."""
+def as_any_file(path: Path) -> Iterator[None]:
+    """What safetensors does to `path` is as with any other file: OSErrors, and rights by the umask, not 0600."""
     from safetensors import SafetensorError
 
+    with open(path, "wb") as file:
+        rights = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     try:
         yield
+        os.chmod(path, rights)
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
         if found is None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli.data.documents import parse_object, read_json, to_json
-from ahriuwu_cli.data.tensors import as_os_errors, read_tensors
+from ahriuwu_cli.data.tensors import as_any_file, read_tensors
 from ahriuwu_cli.disk import file_hash, sync
 from ahriuwu_cli.errors import CheckpointError, DataError
 
@@ -99,7 +99,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Write a safetensors file. OSError, as from any other file, when the disk is full or read-only."""
     from safetensors.torch import save_file
 
-    with as_os_errors(path):
+    with as_any_file(path):
         save_file(dict(tensors), path, metadata=metadata)
     if metadata:
         _in_order(path)
