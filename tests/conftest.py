@@ -95,3 +95,26 @@ def tiny_dynamics(make_dynamics):
 @pytest.fixture
 def tiny_clip() -> Clip:
     return make_clip()
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts real processes quickly, see `killing.Nursery`."""
+    from killing import Nursery
+
+    with Nursery() as start:
+        yield start
+
+
+@pytest.fixture
+def run(capsys):
+    """run(words...): (exit code, stdout, stderr) of a command line."""
+    from ahriuwu_cli.cli import main
+
+    def call(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            raise SystemExit(main([str(a) for a in arguments]))
+        shown = capsys.readouterr()
+        return stopped.value.code or 0, shown.out, shown.err
+
+    return call

@@ -9,7 +9,6 @@ import pytest
 import torch
 from small import small_dataset, small_world
 
-from ahriuwu_cli.cli import main
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.training.checkpoint import load_world, read_tensors, save_world
 
@@ -19,17 +18,6 @@ def place(tmp_path):
     save_world(small_world(), tmp_path / "world")
     small_dataset(tmp_path / "data")
     return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            raise SystemExit(main([str(a) for a in arguments]))
-        shown = capsys.readouterr()
-        return stopped.value.code or 0, shown.out, shown.err
-
-    return call
 
 
 @pytest.mark.parametrize(("weights", "bits"), [("bfloat16", 8), ("float16", 11), ("float32", 24)])

@@ -12,7 +12,6 @@ import pytest
 from small import small_dataset, small_world
 
 import ahriuwu_cli
-from ahriuwu_cli.cli import main
 from ahriuwu_cli.data.documents import as_text, parse_json, read_object, to_json
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.video import write_mp4
@@ -23,17 +22,6 @@ from ahriuwu_cli.training.checkpoint import save_world
 PACKAGE = Path(ahriuwu_cli.__file__).parent
 LATIN = os.fsdecode(b"d\xe9")  # a name from a system in Latin-1
 WRITERS = {"write_whole", "write_text", "write_bytes", "write", "save", "save_file", "write_tensors"}
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            raise SystemExit(main([str(a) for a in arguments]))
-        shown = capsys.readouterr()
-        return stopped.value.code or 0, shown.out, shown.err
-
-    return call
 
 
 @pytest.fixture

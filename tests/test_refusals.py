@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killing import Nursery
 from small import small_dataset, small_world
 
 from ahriuwu_cli import cli
@@ -21,12 +20,6 @@ from ahriuwu_cli.disk import call_it, visible
 from ahriuwu_cli.training.checkpoint import save_world
 
 AHRIUWU = f"{sys.executable} -m ahriuwu_cli"
-
-
-@pytest.fixture(scope="module")
-def start():
-    with Nursery() as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

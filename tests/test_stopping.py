@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killing import Nursery
 from small import SPACE, small_dataset, small_world
 
 from ahriuwu_cli import folders, stopping
@@ -20,12 +19,6 @@ from ahriuwu_cli.training.checkpoint import save_world
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PROGRAM = [sys.executable, "-m", "ahriuwu_cli"]
-
-
-@pytest.fixture(scope="module")
-def start():
-    with Nursery() as start:
-        yield start
 
 
 @pytest.fixture(scope="module")
