@@ -7,10 +7,11 @@ import torch
 
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.video import write_mp4
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.rollout import RolloutConfig
-from ahriuwu_cli.training.checkpoint import action_slots
+from ahriuwu_cli.training.checkpoint import action_slots, save_world
 from ahriuwu_cli.world import World
 
 SPACE = ActionSpace((ActionComponent("keys", "binary", 2, ("LEFT", "RIGHT")),))
@@ -52,3 +53,13 @@ def small_dataset(
                     place += int(actions[t, -1]) - int(actions[t, 0])
             writer.add(np.stack(clip), actions if labelled and episode < episodes - silent else None)
     return EpisodeStore.open(path)
+
+
+def small_place(folder: Path, films: dict[str, int]) -> Path:
+    """The folder with `data`, a `world` for it, and `films`: black videos of so many frames, by name."""
+    small_dataset(folder / "data")
+    save_world(small_world(), folder / "world")
+    (folder / "films").mkdir()
+    for name, frames in films.items():
+        write_mp4(folder / "films" / name, np.zeros((frames, 64, 64, 3), np.uint8), 10)
+    return folder

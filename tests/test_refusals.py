@@ -10,14 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from small import small_dataset, small_world
+from small import small_place
 
 from ahriuwu_cli import cli
-from ahriuwu_cli.data.video import write_mp4
 from ahriuwu_cli.disk import call_it, visible
-from ahriuwu_cli.training.checkpoint import save_world
 
 AHRIUWU = f"{sys.executable} -m ahriuwu_cli"
 
@@ -25,11 +22,7 @@ AHRIUWU = f"{sys.executable} -m ahriuwu_cli"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """Worlds, data and videos."""
-    folder = tmp_path_factory.mktemp("refusals")
-    small_dataset(folder / "data")
-    save_world(small_world(), folder / "world")
-    (folder / "films").mkdir()
-    write_mp4(folder / "films" / "a.mp4", np.zeros((9, 64, 64, 3), np.uint8), 10)
+    folder = small_place(tmp_path_factory.mktemp("refusals"), {"a.mp4": 9})
     (folder / "plan.jsonl").write_text(json.dumps({"checkpoint": "world", "dataset": "data", **WINDOWS}))
     return folder
 

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import SPACE, small_dataset, small_world
+from small import SPACE, small_place
 
 from ahriuwu_cli import folders, stopping
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.validate import validate
-from ahriuwu_cli.data.video import write_mp4
-from ahriuwu_cli.training.checkpoint import save_world
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PROGRAM = [sys.executable, "-m", "ahriuwu_cli"]
@@ -24,13 +22,7 @@ PROGRAM = [sys.executable, "-m", "ahriuwu_cli"]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A world, data, and videos to import."""
-    folder = tmp_path_factory.mktemp("stopping")
-    small_dataset(folder / "data")
-    save_world(small_world(), folder / "world")
-    (folder / "films").mkdir()
-    for name in "ab":
-        write_mp4(folder / "films" / f"{name}.mp4", np.zeros((400, 64, 64, 3), np.uint8), 10)
-    return folder
+    return small_place(tmp_path_factory.mktemp("stopping"), {"a.mp4": 400, "b.mp4": 400})
 
 
 def _fresh(words: str, cwd: Path, **options) -> subprocess.Popen:

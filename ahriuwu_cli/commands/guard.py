@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,13 @@ def guarded(command: Any) -> Any:
 
 
 def _guard(callback: Callable[..., Any]) -> Callable[..., Any]:
-    names = [name for name, kind in typing.get_type_hints(callback).items() if kind is Path and name != "out"]
-
     @functools.wraps(callback)
     def checked(**given: Any) -> Any:
-        _look(given, names)
+        if given.get("overwrite") and given.get("out") is not None:
+            kinds = typing.get_type_hints(callback)
+            paths = [given[name] for name, kind in kinds.items() if kind is Path and name != "out"]
+            keep_apart(given["out"], [path for path in paths if path is not None])
         return callback(**given)
 
     checked.guarded = True
     return checked
-
-
-def _look(given: Mapping[str, Any], names: list[str]) -> None:
-    if given.get("overwrite") and given.get("out") is not None:
-        keep_apart(given["out"], [given[name] for name in names if given.get(name) is not None])

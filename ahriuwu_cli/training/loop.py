@@ -19,7 +19,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import LatentPack
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.diffusion.objective import ShortcutLoss
-from ahriuwu_cli.errors import DataError, Interrupted
+from ahriuwu_cli.errors import Interrupted
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of
 from ahriuwu_cli.training.clip_loss import ClipLoss
@@ -78,12 +78,8 @@ class DynamicsTrainer:
         went away under the run, Interrupted after a signal. The run's folder is free for others afterwards.
         """
         stop.wait_for_step()
-        try:
+        with self.run.training():
             self._train(report, stop, stop_at)
-        except DataError as error:
-            raise DataError(f"{error}; {self.run.where_it_stands()}") from error
-        finally:
-            self.run.release()
         return self.world
 
     def _train(self, report: Report, stop: StopRequest, stop_at: int | None) -> None:

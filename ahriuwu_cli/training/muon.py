@@ -40,11 +40,16 @@ def orthogonalise(g: Tensor) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = _through_quintics(x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7))
+    return (x.mT if tall else x).type_as(g)
+
+
+def _through_quintics(x: Tensor) -> Tensor:
+    """QUINTICS of the singular values of each matrix of x (M, rows, columns), rows <= columns, none above 1."""
     for a, b, c in QUINTICS:
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).type_as(g)
+    return x
 
 
 class Muon(torch.optim.Optimizer):

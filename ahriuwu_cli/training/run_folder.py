@@ -27,7 +27,7 @@ from torch import Tensor
 from ahriuwu_cli import __version__
 from ahriuwu_cli.data.documents import parse_object, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, write_whole
-from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
+from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.folders import check_folder
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.lock import LOCK, refuse_alive, still_held, take
@@ -136,11 +136,21 @@ class RunFolder:
             remedy = "make room" if error.errno in FULL else "make it writable or choose another --out"
             raise TrainingError(
                 f"cannot write {error.filename or self.folder} ({error.strerror}): {remedy}; "
-                f"{otherwise or self.where_it_stands()}"
+                f"{otherwise or self._where_it_stands()}"
             ) from error
         self._check_ours()
 
-    def where_it_stands(self) -> str:
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """What a trainer works in: then others may write in the folder. A DataError in here says what is saved."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{error}; {self._where_it_stands()}") from error
+        finally:
+            self.release()
+
+    def _where_it_stands(self) -> str:
         """What is saved, and how to go on from there, for the end of a sentence."""
         newest = self.states.newest()
         return f"the last good state is {newest}, go on with: {self.again}" if newest else "no state is saved yet"

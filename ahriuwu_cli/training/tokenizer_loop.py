@@ -56,17 +56,13 @@ def train_transformer_tokenizer(
     """
     announce, stop = announce or (lambda sentence: None), stop or StopRequest()
     trainer = _Trainer(store, config, Path(run_dir), torch.device(device), command)
-    try:
+    with trainer.run.training():
         trainer.begin(resume, overwrite, announce)
         announce(f"training on {trainer.loss_name}")
         stop.wait_for_step()
         _train(trainer, stop, progress)
         stop.end_at_once(f"all {trainer.step} steps are done and saved, the tokenizer comes of: {trainer.run.again}")
         trainer.scale_latents()
-    except DataError as error:
-        raise DataError(f"{error}; {trainer.run.where_it_stands()}") from error
-    finally:
-        trainer.run.release()
     return trainer.model.eval()
 
 
