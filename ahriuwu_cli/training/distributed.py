@@ -148,12 +148,10 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
     control = dist.new_group(backend="gloo", timeout=LEAD_PATIENCE)
     try:
         yield Group(where, rank, world, parallel or "ddp", control)
-    except Interrupted as error:  # all of them, after the same step
+    except (UserError, SystemExit) as error:  # agreed on, or the others will notice: leave no thread for Python's end
         dist.destroy_process_group()
-        if rank:
+        if isinstance(error, Interrupted) and rank:  # all of them, after the same step
             raise SystemExit(error.exit_code) from None
-        raise
-    except UserError:
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
