@@ -221,9 +221,18 @@ class Dynamics(nn.Module):
         On a CPU the weights become constants of the graph, packed as its products like them best; on a GPU the passes
         become CUDA graphs. Change no weight afterwards: on a CPU it would not be noticed.
         """
-        cpu = self.embed.weight.device.type == "cpu"
-        options = {"freezing": True} if cpu else {"triton.cudagraphs": True}
-        self.compiled_pass = torch.compile(self._pass, dynamic=False, options=options)
+        if self.embed.weight.device.type != "cpu":
+            self.compiled_pass = torch.compile(self._pass, dynamic=False, options={"triton.cudagraphs": True})
+            return
+        from torch._inductor import config as inductor
+
+        compiled = torch.compile(self._pass, dynamic=False)
+
+        def constant(*inputs: object) -> Tensor:
+            with inductor.patch(freezing=True):  # as one of torch.compile's options it does nothing, and says nothing
+                return compiled(*inputs)
+
+        self.compiled_pass = constant
 
     @property
     def time_layers(self) -> int:
