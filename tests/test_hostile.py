@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -21,13 +22,14 @@ from small import small_dataset, small_world
 
 import ahriuwu_cli
 from ahriuwu_cli.cli import main
+from ahriuwu_cli.data import mp4_index
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import MAX_DEPTH, parse_object, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.data.pack_check import check_packs
 from ahriuwu_cli.data.tensors import read_tensors
-from ahriuwu_cli.data.video import iter_video, write_gif, write_mp4
+from ahriuwu_cli.data.video import iter_video, video_fps, write_gif, write_mp4
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import CheckpointError, DataError
 from ahriuwu_cli.evaluation.merge import read_cells
@@ -39,7 +41,7 @@ from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, Trans
 from ahriuwu_cli.printing import one_sentence, printable
 from ahriuwu_cli.training import checkpoint
 from ahriuwu_cli.training.checkpoint import load_world, save_world
-from ahriuwu_cli.training.describe import describe_checkpoint
+from ahriuwu_cli.training.describe import as_text, describe_checkpoint
 from ahriuwu_cli.training.state import load_state, save_state
 
 PACKAGE = Path(ahriuwu_cli.__file__).parent
@@ -279,6 +281,11 @@ def test_every_other_field_of_a_config_has_its_type_and_its_limits(folder, chang
         load_world(folder, "cpu")
 
 
+def test_facts_of_any_kind_are_shown_as_they_stand(folder):
+    edit(folder, facts={"x": [None, "y", 0.5], "z": {"a": [1]}})
+    assert "None, y, 0.5" in as_text(describe_checkpoint(folder))
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer/model.safetensors", "tokenizer/config.json"]
 )
@@ -417,6 +424,38 @@ def test_a_video_that_names_other_files_or_lies_about_its_size_is_refused(tmp_pa
         assert len(list(iter_video(tmp_path / name, max_pixels=5000))) == 5
         with pytest.raises(DataError, match=r"limit of 100 pixels|frames above 100 pixels"):
             list(iter_video(tmp_path / name, max_pixels=100))
+
+
+def test_an_index_of_millions_is_refused_before_memory_is_taken_and_an_hour_of_raw_sound_passes(tmp_path, monkeypatch):
+    write_mp4(tmp_path / "a.mp4", np.zeros((5, 32, 32, 3), np.uint8), 10)
+    sound = b"".join(
+        [
+            _box(b"hdlr", bytes(8) + b"soun"),
+            _box(b"stts", struct.pack(">4I", 0, 1, 3600 * 48_000, 1)),
+            _box(b"stsc", struct.pack(">5I", 0, 1, 1, 48_000, 1)),
+            _box(b"stsz", struct.pack(">3I", 0, 4, 3600 * 48_000)),
+            _box(b"stco", struct.pack(">2I", 0, 3600)),
+        ]
+    )
+    whole = (tmp_path / "a.mp4").read_bytes()
+    for pieces in (60_000_000, mp4_index.MOST_PIECES - 2):  # the second with those of a fragment
+        damaged, first = bytearray(whole), whole.index(b"stsz") + 8
+        damaged[first : first + 8] = struct.pack(">2I", 1, pieces)
+        more = _box(b"moof", _box(b"traf", _box(b"trun", struct.pack(">2I", 0, 3))))
+        (tmp_path / "lie.mp4").write_bytes(damaged + more)
+        monkeypatch.setattr("av.open", lambda *_, **__: pytest.fail("FFmpeg was asked"))
+        with pytest.raises(DataError, match="index states more than"):
+            video_fps(tmp_path / "lie.mp4")
+        monkeypatch.undo()
+    for kind, few in (("soun", True), ("vide", False)):
+        track = _box(b"moov", _box(b"trak", sound.replace(b"soun", kind.encode())))
+        (tmp_path / "b.mov").write_bytes(track)
+        assert (mp4_index.too_many(tmp_path / "b.mov") == "") == few, kind
+    assert mp4_index.too_many(tmp_path / "a.mp4") == ""
+
+
+def _box(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(content)) + name + content
 
 
 @pytest.mark.parametrize("kind", ["large", "other", "cut", "pipe"])

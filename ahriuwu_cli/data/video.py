@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
+from ahriuwu_cli.data.mp4_index import too_many
 from ahriuwu_cli.disk import arriving
 from ahriuwu_cli.errors import DataError, UserError
 
@@ -256,6 +257,8 @@ def _opened(path: Path):
     if not path.is_file():
         raise DataError(f"{path} is not a file: give a video file")
     try:
+        if fault := too_many(path):
+            raise DataError(f"{path} is damaged or no video ({fault}): convert it first")
         container = av.open(path, options={"format_whitelist": CONTAINERS}, timeout=PATIENCE)
     except av.error.FFmpegError as error:
         raise DataError(
