@@ -34,11 +34,17 @@ def small_world(seed: int = 0) -> World:
 
 
 def small_dataset(
-    path: Path, episodes: int = 8, frames: int = 40, labelled: bool = True, space=SPACE, silent: int = 0
+    path: Path,
+    episodes: int = 8,
+    frames: int = 40,
+    labelled: bool = True,
+    space=SPACE,
+    silent: int = 0,
+    still: bool = False,
 ) -> EpisodeStore:
     """A bright bar that moves left or right as the action says, on a noisy background: 16 x 16.
 
-    silent: how many of the last episodes come without their actions.
+    silent: how many of the last episodes come without their actions. still: every frame is its episode's first.
     """
     rng = np.random.default_rng(0)
     with EpisodeWriter(path, height=16, width=16, fps=10.0, action_space=space, name="bar", seed=0) as writer:
@@ -51,6 +57,7 @@ def small_dataset(
                 clip.append(frame)
                 if t < frames - 1 and space.width:
                     place += int(actions[t, -1]) - int(actions[t, 0])
+            clip = [clip[0]] * frames if still else clip
             writer.add(np.stack(clip), actions if labelled and episode < episodes - silent else None)
     return EpisodeStore.open(path)
 

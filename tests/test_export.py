@@ -146,3 +146,27 @@ def test_notes_that_never_end_or_are_no_text_are_refused_at_once(place, run):
         assert (code, out, said.count("\n")) == (2, "", 1), said
         assert said.startswith(f"error: {name} cannot be read as text (")
     assert not (place / "small").exists()
+
+
+def test_scores_of_another_world_do_not_get_into_the_card_and_those_of_the_exported_one_do(place, run):
+    asked = ("--windows", 4, "--context", 4, "--horizon", 4, "--looks", "none")
+    assert run("export", place / "world", "--out", place / "small")[0] == 0
+    save_world(small_world(seed=1), place / "other")
+    for world, code in (("world", 0), ("small", 0), ("other", 3)):
+        assert run("eval", place / world, place / "data", *asked, "--out", place / f"ev_{world}")[0] == 0
+        evidence = ("--evidence", place / f"ev_{world}")
+        found, _, err = run("export", place / "world", "--out", place / f"out_{world}", *evidence)
+        assert (found, "another world" in err) == (code, bool(code)), err
+    generate = ("eval", "generate", place / "other", place / "data", *asked[:-2], "--out", place / "ro")
+    assert run(*generate)[0] == 0
+    assert run("eval", "score", place / "ro", place / "data", "--out", place / "scored")[0] == 0
+    assert run("export", place / "other", "--out", place / "out", "--evidence", place / "scored")[0] == 0
+
+
+def test_the_card_of_a_world_that_was_scored_on_still_frames_says_so_and_is_written(tmp_path, run):
+    save_world(small_world(), tmp_path / "world")
+    small_dataset(tmp_path / "data", still=True)
+    asked = ("--windows", 4, "--context", 4, "--horizon", 4, "--looks", "none", "--out", tmp_path / "ev")
+    assert run("eval", tmp_path / "world", tmp_path / "data", *asked)[0] == 0
+    assert run("export", tmp_path / "world", "--out", tmp_path / "small", "--evidence", tmp_path / "ev")[0] == 0
+    assert "| - |" in (tmp_path / "small" / "README.md").read_text()

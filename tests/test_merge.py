@@ -179,6 +179,13 @@ def test_the_set_that_cannot_be_told_from_the_best_is_the_one_whose_interval_hol
     assert row["difference_db"]["4"] == {"value": -1.0, "lo": -1.0, "hi": -1.0}  # the same in every window
 
 
+@pytest.mark.parametrize("names", [{"checkpoint": "a", "dataset": 2}, {"checkpoint": [], "dataset": "b"}, 3])
+def test_a_cell_whose_names_are_no_texts_is_none_of_ours(copy, names):
+    edit(sorted((copy / FOLDER).iterdir())[0], lambda document: document.update(names=names))
+    with pytest.raises(DataError, match="no cell of this version"):
+        read_cells(copy)
+
+
 def test_a_rollout_that_broke_is_nan_in_the_table_and_never_the_reference(copy):
     (path, *_) = sorted(p for p in (copy / FOLDER).iterdir() if read_cell(p)["identity"]["evaluation"]["horizon"] == 4)
 

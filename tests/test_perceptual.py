@@ -223,6 +223,10 @@ def test_other_weights_no_file_or_no_path_are_refused_in_a_sentence(weights, tmp
     save_file(random_network(seed=1).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="may bear that name"):
         load_efficientnet_lite0(tmp_path / "other.safetensors")
+    half = {name: tensor.bfloat16() for name, tensor in random_network().state_dict().items()}
+    save_file(half, tmp_path / "half.safetensors")
+    with pytest.raises(CheckpointError, match="may bear that name"):
+        load_efficientnet_lite0(tmp_path / "half.safetensors")
 
 
 def test_the_hash_is_of_names_shapes_and_values_and_of_nothing_else():

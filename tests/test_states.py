@@ -74,6 +74,15 @@ def test_a_damaged_newest_state_is_named_and_set_aside_and_the_one_before_is_use
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("step", ["2", 2.0, None, 1, True])
+def test_a_state_that_says_another_step_than_its_name_is_damaged(tmp_path, step):
+    states, said = saved(tmp_path, 1, 2), []
+    save_state(states.folder / "step-00000002", {"a": torch.zeros(1)}, {"step": step})
+    assert states.glance() is None
+    assert states.load(said.append)[2]["step"] == 1
+    assert "says that it is of step" in said[0]
+
+
 def test_when_all_are_damaged_it_is_an_error_every_time_and_they_stay(tmp_path):
     states = saved(tmp_path, 2, 3, keep=2)
     for path in states.folder.glob("*/state.json"):

@@ -10,7 +10,10 @@ import torch
 from small import small_dataset
 
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.errors import DataError, TrainingError, UserError
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
+from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
 from ahriuwu_cli.training.batches import draw_batch, share_of
 from ahriuwu_cli.training.checkpoint import load_world
@@ -224,6 +227,27 @@ def test_training_learns_the_bar_world_better_than_at_its_start(data, tmp_path, 
     run(data, tmp_path / "r", replace(CONFIG, steps=150, batch=16, ramp="flat", log_every=10, bootstrap_share=0.0))
     losses = [line["loss"] for line in lines(tmp_path / "r") if "loss" in line]
     assert np.mean(losses[-3:]) < 0.75 * losses[0]
+
+
+def test_weights_of_a_world_of_other_latents_are_no_start_and_those_of_the_same_are(data, tmp_path):
+    run(data, tmp_path / "r")
+    store = data[0]
+    run(data, tmp_path / "again", stop_at=1, init_from=tmp_path / "r" / "last")
+    other = fit_linear_tokenizer(store, (8, 8), 6, 1.0)
+    with pytest.raises(CheckpointError, match="latents of another tokenizer"):
+        run((store, other), tmp_path / "other", stop_at=1, init_from=tmp_path / "r" / "last")
+    assert not (tmp_path / "other").exists()
+
+
+def test_frames_too_small_to_be_scored_are_refused_before_anything_is_written(data, tmp_path):
+    frames = np.zeros((40, 6, 6, 3), np.uint8)
+    with EpisodeWriter(tmp_path / "few", height=6, width=6, fps=10.0, action_space=ActionSpace(), seed=0) as writer:
+        for _ in range(8):
+            writer.add(frames, None)
+    store = EpisodeStore.open(tmp_path / "few")
+    with pytest.raises(DataError, match="at least 7 pixels"):
+        run((store, LinearTokenizer(6, 6, 6, 6, 4)), tmp_path / "r", stop_at=1)
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_dataset_too_short_for_the_clips_is_refused_before_anything_is_written(data, tmp_path):

@@ -66,6 +66,7 @@ def evaluate(
     from ahriuwu_cli.commands.windows import choose_windows
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.evaluation import plot_levels, plots, report
+    from ahriuwu_cli.evaluation.cells import weights_hash
     from ahriuwu_cli.evaluation.evaluate import EvaluationConfig
     from ahriuwu_cli.evaluation.evaluate import evaluate as run
     from ahriuwu_cli.evaluation.looks import look_closer, optional_looks, parse_looks
@@ -88,6 +89,7 @@ def evaluate(
     ctx.with_resource(claimed(out, overwrite, options.say))
     with bar("eval", "frame", quiet=as_json) as progress:
         result = run(world, store, config, generation, stored, progress)
+    result["settings"]["checkpoint_hash"] = weights_hash(world)
     say = None if as_json else lambda name: typer.echo(f"looking closer: {name}", err=True)
     closer = look_closer(world, store, config, generation, stored, wanted, say, extra)
     result["timing"]["looks"] = closer.pop("look_seconds")

@@ -82,7 +82,7 @@ def score(
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.evaluation import plots, report
-    from ahriuwu_cli.evaluation.saved import score_rollouts
+    from ahriuwu_cli.evaluation.saved import made_by, score_rollouts
     from ahriuwu_cli.folders import check_folder, claimed
 
     check_folder(out, overwrite)
@@ -90,6 +90,7 @@ def score(
     ctx.with_resource(claimed(out, overwrite, options.say))
     with bar("score", "window", quiet=as_json) as progress:
         result = score_rollouts(rollouts, store, delta_at, progress)
+    result["settings"]["checkpoint_hash"] = made_by(rollouts)
     files = {name: out / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png")}
     result["files"] = {name: str(path) for name, path in files.items()}
     report.write_text(files["eval.csv"], report.as_csv(report.evaluation_rows(result)))

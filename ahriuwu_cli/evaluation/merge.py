@@ -153,6 +153,8 @@ def _read(path: Path) -> FinishedCell:
         raise DataError(f"{error}: run its plan again, which sets it aside and redoes it, or remove it") from None
     try:
         names = document["names"]
+        if not all(isinstance(names[what], str) for what in ("checkpoint", "dataset")):
+            raise ValueError(f"names that are texts, not {names}")
         cell = FinishedCell(path.stem, names["checkpoint"], names["dataset"], document["identity"], document["result"])
         fits = digest(cell.identity) == path.stem and cell.windows.hash == cell.identity["manifest_hash"]
         if fits:

@@ -51,16 +51,21 @@ def prepare(
     if config.seed < 0:
         raise UserError(f"--seed must be 0 or more, got {config.seed}")
     world.check_dataset(store)
-    if min(store.height, store.width) < SSIM_WINDOW:
-        raise DataError(
-            f"{store.path} has frames of {store.height}x{store.width}: SSIM needs at least {SSIM_WINDOW} pixels a side"
-        )
+    check_frames(store)
     if manifest is None:
         manifest = make_manifest(store, config.split, config.context, config.horizon, config.windows, config.seed)
     elif manifest.fingerprint != store.fingerprint:
         raise DataError(f"the windows were made for another dataset than {store.path}: make new ones")
     own = {"windows": len(manifest.windows), "context": manifest.context, "horizon": manifest.horizon}
     return replace(config, split=manifest.split, **own), manifest
+
+
+def check_frames(store: EpisodeStore) -> None:
+    """DataError for frames that are too small to be scored."""
+    if min(store.height, store.width) < SSIM_WINDOW:
+        raise DataError(
+            f"{store.path} has frames of {store.height}x{store.width}: SSIM needs at least {SSIM_WINDOW} pixels a side"
+        )
 
 
 def warnings(world: World, store: EpisodeStore, episodes: list[str]) -> list[str]:

@@ -109,6 +109,11 @@ def score_rollouts(
     return summarise(_stand_in(index["world"], store), store, config, generation, manifest, measured, measured.seconds)
 
 
+def made_by(folder: Path) -> str:
+    """`cells.weights_hash` of the world that made the rollouts of a folder. DataError."""
+    return str(_read_index(folder)["identity"]["checkpoint_hash"])
+
+
 def _index(world, store, config, generation, manifest) -> dict[str, Any]:
     """saved.json. `identity` is what the numbers depend on; the rest is what a result must be able to say."""
     everything, git = settings(world, store, config, generation, manifest), world.facts.get("git")
@@ -151,7 +156,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         _check_settings(document["evaluation"], document["generation"])
         if not all(isinstance(document["world"][name], kind) for name, kind in _WORLD.items()):
             raise ValueError("its entry `world` has other types")
-        document["identity"]["dataset_fingerprint"]
+        document["identity"]["dataset_fingerprint"], document["identity"]["checkpoint_hash"]
     except FileNotFoundError:
         raise DataError(f"{folder} holds no rollouts: give the --out of `ahriuwu eval generate`") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

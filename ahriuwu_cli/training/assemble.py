@@ -100,7 +100,7 @@ def assemble(
     world = group.together(lambda: _new_world(store, tokenizer, config, group))
     dynamics, run, found = world.dynamics, Run(out, config, facts, command, writes=group.leads), None
     if init_from is not None and not (there and run.states.newest()):
-        group.together(lambda: _initialise_from(dynamics, init_from))
+        group.together(lambda: _initialise_from(dynamics, tokenizer, init_from))
     pack = group.together(lambda: open_pack(store, tokenizer, "train", progress), lead_first=True)
     if init_from is None:
         dynamics.channel_scale.copy_(pack.spread())
@@ -184,11 +184,16 @@ def architecture_for(size: str, tokenizer: Tokenizer, store: EpisodeStore, predi
     )
 
 
-def _initialise_from(dynamics: Dynamics, path: Path) -> None:
-    """Weights of another world with the same architecture; nothing else of it."""
-    other = load_world(path, "cpu").dynamics
+def _initialise_from(dynamics: Dynamics, tokenizer: Tokenizer, path: Path) -> None:
+    """Weights of another world with the same architecture, trained on the same latents; nothing else of it."""
+    world = load_world(path, "cpu")
+    other = world.dynamics
     if other.config != dynamics.config:
         mine, its = dynamics.config.to_json(), other.config.to_json()
         differs = ", ".join(f"{k} {its[k]!r}" for k in mine if mine[k] != its[k])
         raise CheckpointError(f"{path} has another architecture ({differs}): --init-from needs the same")
+    if world.tokenizer.fingerprint() != tokenizer.fingerprint():  # of one shape, and every number means something else
+        raise CheckpointError(
+            f"{path} was trained on the latents of another tokenizer: give --tokenizer {path}/tokenizer"
+        )
     dynamics.load_state_dict(other.state_dict(), strict=True)

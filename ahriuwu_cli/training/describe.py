@@ -74,4 +74,6 @@ def as_text(facts: dict[str, Any]) -> str:
 def _cell(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
         return f"{value / 1e6:,.2f}M"
-    return ", ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    return ", ".join(f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in value)

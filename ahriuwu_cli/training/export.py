@@ -18,6 +18,7 @@ from ahriuwu_cli.data.documents import MAX_RESULT, as_text, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.evaluation.metrics import gradient_energy
 from ahriuwu_cli.evaluation.report import in_markdown
 from ahriuwu_cli.folders import replacing
@@ -55,12 +56,12 @@ def export(
         raise UserError(f"unknown --weights {weights!r}: {did_you_mean(weights, tuple(FORMATS))}")
     world = replace(world, generation=world.generation_with(generation or {}))
     world.check_generation(world.generation)
-    scores = None if evidence is None else _scores(evidence)
     windows = [] if prompts is None else _windows(world, prompts, clips, frames, split, pick, seed)
     before = {name: tensor.cpu().clone() for name, tensor in world.dynamics.state_dict().items()}
     slim = replace(
         world, dynamics=deepcopy(world.dynamics).to(FORMATS[weights]), facts=world.facts | {"weights": weights}
     )
+    scores = None if evidence is None else _scores(evidence, world, slim)
     with replacing(out) as folder:
         fill_with_world(slim, folder)
         if windows:
@@ -109,7 +110,8 @@ def _table(scores: dict[str, Any]) -> list[str]:
     def cell(value: Any, form: str = "{:.2f}") -> str:
         if isinstance(value, dict) and value["lo"] is not None:
             return f"{form.format(value['value'])} [{form.format(value['lo'])}, {form.format(value['hi'])}]"
-        return form.format(value["value"] if isinstance(value, dict) else value)
+        number = value["value"] if isinstance(value, dict) else value
+        return "-" if number is None else form.format(number)  # a ratio of what does not move
 
     s, n, g = scores["settings"], scores["n"], scores["settings"]["generation"]
     columns = {
@@ -137,17 +139,22 @@ def _table(scores: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _scores(folder: Path) -> dict[str, Any]:
+def _scores(folder: Path, *measured: World) -> dict[str, Any]:
+    """An evaluation of one of these worlds: of what is exported, or of what it becomes in its number format."""
     file = folder / "eval.json" if folder.is_dir() else folder
     try:
         scores = read_object(file, MAX_RESULT)
         if scores["kind"] != "eval" or scores["status"] != "ok":
             raise ValueError("it is not the result of an evaluation that went well")
         _table(scores)
+        of = scores["settings"].get("checkpoint_hash")
     except FileNotFoundError:
         raise DataError(f"there is no {file}: give a folder that `ahriuwu eval` wrote") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} cannot be used ({error}): give a folder that `ahriuwu eval` wrote") from None
+    rounded = (replace(w, dynamics=deepcopy(w.dynamics).float()) for w in measured)
+    if of not in map(weights_hash, rounded):
+        raise DataError(f"{file} was measured with another world, or by an older version: evaluate this one")
     return scores
 
 

@@ -8,6 +8,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.diffusion.samplers import told_step_size
 from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.evaluation.evaluate import quick_gain
+from ahriuwu_cli.evaluation.prepare import check_frames
 from ahriuwu_cli.evaluation.protocol import WindowManifest, make_manifest
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
@@ -17,6 +18,7 @@ CONTEXT = 8
 
 def preview_manifest(store: EpisodeStore, windows: int, seed: int) -> WindowManifest:
     """Windows of the val split: 8 frames of context and 16 generated, or as many as the longest episode allows."""
+    check_frames(store)
     lengths = [e.frames for e in store.episodes("val") if e.labelled or not store.action_space.width]
     if not lengths or max(lengths) < CONTEXT + 1:
         raise DataError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ahriuwu_cli.disk import discard, exchange, remove, sync
 from ahriuwu_cli.errors import CheckpointError
-from ahriuwu_cli.training.state import load_state, read_document, save_state
+from ahriuwu_cli.training.state import DOCUMENT, load_state, read_document, save_state
 
 SAVE_SECONDS = 600.0  # of training between states at most: a run that dies loses no more
 _NAME = re.compile(r"step-\d{8,}")
@@ -54,7 +54,7 @@ class States:
         """The document of the newest state without its tensors; None when there is none, or a damaged one."""
         newest = self.newest()
         try:
-            return None if newest is None else read_document(newest)[0]
+            return None if newest is None else _check_step(newest, read_document(newest)[0])
         except CheckpointError:
             return None
 
@@ -70,6 +70,7 @@ class States:
         for path in reversed(self._found()):
             try:
                 tensors, document = load_state(path)
+                _check_step(path, document)
             except CheckpointError as error:
                 if not mend:
                     raise
@@ -105,3 +106,11 @@ class States:
         path.rename(aside)
         sync(self.folder)
         return aside
+
+
+def _check_step(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """The document of a state, whose folder has the name of its step. CheckpointError."""
+    step = document.get("step")
+    if type(step) is not int or path.name != f"step-{step:08d}":
+        raise CheckpointError(f"{path / DOCUMENT} says that it is of step {step!r}: use another state")
+    return document
