@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ahriuwu_cli.stopping import undoing
@@ -70,6 +70,27 @@ def write_whole(path: Path, content: bytes | str, replace: bool = True) -> bool:
     return True
 
 
+def write_inside(folder: int, name: str, content: str) -> None:
+    """`write_whole` in a folder that is held open, whatever its path leads to by now. OSError."""
+    hidden = f".{name}.{random_digits()}.tmp"
+
+    def undo() -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(hidden, dir_fd=folder)
+
+    with undoing(undo):
+        try:
+            descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+            os.replace(hidden, name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.fsync(folder)
+        finally:
+            undo()
+
+
 def random_digits() -> int:
     """A part of a name that no other process takes, on this host or another."""
     return int.from_bytes(os.urandom(7))
@@ -89,7 +110,7 @@ def call_it(error: OSError, path: Path, hidden: Path) -> None:
 def visible(name: str | bytes | int | None) -> str:
     """What people call the file of an error: without hidden names that it would have lost in the end. "" for None."""
     text = "" if name is None else os.fsdecode(name) if isinstance(name, bytes) else str(name)
-    return re.sub(r"(^|/)\.([^/]+)\.(?:\d+\.tmp|partial-\d+)(?=/|$)", r"\1\2", text)
+    return re.sub(r"(^|/)\.([^/]+)\.(?:\d+\.tmp|partial-\d+|partial)(?=/|$)", r"\1\2", text)
 
 
 def refusal(error: OSError, place: str) -> str:

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from ahriuwu_cli.disk import NO_LOCKS, call_it, exchange, lock, random_digits, sync
 from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.lock import refuse_alive
 from ahriuwu_cli.stopping import unbroken, undoing
 
 NO_FOLDER_LOCKS = NO_LOCKS | {errno.EBADF}  # some disks lock files alone
@@ -71,11 +72,11 @@ def keep_apart(out: Path, inputs: Iterable[Path]) -> None:
 class replacing:
     """`with replacing(folder) as temporary`: fill a hidden folder, then put it in the place of `folder`.
 
-    See `put_in_place`. The hidden folder lies in the nearest folder that exists; other parents are made at the end.
-    Whatever stops the writing, `folder` stays as it was. A signal that ends the program removes the hidden folder; what
-    a killed process left is removed by the next that writes the same folder: the writer holds a lock on it (`flock`)
-    as long as it lives. overwrite False: what another process put there meanwhile is kept, with a UserError. An OSError
-    names `folder`, not what is hidden.
+    See `put_in_place`; the folder of a run that is alive is left, with a UserError. The hidden folder lies in the
+    nearest folder that exists; other parents are made at the end. Whatever stops the writing, `folder` stays as it was.
+    A signal that ends the program removes the hidden folder; what a killed process left is removed by the next that
+    writes the same folder: the writer holds a lock on it (`flock`) as long as it lives. overwrite False: what another
+    process put there meanwhile is kept, with a UserError. An OSError names `folder`, not what is hidden.
     """
 
     def __init__(self, folder: Path, overwrite: bool = True) -> None:
@@ -119,6 +120,7 @@ class replacing:
             sync(path)
         sync(self.temporary)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        refuse_alive(self.folder)
         with unbroken():
             put_in_place(self.temporary, self.folder, self.overwrite)
         sync(self.folder.parent)
@@ -251,6 +253,16 @@ def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iter
             raise UserError(f"another process is writing to {out}: choose another --out, or wait for it") from None
         check_folder(out, overwrite)
         yield
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[tuple[int, Callable[[], bool]]]:
+    """A folder, held open, and whether its name still leads to it. OSError."""
+    held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield held, lambda: _leads_to(folder, held)
+    finally:
+        os.close(held)
 
 
 def _tried(read: Callable[[], T]) -> Callable[[], T]:

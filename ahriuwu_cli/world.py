@@ -35,6 +35,7 @@ class World:
     generation: RolloutConfig  # defaults for rollouts
     path: Path | None = None
     facts: dict = field(default_factory=dict)  # git revision, versions, training summary: for people
+    config_hash: str = ""  # of the config.json that it was loaded from
 
     @property
     def k_max(self) -> int:

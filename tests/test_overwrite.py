@@ -1,5 +1,6 @@
 """--overwrite replaces results, and never what a command reads or the folder that the user stands in."""
 
+import importlib
 import os
 import shutil
 from pathlib import Path
@@ -110,6 +111,33 @@ def test_what_is_put_in_place_as_a_whole_is_never_the_current_folder(place, word
     assert stop.value.code == 2
     assert "is the current folder" in capsys.readouterr().err
     assert os.path.samefile(".", place / "empty")
+
+
+@pytest.mark.parametrize(
+    ("words", "takes"),
+    [
+        ("train tokenizer data --out x --patch 8 --latent-dim 4", "training.tokenizer_quality.reconstruction"),
+        ("export world --out x --prompts data --clips 1 --frames 4", "training.export.draw_windows"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_to_out_while_a_command_worked_stays_where_nothing_else_was_asked_for(
+    place, monkeypatch, capsys, words, takes, overwrite
+):
+    module, name = takes.rsplit(".", 1)
+    module = importlib.import_module(f"ahriuwu_cli.{module}")
+    before = getattr(module, name)
+
+    def meanwhile(*arguments, **named):
+        (place / "x").mkdir()
+        (place / "x" / "mine").touch()
+        return before(*arguments, **named)
+
+    monkeypatch.setattr(module, name, meanwhile)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), *(["--overwrite"] if overwrite else [])])
+    assert (stop.value.code, (place / "x" / "mine").exists()) == ((0, False) if overwrite else (2, True))
+    assert ("was filled by another process meanwhile" in capsys.readouterr().err) != overwrite
 
 
 def test_results_may_lie_inside_of_a_run_and_beside_it(tmp_path, monkeypatch):

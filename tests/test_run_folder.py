@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from small import small_dataset
 
 from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
+from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.training.clock import TrainingClock
 from ahriuwu_cli.training.run_folder import RunFolder, _revision, goes_on, versions
 from ahriuwu_cli.training.signals import StopRequest
@@ -27,7 +29,7 @@ def asked(**changes):
 
 
 def begun(folder, *steps: int, total: int = 9) -> RunFolder:
-    run = RunFolder(folder, ASKED, "ahriuwu train", keep=2)
+    run = RunFolder(folder, ASKED, "ahriuwu train", keep=2, free=FREE)
     run.begin(False, print)
     for step in steps:
         run.log({"step": step})
@@ -141,7 +143,7 @@ def test_a_log_that_dies_while_it_is_cut_is_whole(tmp_path, monkeypatch):
 def test_an_overwrite_that_dies_on_the_way_leaves_no_mixture_of_two_runs(tmp_path, monkeypatch):
     begun(tmp_path / "run", 3)
     (tmp_path / "run" / "best").mkdir()
-    other = RunFolder(tmp_path / "run", asked(config={"lr": 7}), "ahriuwu train", keep=2)
+    other = RunFolder(tmp_path / "run", asked(config={"lr": 7}), "ahriuwu train", keep=2, free=FREE)
     calls, rename = [], os.rename
 
     def dies(a, b):
@@ -165,7 +167,7 @@ def test_the_lock_says_who_holds_it_and_a_system_without_locks_is_announced(tmp_
     with pytest.raises(UserError, match=rf"is alive \(pid {os.getpid()} on .+\): stop that one"):
         goes_on(tmp_path / "run", ASKED, FREE, False, False)
     with pytest.raises(UserError, match="is alive"):
-        RunFolder(tmp_path / "run", ASKED, "", 2).go_on(print)
+        RunFolder(tmp_path / "run", ASKED, "", 2, FREE).go_on(print)
     run.release()
     assert goes_on(tmp_path / "run", ASKED, FREE, False, False)
 
@@ -194,6 +196,58 @@ def test_a_disk_that_cannot_be_written_is_a_sentence_with_the_last_good_state(tm
         assert part in str(caught.value)
     monkeypatch.undo()
     assert run.go_on(print)[2]["step"] == 3
+
+
+def test_a_line_for_which_there_is_no_room_leaves_no_half_of_itself(tmp_path):
+    run = begun(tmp_path / "run", 3)
+    file = tmp_path / "run" / "metrics.jsonl"
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl .*: make room; the last good state"):
+            run.log({"step": 4, "loss": 0.123456})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+
+
+def test_a_log_that_lost_its_last_lines_is_gone_on_with_aloud(tmp_path):
+    run, said = begun(tmp_path / "run", 3, 6), []
+    run.go_on(said.append)
+    run.release()
+    assert said == []
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3}\n')
+    run.go_on(said.append)
+    run.release()
+    assert "cut short: it holds no line of steps 4 to 6" in said[0]
+
+
+def test_a_state_of_another_run_is_set_aside(tmp_path):
+    run, said = begun(tmp_path / "run", 3), []
+    for name, differs in (("kept", {**ASKED["config"], "keep": 7}), ("other", {**ASKED["config"], "lr": 0.2})):
+        other = RunFolder(tmp_path / name, asked(config=differs), "ahriuwu train", keep=2, free=FREE)
+        other.begin(False, print)
+        other.save_state(5, {"a": torch.zeros(2)}, {"step": 5, "total": 9})
+        other.release()
+    state = "state/step-00000005"
+    shutil.copytree(tmp_path / "other" / state, tmp_path / "run" / state)
+    assert run.go_on(said.append)[2]["step"] == 3
+    run.release()
+    assert "is of another run" in said[0]
+    shutil.copytree(tmp_path / "kept" / state, tmp_path / "run" / state)
+    assert run.go_on(said.append)[2]["step"] == 5
+
+
+def test_nothing_takes_the_place_of_a_run_that_is_alive(tmp_path):
+    run = begun(tmp_path / "run", 3)
+    run.go_on(print)
+    with pytest.raises(UserError, match="belongs to a run that is alive"), replacing(tmp_path / "run") as folder:
+        (folder / "mine").touch()
+    run.save_state(6, {"a": torch.ones(2)}, {"step": 6, "total": 9})
+    run.release()
+    with replacing(tmp_path / "run") as folder:
+        (folder / "mine").touch()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
@@ -325,7 +379,7 @@ def test_a_run_leaves_nothing_in_the_folder_that_another_run_has_made_anew(tmp_p
     monkeypatch.setattr(States, "save", slow_save)
     with pytest.raises(TrainingError, match="was removed or replaced"):
         first.save_state(5, {"a": torch.zeros(2)}, {"step": 5, "total": 9})
-    second = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2)
+    second = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
     _, tensors, document = second.go_on(print)
     assert document["step"] == 1
     assert torch.equal(tensors["a"], torch.ones(2))

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import typer
+from small import small_world
 from worlds import moving_pictures, tiny_world
 
 from ahriuwu_cli import cli
@@ -15,6 +16,7 @@ from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.evaluation import sweep_plots, sweep_run, sweep_verdict
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.training import checkpoint
 from ahriuwu_cli.training.checkpoint import load_world, save_world, seal, write_tau_ctx
 
 FEW = ["--windows", "4", "--context", "4", "--horizon", "5", "--device", "cpu"]
@@ -250,17 +252,36 @@ def test_a_checkpoint_without_a_context_label_was_honest_and_nothing_else_is_def
 
 
 def test_a_failed_write_back_leaves_the_checkpoint_whole(world, monkeypatch):
-    before = (world / "config.json").read_bytes()
+    before, loaded = (world / "config.json").read_bytes(), load_world(world, "cpu")
     with pytest.raises(ValueError, match="JSON"):
-        write_tau_ctx(world, 0.2, {"gain": float("nan")})
+        write_tau_ctx(loaded, 0.2, {"gain": float("nan")})
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError("disk full")
 
     monkeypatch.setattr("ahriuwu_cli.disk.os.replace", full)
     with pytest.raises(OSError, match="disk full"):
-        write_tau_ctx(world, 0.2, {})
+        write_tau_ctx(loaded, 0.2, {})
     assert (world / "config.json").read_bytes() == before
+    assert sorted(p.name for p in world.iterdir()) == ["config.json", "model.safetensors", "tokenizer"]
+
+
+@pytest.mark.parametrize("when", ["before", "while it is written"])
+def test_a_world_that_took_the_place_of_the_measured_one_keeps_its_own_tau_ctx(world, monkeypatch, when):
+    loaded, other = load_world(world, "cpu"), small_world(seed=5)
+    written = checkpoint.write_inside
+
+    def late(*arguments):
+        save_world(other, world)
+        written(*arguments)
+
+    if when == "before":
+        save_world(other, world)
+    else:
+        monkeypatch.setattr(checkpoint, "write_inside", late)
+    with pytest.raises(CheckpointError, match="measure again"):
+        write_tau_ctx(loaded, 0.2, {})
+    assert load_world(world, "cpu").generation == other.generation
     assert sorted(p.name for p in world.iterdir()) == ["config.json", "model.safetensors", "tokenizer"]
 
 

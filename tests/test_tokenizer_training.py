@@ -47,6 +47,19 @@ def stop_after(steps: int) -> tuple[StopRequest, object]:
     return stop, progress
 
 
+def test_the_tokenizer_is_written_while_no_other_run_may_begin_in_its_folder(store, tmp_path):
+    config, kept = CONFIG, []
+
+    def keep(tokenizer) -> None:
+        with pytest.raises(UserError, match="alive"):
+            train_transformer_tokenizer(store, dataclasses.replace(config, seed=7), tmp_path / "r", overwrite=True)
+        kept.append(tokenizer)
+
+    for _ in range(2):  # the second finds the run finished, and no tokenizer
+        train_transformer_tokenizer(store, config, tmp_path / "r", keep=keep)
+    assert len(kept) == 2
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_two_steps_and_a_resume_to_four_equal_four_unbroken_bit_for_bit(store, tmp_path, optimizer):
     config = dataclasses.replace(CONFIG, optimizer=optimizer)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
+from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
 from ahriuwu_cli.training.batches import draw_batch, share_of
@@ -84,6 +86,43 @@ def test_a_resume_with_other_settings_is_refused_and_names_them(data, tmp_path):
     run(data, tmp_path / "r", stop_at=2)
     with pytest.raises(UserError, match=r"lr 0\.003 -> 0\.001"):
         run(data, tmp_path / "r", replace(CONFIG, lr=1e-3), resume=True)
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda world: (world / "model.safetensors").write_bytes(b"")])
+def test_a_world_that_was_lost_is_made_anew_and_said(data, tmp_path, damage):
+    run(data, tmp_path / "r")
+    last = load_world(tmp_path / "r" / "last", "cpu")
+    for name in ("best", "last"):
+        damage(tmp_path / "r" / name)
+    again = run(data, tmp_path / "r")
+    assert "is finished: all 6 steps are done; best and last is missing or damaged, and made anew" in again.run.found
+    for name in ("best", "last"):
+        assert weights_hash(load_world(tmp_path / "r" / name, "cpu")) == weights_hash(last)
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r").rglob("*") if p.name != ".lock")
+    assert run(data, tmp_path / "r").run.lacking == []
+    assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r").rglob("*") if p.name != ".lock") == before
+    run(data, tmp_path / "b", stop_at=3)
+    damage(tmp_path / "b" / "best")
+    assert "best is missing" in run(data, tmp_path / "b").run.found
+    assert load_world(tmp_path / "b" / "best", "cpu").facts["step"] >= 4
+
+
+def test_a_preview_that_is_not_finite_says_the_step_and_what_is_saved(data, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise TrainingError("the rollouts of 1 of 2 windows are not finite")
+
+    monkeypatch.setattr("ahriuwu_cli.training.preview.quick_gain", broken)
+    with pytest.raises(TrainingError, match=r"after step 2 the rollouts .* not finite; no state is saved yet"):
+        run(data, tmp_path / "r")
+
+
+def test_weights_to_start_from_are_not_missed_once_a_state_is_saved(data, tmp_path):
+    run(data, tmp_path / "r")
+    run(data, tmp_path / "again", stop_at=3, init_from=tmp_path / "r" / "last")
+    shutil.move(tmp_path / "r", tmp_path / "gone")
+    assert run(data, tmp_path / "again", init_from=tmp_path / "r" / "last").step == 6
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        run(data, tmp_path / "new", init_from=tmp_path / "r" / "last")
 
 
 def test_a_used_folder_is_never_overwritten_unasked(data, tmp_path):

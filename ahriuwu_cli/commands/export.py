@@ -64,6 +64,7 @@ def export(
     facts = write(
         load_world(checkpoint, "cpu"), out, weights=weights, prompts=store, clips=clips, frames=frames, split=split,
         pick=pick, seed=seed, generation={"steps": steps, "sampler": sampler}, evidence=evidence, notes=words,
+        overwrite=overwrite,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts))

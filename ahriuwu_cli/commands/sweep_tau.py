@@ -166,7 +166,7 @@ def _write_back(world: World, result: dict[str, Any], allow_nan: bool) -> bool:
     fine = result["status"] == "ok" or allow_nan
     if not (result["write_back"]["changed"] and result["complete"] and fine):
         return False
-    write_tau_ctx(world.path, result["write_back"]["tau_ctx"], evidence(result))
+    write_tau_ctx(world, result["write_back"]["tau_ctx"], evidence(result))
     return True
 
 

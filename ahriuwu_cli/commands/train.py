@@ -209,14 +209,14 @@ def _train(
     from ahriuwu_cli.training.batches import check_shares
     from ahriuwu_cli.training.checkpoint import load_tokenizer
     from ahriuwu_cli.training.restart import command_line
-    from ahriuwu_cli.training.run import run_goes_on
+    from ahriuwu_cli.training.run import has_state, run_goes_on
 
     def opened():
-        if init_from is not None and not init_from.exists():
-            raise CheckpointError(f"there is no checkpoint at {init_from}")
         check_shares(config, group.world)
         store = EpisodeStore.open(dataset)
         there = run_goes_on(out, config, {}, resume, overwrite)
+        if init_from is not None and not init_from.exists() and not (there and has_state(out)):
+            raise CheckpointError(f"there is no checkpoint at {init_from}")
         kept = out / "tokenizer" if there and (out / "tokenizer" / "config.json").is_file() else None
         return store, load_tokenizer(tokenizer or kept) if tokenizer or kept else None
 

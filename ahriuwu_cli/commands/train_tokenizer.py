@@ -109,7 +109,7 @@ def _linear(
     store = EpisodeStore.open(dataset)
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:
         tokenizer = fit_linear_tokenizer(store, values.pair(patch), latent_dim, whitening, progress)
-    return tokenizer, _write_tokenizer(tokenizer, store, out), out
+    return tokenizer, _write_tokenizer(tokenizer, store, out, overwrite), out
 
 
 def _transformer(
@@ -134,17 +134,20 @@ def _transformer(
     store = EpisodeStore.open(dataset)
     where, folder = pick_device(device), out / "tokenizer"
     config = _transformer_config(store, values.pair(patch), latent_dim=latent_dim, **settings)
+
+    def keep(tokenizer) -> None:
+        if not (folder / "config.json").is_file():  # else written by this run, which had come to its end
+            _write_tokenizer(tokenizer, store, folder)
+
     with bar("train tokenizer", "step", quiet=quiet) as progress:
-        tokenizer = train_transformer_tokenizer(
+        train_transformer_tokenizer(
             store, config, out, where, progress, resume, overwrite=overwrite, stop=stop, command=command_line(),
-            announce=lambda sentence: typer.echo(sentence, err=True),
+            announce=lambda sentence: typer.echo(sentence, err=True), keep=keep,
         )  # fmt: skip
-    if (folder / "config.json").is_file():  # written by a run that had come to its end
-        return load_tokenizer(folder), tokenizer_facts(folder)["val"], folder
-    return tokenizer, _write_tokenizer(tokenizer, store, folder), folder
+    return load_tokenizer(folder), tokenizer_facts(folder)["val"], folder
 
 
-def _write_tokenizer(tokenizer, store, folder: Path) -> dict:
+def _write_tokenizer(tokenizer, store, folder: Path, overwrite: bool = True) -> dict:
     """Save a tokenizer with its reconstruction on the val split, which comes back."""
     from ahriuwu_cli.training.checkpoint import save_tokenizer
     from ahriuwu_cli.training.run_folder import versions
@@ -152,7 +155,7 @@ def _write_tokenizer(tokenizer, store, folder: Path) -> dict:
 
     quality = reconstruction(tokenizer, store, "val")
     facts = {**versions(), "dataset": store.name, "dataset_fingerprint": store.fingerprint, "val": quality}
-    save_tokenizer(tokenizer.cpu(), folder, facts)
+    save_tokenizer(tokenizer.cpu(), folder, facts, overwrite)
     return quality
 
 

@@ -25,9 +25,9 @@ from ahriuwu_cli.data import tensors as tensors_
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import document_hash, read_object, to_json
 from ahriuwu_cli.diffusion import tau as tau_
-from ahriuwu_cli.disk import file_hash, write_whole
+from ahriuwu_cli.disk import file_hash, write_inside
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
-from ahriuwu_cli.folders import replacing, whole
+from ahriuwu_cli.folders import holding, replacing, whole
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
 from ahriuwu_cli.models.tokenizer import Tokenizer, tokenizer_class
 from ahriuwu_cli.rollout import RolloutConfig
@@ -139,12 +139,23 @@ def _load_world(folder: Path, where: torch.device) -> World:
         generation=generation,
         path=folder,
         facts=document["facts"],
+        config_hash=document_hash(document),
     )
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, facts: dict) -> None:
-    """Write a tokenizer folder, temporary name first."""
-    with replacing(folder) as temporary:
+def is_sound(folder: Path) -> bool:
+    """Whether a world is there as it was saved, by its hashes; nothing is loaded."""
+    try:
+        _check_seal(folder, _read_config(folder, "dynamics", _WORLD_FIELDS))
+        _check_seal(folder / "tokenizer", _read_config(folder / "tokenizer", "tokenizer", _TOKENIZER_FIELDS))
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, facts: dict, overwrite: bool = True) -> None:
+    """Write a tokenizer folder, temporary name first. overwrite False: UserError where something came meanwhile."""
+    with replacing(folder, overwrite) as temporary:
         _write_module(temporary, tokenizer, _tokenizer_document(tokenizer, facts))
 
 
@@ -233,19 +244,35 @@ def action_slots(space: ActionSpace) -> tuple:
     return tuple((c.kind, c.size, tuple(c.low), tuple(c.high)) for c in space.components)
 
 
-def write_tau_ctx(folder: Path, tau_ctx: float, evidence: dict) -> None:
+def write_tau_ctx(world: World, tau_ctx: float, evidence: dict) -> None:
     """Store another default tau_ctx in a world's config.json, and under facts the evidence for it; all else stays.
 
-    A temporary name first, then renamed; weights and tokenizer are not touched. CheckpointError when it is no world.
+    A temporary name first, then renamed; weights and tokenizer are not touched. CheckpointError when the folder that it
+    was loaded from holds no world, or another one by now: a run that is alive saves a better `best` there.
     """
-    before = _read_config(folder, "dynamics", _WORLD_FIELDS)
+    folder = world.path
+    with holding(folder) as (held, stays):
+        before = _read_config(folder, "dynamics", _WORLD_FIELDS)
+        if not stays() or document_hash(before) != world.config_hash:
+            raise CheckpointError(f"{folder} holds another world than was measured: its tau_ctx stays, measure again")
+        text = to_json(_with_tau_ctx(folder, before, tau_ctx, evidence), 1)
+        try:
+            write_inside(held, "config.json", text)
+        except FileNotFoundError:  # the folder is removed already
+            if stays():
+                raise
+        if not stays():
+            raise CheckpointError(f"{folder} was replaced at this moment: its tau_ctx stays, measure again")
+
+
+def _with_tau_ctx(folder: Path, before: dict, tau_ctx: float, evidence: dict) -> dict:
     document = dict(before)
     changed = asdict(_generation(document["generation"])) | {"tau_ctx": tau_ctx}
     document |= {"generation": changed, "facts": document["facts"] | {"tau_ctx_evidence": evidence}}
     if document["format"] != UNSEALED:
         _check_seal(folder, before)
         document = seal(document)
-    write_whole(folder / "config.json", to_json(document, 1))
+    return document
 
 
 def _tokenizer_document(tokenizer: Tokenizer, facts: dict) -> dict:

@@ -45,12 +45,14 @@ def export(
     generation: dict[str, Any] | None = None,
     evidence: Path | None = None,
     notes: str = "",
+    overwrite: bool = True,
 ) -> dict[str, Any]:
     """Write the folder, whole or not at all, and return its facts. The tokenizer stays in float32: it is small.
 
     prompts: a dataset from which `clips` clips of `frames` frames of a split are taken, at random or those with most
     edges in view (`busiest`). generation: other defaults for rollouts, such as {"sampler": "shortcut"}. evidence: a
-    folder of `ahriuwu eval`, whose table goes into the card. notes: the card's first words. UserError or DataError.
+    folder of `ahriuwu eval`, whose table goes into the card. notes: the card's first words. overwrite False: what
+    came to `out` meanwhile stays. UserError or DataError.
     """
     if weights not in FORMATS:
         raise UserError(f"unknown --weights {weights!r}: {did_you_mean(weights, tuple(FORMATS))}")
@@ -62,7 +64,7 @@ def export(
         world, dynamics=deepcopy(world.dynamics).to(FORMATS[weights]), facts=world.facts | {"weights": weights}
     )
     scores = None if evidence is None else _scores(evidence, world, slim)
-    with replacing(out) as folder:
+    with replacing(out, overwrite) as folder:
         fill_with_world(slim, folder)
         if windows:
             _write_prompts(folder / PROMPT, prompts, windows, frames)

@@ -19,7 +19,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import LatentPack
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.diffusion.objective import ShortcutLoss
-from ahriuwu_cli.errors import Interrupted
+from ahriuwu_cli.errors import Interrupted, TrainingError
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of
 from ahriuwu_cli.training.clip_loss import ClipLoss
@@ -89,6 +89,9 @@ class DynamicsTrainer:
         )
         saved_at, self.log.since = self.elapsed, time.monotonic()
         report = report if self.group.leads else lambda line: None
+        if self.step == self.total and self.group.sum(torch.tensor(len(self.run.lacking))):  # its worlds were lost
+            self._preview(manifest)
+            self.run.save(self)
         while self.total is None or self.step < self.total:
             if self._decide_total():
                 self.run.save(self)  # the schedule is part of the run: no step is taken on one that a kill could undo
@@ -170,11 +173,14 @@ class DynamicsTrainer:
         return result
 
     def _look(self, manifest) -> dict:
-        if self.step == self.total:  # at the end: which sampler suits what was learnt
-            self.world.generation, result, gains = choose_sampler(self.world, self.store, manifest)
-            self.run.log({"step": self.step, "gain_db_by_sampler": gains})
-        else:
-            result = preview(self.world, self.store, manifest)
+        try:
+            if self.step == self.total:  # at the end: which sampler suits what was learnt
+                self.world.generation, result, gains = choose_sampler(self.world, self.store, manifest)
+                self.run.log({"step": self.step, "gain_db_by_sampler": gains})
+            else:
+                result = preview(self.world, self.store, manifest)
+        except TrainingError as error:
+            raise TrainingError(f"after step {self.step} {error}; {self.run.where_it_stands()}") from None
         gain = result["gain_db"][max(result["gain_db"], key=int)]
         if self.best is None or gain >= self.best:
             self.best = gain

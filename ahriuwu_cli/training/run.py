@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.errors import CheckpointError
-from ahriuwu_cli.training.checkpoint import save_tokenizer, save_world
+from ahriuwu_cli.training.checkpoint import is_sound, save_tokenizer, save_world
 from ahriuwu_cli.training.run_folder import Asked, RunFolder, goes_on, versions
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
+from ahriuwu_cli.training.states import States
 
 if TYPE_CHECKING:
     from ahriuwu_cli.models.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ class Run(RunFolder):
     """The folder of one run. `facts` (dataset, tokenizer, architecture) must be the same when it is gone on with."""
 
     def __init__(self, folder: Path, config: TrainConfig, facts: dict, command: str, writes: bool = True) -> None:
-        super().__init__(folder, _asked(config, facts), command, config.keep, writes)
+        super().__init__(folder, _asked(config, facts), command, config.keep, FREE, writes)
         self.config, self.facts = config, facts
 
     def save(self, trainer: DynamicsTrainer) -> None:
@@ -73,11 +74,22 @@ class Run(RunFolder):
                 load_optimizer_tensors(optimizer, mine, document["optimizers"][i])
             trainer.step, trainer.total = _number(document, "step", int), _number(document, "total", int, None)
             trainer.elapsed, trainer.best = _number(document, "elapsed", float), _number(document, "best", float, None)
+            if "best" in self.lacking:
+                trainer.best = None  # the next preview is the best that there is
             if "log" in tensors and trainer.group.leads:  # the sums of all; states of older versions have none
                 trainer.log.go_on(tensors["log"], document["grad_norms"])
         except _UNFIT as error:
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
         return {"processes": document.get("processes", 1), "parallel": document.get("parallel", "none")}
+
+    def lost(self, document: dict[str, Any]) -> list[str]:
+        """Worlds that a run at this state has written, and that are not there, or damaged."""
+        written = [
+            name
+            for name, there in (("best", document["best"] is not None), ("last", document["step"] == document["total"]))
+            if there
+        ]
+        return [name for name in written if not is_sound(self.folder / name)]
 
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Write the tokenizer that was fitted for this run, so that going on needs no second fit."""
@@ -98,6 +110,11 @@ class Run(RunFolder):
         }
         with self.writing():
             save_world(world, self.folder / name)
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a run in this folder has come to its first saved state, so that it needs no start any more."""
+    return States(folder / "state", keep=1).newest() is not None
 
 
 def run_goes_on(folder: Path, config: TrainConfig, facts: dict, resume: bool, overwrite: bool) -> bool:

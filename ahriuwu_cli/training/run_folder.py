@@ -10,8 +10,10 @@ The same command again goes on with a run; other settings are refused by name; w
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -25,12 +27,12 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli import __version__
-from ahriuwu_cli.data.documents import parse_object, read_object, to_json
-from ahriuwu_cli.disk import FULL, discard, mend, sync, write_whole
+from ahriuwu_cli.data.documents import document_hash, parse_object, read_object, to_json
+from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.folders import check_folder
+from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
 from ahriuwu_cli.training.finite import check_finite
-from ahriuwu_cli.training.lock import LOCK, refuse_alive, still_held, take
 from ahriuwu_cli.training.states import States
 
 WRITTEN = ("run.json", "metrics.jsonl", "best", "last", "tokenizer", "state")  # under hidden names first
@@ -43,15 +45,20 @@ Asked = dict[str, Any]  # {"kind": "dynamics" or "tokenizer", "config": {...}, "
 class RunFolder:
     """A run on disk: what is asked for, the command that starts it (again), and how many states stay.
 
+    free: settings that a run may change as it goes on; all else that is asked for says which run a state is of.
     writes: whether this process may; the others of its group see the same run and leave the folder alone.
     """
 
-    def __init__(self, folder: Path, asked: Asked, command: str, keep: int, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, asked: Asked, command: str, keep: int, free: tuple[str, ...], writes: bool = True
+    ) -> None:
         self.folder, self.asked, self.command = Path(folder), _plain(asked), command
         self.writes = writes
-        self.states = States(self.folder / "state", keep)
+        config = {name: value for name, value in self.asked["config"].items() if name not in free}
+        self.states = States(self.folder / "state", keep, document_hash(self.asked | {"config": config}))
         self.again = f"{command} --resume"  # what the user is told to type
         self.found: str | None = None  # one sentence on what was there, where there was something
+        self.lacking: list[str] = []  # what was lost of it
         self._lock: TextIO | None = None
 
     def begin(self, overwrite: bool, announce: Announce, **more: Any) -> None:
@@ -73,6 +80,7 @@ class RunFolder:
         self.command = read_run(self.folder)["command"]
         glance = self.states.glance()
         finished = glance is not None and glance.get("step") == glance.get("total") and not self._has_leftovers()
+        finished = finished and not (self.writes and self.lost(glance))
         found = self._read(announce) if finished or not self.writes else None
         if found is None and self.writes:
             with self.writing("nothing was trained"):
@@ -83,14 +91,21 @@ class RunFolder:
                 if found is None:
                     self._begin(more)
                 else:
-                    self._cut_log(found[2]["step"])
+                    self._cut_log(found[2]["step"], announce)
         self.found = f"{self.folder} holds this run, stopped before its first saved state: starting again from step 0"
         if found is not None:
             step, total = found[2]["step"], found[2]["total"]
             self.found = f"going on with the run in {self.folder} after step {step} of {total or 'a time budget'}"
             if step == total:
                 self.found = f"the run in {self.folder} is finished: all {total} steps are done"
+            self.lacking = self.lost(found[2]) if self.writes else []
+            if self.lacking:
+                self.found += f"; {' and '.join(self.lacking)} is missing or damaged, and made anew"
         return found
+
+    def lost(self, document: dict[str, Any]) -> list[str]:
+        """What a run at this state must have in its folder, and has not: names."""
+        return []
 
     def _has_leftovers(self) -> bool:
         """Whether a killed process left something under a hidden name."""
@@ -108,8 +123,8 @@ class RunFolder:
     def log(self, line: dict) -> dict:
         """Append one line to metrics.jsonl; NaN never gets in."""
         if self.writes:
-            with self.writing(), open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(to_json(line) + "\n")
+            with self.writing():
+                _append(self.folder / "metrics.jsonl", to_json(line) + "\n")
         return line
 
     def save_state(self, step: int, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
@@ -135,8 +150,8 @@ class RunFolder:
             self._check_ours()
             remedy = "make room" if error.errno in FULL else "make it writable or choose another --out"
             raise TrainingError(
-                f"cannot write {error.filename or self.folder} ({error.strerror}): {remedy}; "
-                f"{otherwise or self._where_it_stands()}"
+                f"cannot write {visible(error.filename) or self.folder} ({error.strerror}): {remedy}; "
+                f"{otherwise or self.where_it_stands()}"
             ) from error
         self._check_ours()
 
@@ -146,11 +161,11 @@ class RunFolder:
         try:
             yield
         except DataError as error:
-            raise DataError(f"{error}; {self._where_it_stands()}") from error
+            raise DataError(f"{error}; {self.where_it_stands()}") from error
         finally:
             self.release()
 
-    def _where_it_stands(self) -> str:
+    def where_it_stands(self) -> str:
         """What is saved, and how to go on from there, for the end of a sentence."""
         newest = self.states.newest()
         return f"the last good state is {newest}, go on with: {self.again}" if newest else "no state is saved yet"
@@ -183,8 +198,8 @@ class RunFolder:
         document = {**self.asked, "command": self.command, "versions": versions(), **more}
         write_whole(self.folder / "run.json", to_json(document, 1) + "\n")
 
-    def _cut_log(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl that come after `step`, and one that a kill cut short."""
+    def _cut_log(self, step: int, announce: Announce) -> None:
+        """Drop the lines of metrics.jsonl after `step`, and one that a kill cut short; say what is missing before."""
         file = self.folder / "metrics.jsonl"
         if file.is_symlink() or (file.exists() and not file.is_file()):
             raise CheckpointError(f"{file} is no regular file: move it away, a log is written there")
@@ -192,6 +207,10 @@ class RunFolder:
         kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
         if kept != lines:
             write_whole(file, b"".join(kept))
+        every = max(c.get("log_every", 1) for c in (self.asked["config"], read_run(self.folder)["config"]))
+        last = max((n for n in map(_step_of, kept) if n < math.inf), default=0)
+        if last + every <= step:
+            announce(f"{file} was cut short: it holds no line of steps {last + 1} to {step}, which were trained")
 
 
 def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, overwrite: bool) -> bool:
@@ -282,6 +301,18 @@ def _differences(before: dict[str, Any], asked: Asked, free: tuple[str, ...]) ->
     pairs = [(name, old.get(name), new.get(name)) for name in [*new, *(old.keys() - new.keys())] if name not in free]
     pairs += [(name, before["facts"].get(name), value) for name, value in asked.get("facts", {}).items()]
     return [f"{n} {a!r} -> {b!r}" if len(repr(a) + repr(b)) < 80 else f"{n} differs" for n, a, b in pairs if a != b]
+
+
+def _append(file: Path, line: str) -> None:
+    """Write a line at the end of a file, all of it or nothing. OSError, with the file's name."""
+    with open(file, "ab", buffering=0) as stream:
+        end = stream.tell()
+        try:
+            if stream.write(line.encode()) < len(line.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            stream.truncate(end)
+            raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def _plain(asked: Asked) -> Asked:

@@ -19,10 +19,10 @@ _NAME = re.compile(r"step-\d{8,}")
 
 
 class States:
-    """The folder that holds them. keep: how many stay."""
+    """The folder that holds them. keep: how many stay. run: the hash of what was asked for, in each; "" is any."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder: Path, keep: int, run: str = "") -> None:
+        self.folder, self.keep, self.run = Path(folder), keep, run
 
     def newest(self) -> Path | None:
         """The newest state, or None. It is as its save left it, or was damaged since: `load` tells."""
@@ -38,7 +38,7 @@ class States:
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            save_state(partial, tensors, document)
+            save_state(partial, tensors, document | {"run": self.run})
             if not (target.exists() and exchange(partial, target)):
                 if target.exists():  # the same step again, on a system that cannot swap
                     discard(target)
@@ -54,7 +54,7 @@ class States:
         """The document of the newest state without its tensors; None when there is none, or a damaged one."""
         newest = self.newest()
         try:
-            return None if newest is None else _check_step(newest, read_document(newest)[0])
+            return None if newest is None else self._check(newest, read_document(newest)[0])
         except CheckpointError:
             return None
 
@@ -70,7 +70,7 @@ class States:
         for path in reversed(self._found()):
             try:
                 tensors, document = load_state(path)
-                _check_step(path, document)
+                self._check(path, document)
             except CheckpointError as error:
                 if not mend:
                     raise
@@ -107,10 +107,11 @@ class States:
         sync(self.folder)
         return aside
 
-
-def _check_step(path: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """The document of a state, whose folder has the name of its step. CheckpointError."""
-    step = document.get("step")
-    if type(step) is not int or path.name != f"step-{step:08d}":
-        raise CheckpointError(f"{path / DOCUMENT} says that it is of step {step!r}: use another state")
-    return document
+    def _check(self, path: Path, document: dict[str, Any]) -> dict[str, Any]:
+        """The document of a state, which says its folder's step, and this run. CheckpointError."""
+        step = document.get("step")
+        if type(step) is not int or path.name != f"step-{step:08d}":
+            raise CheckpointError(f"{path / DOCUMENT} says that it is of step {step!r}: use another state")
+        if self.run and document.get("run", self.run) != self.run:  # states of older versions do not say it
+            raise CheckpointError(f"{path} is of another run, with other settings or data: use another state")
+        return document

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +47,11 @@ def train_transformer_tokenizer(
     announce: Callable[[str], None] | None = None,
     stop: StopRequest | None = None,
     command: str = "train tokenizer",
+    keep: Callable[[TransformerTokenizer], None] | None = None,
 ) -> TransformerTokenizer:
     """Train on the train split and return the tokenizer, latents scaled to unit spread, in evaluation mode.
+
+    keep gets it while the run's folder still is this run's alone, to write it there.
 
     It goes on with the same run where that is in run_dir already; resume insists on it. progress(steps done, steps in
     all); announce gets sentences for the user (which loss, where it goes on). UserError for a used folder or other
@@ -63,7 +67,11 @@ def train_transformer_tokenizer(
         _train(trainer, stop, progress)
         stop.end_at_once(f"all {trainer.step} steps are done and saved, the tokenizer comes of: {trainer.run.again}")
         trainer.scale_latents()
-    return trainer.model.eval()
+        trainer.model.eval()
+        if keep is not None:
+            with trainer.run.writing():
+                keep(trainer.model)
+    return trainer.model
 
 
 def _train(trainer: _Trainer, stop: StopRequest, progress: Progress | None) -> None:
@@ -93,6 +101,14 @@ def _train(trainer: _Trainer, stop: StopRequest, progress: Progress | None) -> N
             )
 
 
+class _TokenizerRun(RunFolder):
+    """What comes of it lies in tokenizer/."""
+
+    def lost(self, document: dict[str, Any]) -> list[str]:
+        there = document["step"] != document["total"] or (self.folder / "tokenizer" / "config.json").is_file()
+        return [] if there else ["tokenizer"]
+
+
 class _Trainer:
     """One run: the model, its optimisers and loss normalisers, and how many steps are done."""
 
@@ -117,7 +133,7 @@ class _Trainer:
         self.rms = nn.ModuleDict({name: RunningRMS() for name in ("mse", "lpips")}).to(device)
         self.optimizers = build_optimizers(self.model, config)
         self.step = 0
-        self.run = RunFolder(run_dir, tokenizer_asked(store, config, self.loss_name), command, config.keep)
+        self.run = _TokenizerRun(run_dir, tokenizer_asked(store, config, self.loss_name), command, config.keep, FREE)
 
     def begin(self, resume: bool, overwrite: bool, announce: Callable[[str], None]) -> None:
         """Open the run folder: a new one, or the same run at its newest state, exactly."""
