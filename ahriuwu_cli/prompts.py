@@ -138,7 +138,7 @@ def _from_data(store: EpisodeStore, source: str | None) -> bool:
 
 def _window(store: EpisodeStore, request: Request, data_actions: bool) -> tuple[str, int]:
     """(episode, first context frame); with recorded actions it must be long enough for all of the rollout."""
-    wanted = request.context + (request.length if data_actions else 1)
+    wanted = request.context + (request.length if data_actions else 0)
     if request.episode is None:
         lengths = {e.id: e.frames for e in store.episodes(request.split) if e.labelled or not data_actions}
         room = sum(max(0, frames - wanted + 1) for frames in lengths.values())
@@ -150,7 +150,10 @@ def _window(store: EpisodeStore, request: Request, data_actions: bool) -> tuple[
         episode, start = request.episode, request.start or 0
     frames = store.episode(episode).frames
     if start + wanted > frames:
-        more = "ask for fewer, or use --actions random" if data_actions else "start earlier"
+        if data_actions:
+            more = "ask for fewer, or use --actions random"
+        else:
+            more = "start earlier" if wanted <= frames else f"give --context {frames} at most"
         raise DataError(
             f"episode {episode} has {frames} frames, but {wanted} are needed from frame {start} "
             f"(--context {request.context}, --length {request.length}): {more}"

@@ -1,6 +1,6 @@
-"""What settings of an evaluation may be, the same on the command line and in a plan: (lowest, highest), both included.
+"""What settings may be, the same on the command line, in a plan and in files: (lowest, highest), both included.
 
-Nothing is imported here, so that the command line and the plan's reader can both ask.
+Nothing is imported here, so that the command line and every reader can ask.
 """
 
 STEPS = (1, 65536)  # K, model passes a frame
@@ -9,4 +9,5 @@ CONTEXT = (1, 10_000)
 HORIZON = (1, 100_000)
 NOISE_SEEDS = (1, 1024)
 SEED = (0, 2**63 - 1)
+FPS = (0.01, 1000.0)  # frames per second: of a video, a dataset, a world
 TAU_CTX = (0.0, 1.0)  # without its upper end, where nothing of the context is left

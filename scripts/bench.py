@@ -295,7 +295,8 @@ def measure_windows(a: argparse.Namespace, found: dict) -> dict:
             for first in range(0, frames, 1024):
                 file.write(block[: frames - first].tobytes())
             os.fsync(file.fileno())
-        pack, rng = LatentPack(path, facts), np.random.default_rng(1)
+        space = ActionSpace((ActionComponent("buttons", "binary", 3),))
+        pack, rng = LatentPack(path, facts, space), np.random.default_rng(1)
 
         def rate(seconds: float) -> float:
             count, end = 0, time.perf_counter() + seconds

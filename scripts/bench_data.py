@@ -142,12 +142,12 @@ def measure_check(path: Path, repeats: int) -> dict:
     block = os.urandom(1 << 26)
     speed = len(block) / median(lambda: hashlib.sha256(block).digest(), repeats)
     parts = list(parts_of(facts))
-    assert not damaged_parts(path, facts, layout, parts)
+    assert not damaged_parts(path, facts, layout, parts, SPACE)
 
     def opened() -> None:
         read, found = read_pack_header(path)
-        check_some(path, read, found)
-        LatentPack(path, read)
+        check_some(path, read, found, SPACE)
+        LatentPack(path, read, SPACE)
 
     with open(path, "rb") as file:
         whole = median(lambda: [hash_part(file.fileno(), layout, part) for part in parts], repeats)
@@ -169,7 +169,7 @@ def measure_check(path: Path, repeats: int) -> dict:
 def measure_windows(path: Path, repeats: int) -> dict:
     """Windows of FRAMES frames a second, cold and warm. Cold: no window is read twice."""
     facts, _ = read_pack_header(path)
-    pack, rng = LatentPack(path, facts), np.random.default_rng(1)
+    pack, rng = LatentPack(path, facts, SPACE), np.random.default_rng(1)
     row = 2 * TOKENS * CHANNELS
     every = [(e, s) for e in range(len(pack.ids)) for s in range(0, PART, FRAMES)]
     chosen = [every[i] for i in rng.permutation(len(every))[: 64 * BATCH]]

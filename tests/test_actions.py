@@ -1,12 +1,15 @@
 """Action spaces: what they refuse, what they draw, and that text and rows agree."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
 from ahriuwu_cli.errors import DataError, UserError
+from ahriuwu_cli.models.conditioning import ActionEmbedding
 
 BUTTONS = ActionComponent("buttons", "binary", 3, ("TURN_LEFT", "TURN_RIGHT", "ATTACK"))
 MOVE = ActionComponent("move", "discrete", 4, ("NOOP", "FIRE", "RIGHT", "LEFT"))
@@ -97,3 +100,27 @@ def test_validate_names_the_column_that_is_wrong(space, row, sentence):
 def test_a_space_that_makes_no_sense_is_refused(document):
     with pytest.raises(DataError):
         ActionSpace.from_json(document)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(-1.7e308, 1.7e308), (-3e38, 3e38), (-1e38, 1e38), (1, 1 + 1e-10), (0, 1e-46), (0, 1e39), (2, 1)]
+)
+def test_a_range_that_float32_cannot_hold_or_scale_by_is_refused(low, high):
+    with pytest.raises(DataError, match="in float32"):
+        ActionComponent("s", "continuous", 1, (), (low,), (high,))
+
+
+def test_every_value_of_the_widest_and_the_narrowest_range_is_scaled_to_a_finite_number():
+    for low, high in ((-8e37, 8e37), (1.0, 1.0 + 2e-7), (0.0, 1e-45)):
+        space = ActionSpace((ActionComponent("s", "continuous", 1, (), (low,), (high,)),))
+        rows = torch.tensor([[[low]], [[high]]])
+        scaled = ActionEmbedding((("continuous", 1, (low,), (high,)),), 4)(rows, torch.ones(2, 1, dtype=torch.bool))
+        assert torch.isfinite(scaled).all()
+        assert np.isfinite(space.random(9, (1, 1), np.random.default_rng(0))).all()
+
+
+@pytest.mark.parametrize("value", ["1e39", "-1e39", "nan", "inf", "9"])
+def test_a_value_of_the_command_line_is_a_mistake_of_usage_and_never_a_warning(value):
+    with warnings.catch_warnings(action="error"), pytest.raises(UserError) as refused:
+        SPACES["all"].parse(f"gear=1+wheel={value}")
+    assert refused.value.exit_code == 2

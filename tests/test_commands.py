@@ -78,6 +78,13 @@ def test_a_rollout_goes_far_beyond_window_and_data_and_makes_several_samples(run
     assert not np.array_equal(frames[0], frames[1])
 
 
+def test_a_context_may_end_with_its_episode_when_no_recorded_action_is_needed(run, place):
+    options = ("--episode", "000000", "--context", 40, "--length", 2, "--actions", "random")
+    code, _, err = run("rollout", place / "world", place / "data", "--out", place / "out", *options)
+    assert code == 0, err
+    assert len(load_file(place / "out" / "arrays.safetensors")["truth"]) == 0
+
+
 def test_a_rollout_starts_from_an_image_or_a_video(run, place):
     Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(place / "p.png")
     assert run("rollout", place / "world", place / "p.png", "--out", place / "o1", "--length", 3)[0] == 0
@@ -167,6 +174,8 @@ BAD = [
     ((*ROLLOUT, "--length", "0"), 2, "--length"),
     ((*ROLLOUT, "--length", "500"), 3, "frames"),
     ((*ROLLOUT, "--context", "-1"), 2, "--context"),
+    ((*ROLLOUT, "--episode", "000000", "--context", "41", "--actions", "random"), 3, "give --context 40 at most"),
+    ((*ROLLOUT, "--episode", "000000", "--context", "9", "--start", "32", "--actions", "random"), 3, "start earlier"),
     ((*ROLLOUT, "--episode", "zzz"), 3, "zzz"),
     ((*ROLLOUT, "--split", "tset"), 2, "test"),
     ((*ROLLOUT, "--actions", "repeat:UP"), 2, "UP"),

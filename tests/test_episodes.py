@@ -145,6 +145,20 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path, episode, sentence):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "options", [{"fps": 0.001}, {"fps": 1e9}, {"frame_skip": 0}, {"height": 5000}, {"seed": 1.5}, {"name": 3}]
+)
+def test_what_a_reader_would_refuse_is_refused_before_the_first_frame_and_replaces_nothing(tmp_path, options):
+    old = _write(tmp_path / "d", [_episode(0)]).fingerprint
+    with pytest.raises(DataError, match=rf"d/dataset\.json: {next(iter(options))} is"):
+        _write(tmp_path / "d", iter(()), overwrite=True, **options)
+    broken = EpisodeWriter(tmp_path / "d", height=16, width=16, fps=1.0, action_space=SPACE, overwrite=True)
+    with pytest.raises(DataError, match=r"d/dataset\.json: an episode: source is 3"), broken as writer:
+        writer.add(*_episode(1), source=3)
+    assert EpisodeStore.open(tmp_path / "d").fingerprint == old
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
 def _edit(key, value):
     def change(path):
         document = json.loads((path / "dataset.json").read_text())

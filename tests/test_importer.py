@@ -2,14 +2,17 @@
 
 import json
 import os
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 
+from ahriuwu_cli.data.action_files import infer_space, read_actions
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
 from ahriuwu_cli.data.importer import ImportConfig, import_videos, plan_import
 from ahriuwu_cli.data.video import write_mp4
-from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.errors import DataError, UserError
 
 ACTIONS = [3, 0, 1, 2, 2, 0, 3, 1, 0]
 
@@ -129,6 +132,8 @@ def test_a_wide_video_is_cropped_in_the_middle_not_squeezed(tmp_path):
         ({"a.mp4": 10, "a.csv": "x,y\n1,2\n3\n"}, "line 3"),
         ({"a.mp4": 10, "a.csv": "action\n1\nleft\n"}, "line 3: .*'left'"),
         ({"a.mp4": 10, "a.csv": "action\nnan\n"}, "finite"),
+        ({"a.mp4": 10, "a.csv": "x\n1e39\n"}, "line 2: .* not a finite number"),
+        ({"a.mp4": 10, "a.csv": "x\n-3e38\n3e38\n"}, "the range -3e.38 to 3e.38"),
         ({"a.mp4": 10, "a.csv": b"\xff\xfe\x00"}, "UTF-8"),
         ({"a.mp4": 10, "a.jsonl": '{"a": 1}\n{"b": 1}\n'}, "line 2"),
         ({"a.mp4": 10, "a.jsonl": "[1]\n[1, 2]\n"}, "line 2"),
@@ -183,3 +188,80 @@ def test_other_names_in_the_folder_are_left_alone(tmp_path):
     os.mkfifo(tmp_path / "control")
     (tmp_path / ".b.csv").symlink_to("/dev/zero")
     assert plan_import(ImportConfig(tmp_path)).videos == (tmp_path / "a.mp4",)
+
+
+def test_a_rate_that_no_dataset_may_have_is_no_rate_of_an_import(tmp_path):
+    for fps in (0.001, 0.00999, 1001, float("nan")):
+        with pytest.raises(UserError, match=r"from 0.01 to 1000"):
+            ImportConfig(tmp_path, fps=fps)
+    assert [ImportConfig(tmp_path, fps=fps).fps for fps in (0.01, 1000)] == [0.01, 1000]
+
+
+def test_a_column_that_moves_by_less_than_float32_holds_does_not_move(tmp_path):
+    _csv(tmp_path / "a.csv", "x", [1, 1.00000000001])
+    space, [note] = infer_space([read_actions(tmp_path / "a.csv")])
+    assert (space.components[0].low, space.components[0].high) == ((0.0,), (1.00000000001,))
+    assert "x 0 to 1" in note
+
+
+def test_a_line_of_json_ends_where_a_line_of_a_file_ends(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"a\u2028b": 1}\r\n{"a\u2028b": 0}\n\n'.encode())
+    (tmp_path / "a.csv").write_bytes("a\u2028b\r1\r0\r".encode())
+    for name in ("a.jsonl", "a.csv"):
+        table = read_actions(tmp_path / name)
+        assert (table.columns, table.rows) == (("a\u2028b",), [[1.0], [0.0]])
+
+
+def _timed(path, times, rate, codec="ffv1"):
+    """A frame at each of the times, in ms, as bright as its number."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=rate)
+        stream.height = stream.width = 32
+        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 2 * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+
+
+STEADY = [round(i * 1000 / 30) for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("times", "rate", "fps", "shown", "note"),
+    [
+        ([0, 10, 20, 30, 500, 510, 520, 530, 1000, 1010], 100, None, range(10), "stands still for up to 0.47 s"),
+        ([0, 10, 20, 30, 500, 510, 520, 530, 1000, 1010], 100, 2, (0, 4, 8), None),
+        ([0, 10, 20, 30, 3500, 3510], 100, 2, (0, 4), "stands still for up to 3.50 s"),
+        ([10 * i for i in range(50)], 10, None, range(50), "its 50 frames take 0.49 s"),
+        (STEADY, 30, None, range(60), None),
+        (STEADY, 30, 15, range(0, 60, 2), None),
+        (STEADY, 30, 20, [i for i in range(60) if i % 3 != 1], None),
+        ([t + 3000 for t in STEADY], 30, 10, range(0, 60, 3), None),
+        ([0, *STEADY[2:]], 30, None, range(59), None),  # one frame is missing
+    ],
+)
+def test_frames_are_thinned_by_their_times_and_uneven_ones_are_said(tmp_path, times, rate, fps, shown, note):
+    _timed(tmp_path / "a.mkv", times, rate)
+    plan, [(frames, _, _)] = _load(tmp_path, fps=fps)
+    assert (frames[:, 0, 0, 0] // 2).tolist() == list(shown)
+    said = [n for n in plan.notes if n.startswith("a.mkv")]
+    assert len(said) == (note is not None)
+    assert (note or "") in "".join(said)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.mov", "a.avi", "a.webm"])
+def test_an_ordinary_video_of_any_kind_is_even(tmp_path, name):
+    with av.open(str(tmp_path / name), "w") as out:
+        stream = out.add_stream("libvpx" if name == "a.webm" else "libx264", rate=Fraction(30000, 1001))
+        stream.height = stream.width = 32
+        stream.pix_fmt = "yuv420p"
+        for picture in np.random.default_rng(0).integers(0, 99, (40, 32, 32, 3)).astype(np.uint8):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            out.mux(stream.encode(frame.reformat(format="yuv420p")))
+        out.mux(stream.encode(None))
+    for fps, count in ((None, 40), (15, 20), (5, 7)):
+        plan, [(frames, _, _)] = _load(tmp_path, fps=fps)
+        assert (len(frames), [n for n in plan.notes if n.startswith("a.")]) == (count, [])

@@ -1,6 +1,7 @@
 """Recorders: actions[t] takes frames[t] to frames[t+1] in every source, seeds repeat, nothing is littered."""
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +236,12 @@ def test_an_unknown_source_is_answered_with_the_nearest(text, sentence):
 
     with pytest.raises(UserError, match=sentence):
         parse_source(text)
+
+
+def test_pictures_of_an_environment_need_no_screen_and_a_choice_of_the_user_stays(echo_world, monkeypatch):
+    for before, after in ((None, "dummy"), ("x11", "x11")):
+        monkeypatch.setenv("SDL_VIDEODRIVER", before or "")
+        if before is None:
+            monkeypatch.delenv("SDL_VIDEODRIVER")
+        _echo(echo_world, pixels=False)
+        assert os.environ["SDL_VIDEODRIVER"] == after

@@ -1,5 +1,6 @@
 """The verdict of a sweep, on scores that are written down: best, set, warnings, and what becomes of the default."""
 
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -197,3 +198,11 @@ def test_cells_are_named_by_what_varies():
     assert name(cells[0]) == "0 (K = 2)"
     assert names(cells) == "0, 0.5 (K = 2), 0, 0.5 (K = 4)"
     assert names([RolloutConfig(steps=k) for k in range(1, 10)]).endswith("and 3 more")
+
+
+def test_flat_frames_are_neither_sharp_nor_blurry_and_nothing_is_divided_by_them():
+    done = [cell(0.1, 25.0), cell(0.2, 24.9, wobble=3)]
+    for d in done:
+        d.fixed["truth"] = {name: np.zeros((12, 1)) for name in ("energy", "motion")}
+    with warnings.catch_warnings(action="error"):
+        assert not any("disagree" in note for note in notes(done))

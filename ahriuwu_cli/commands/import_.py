@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from ahriuwu_cli import ranges
 from ahriuwu_cli.commands import options, values
 
 
@@ -21,7 +22,7 @@ def import_(
     size: str = options.text(
         "64", "--size", values.parse_size, "Pixels of a frame: a side, or HEIGHTxWIDTH; videos are cropped."
     ),
-    fps: float | None = options.number(None, "--fps", 0, 1000, "Thin videos without actions to this rate.", "()"),
+    fps: float | None = options.number(None, "--fps", *ranges.FPS, "Thin videos without actions to this rate."),
     max_frames: int = options.whole(100_000, "--max-frames", 2, options.MANY, "Refuse a video with more frames."),
     seed: int = options.seed("Seed of the splits."),
     splits: str = options.text(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ahriuwu_cli.data.actions import MAX_SIZE, ActionComponent, ActionSpace
+from ahriuwu_cli.data.actions import MAX_SIZE, ActionComponent, ActionSpace, as_float32
 from ahriuwu_cli.data.documents import decode, parse_json, read_bytes
 from ahriuwu_cli.errors import DataError
 
@@ -53,7 +54,7 @@ def read_actions(path: Path) -> ActionTable:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}): save it as CSV or JSON lines") from None
-    long = next((i for i, line in enumerate(text.splitlines(), 1) if len(line) > MAX_LINE), None)
+    long = next((i for i, line in enumerate(_lines(text), 1) if len(line) > MAX_LINE), None)
     if long is not None:
         raise DataError(f"{path}, line {long}: longer than {MAX_LINE} characters; give one row of numbers a line")
     table = _read_csv(path, text) if path.suffix.lower() == ".csv" else _read_jsonl(path, text)
@@ -101,7 +102,8 @@ def infer_space(tables: list[ActionTable]) -> tuple[ActionSpace, list[str]]:
         found.append(f"{len(buttons)} buttons ({', '.join(buttons)})")
     if axes:
         ranges = [(float(columns[n].min()), float(columns[n].max())) for n in axes]
-        ranges = [(min(a, 0.0), max(b, 0.0)) if a == b else (a, b) for a, b in ranges]  # a column that never moves
+        still = [as_float32(a) == as_float32(b) for a, b in ranges]  # as it will be stored, the column never moves
+        ranges = [(min(a, 0.0), max(b, 0.0)) if s else (a, b) for s, (a, b) in zip(still, ranges, strict=True)]
         low, high = zip(*ranges, strict=True)
         components.append(ActionComponent("axes", "continuous", len(axes), axes, low, high))
         shown = ", ".join(f"{n} {a:g} to {b:g}" for n, a, b in zip(axes, low, high, strict=True))
@@ -112,7 +114,7 @@ def infer_space(tables: list[ActionTable]) -> tuple[ActionSpace, list[str]]:
 
 def _read_csv(path: Path, text: str) -> ActionTable:
     try:
-        lines = [(i, row) for i, row in enumerate(csv.reader(text.splitlines()), 1) if row]
+        lines = [(i, row) for i, row in enumerate(csv.reader(_lines(text)), 1) if row]
     except csv.Error as error:
         raise DataError(f"{path} is not CSV ({error}): give a header of column names and rows of numbers") from None
     if not lines:
@@ -129,7 +131,7 @@ def _read_csv(path: Path, text: str) -> ActionTable:
 def _read_jsonl(path: Path, text: str) -> ActionTable:
     columns: tuple[str, ...] | None = None
     rows: list[list[float]] = []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -151,18 +153,23 @@ def _read_jsonl(path: Path, text: str) -> ActionTable:
     return ActionTable(path, columns, rows)
 
 
+def _lines(text: str) -> list[str]:
+    """By line feeds and carriage returns alone: a text in JSON may hold what `str.splitlines` also splits at."""
+    return re.split(r"\r\n?|\n", text)
+
+
 def _numbers(path: Path, line: int, values: list[Any], columns: tuple[str, ...]) -> list[float]:
     if len(values) != len(columns):
         raise DataError(f"{path}, line {line}: {len(values)} values for {len(columns)} columns ({', '.join(columns)})")
     for name, value in zip(columns, values, strict=True):
         if isinstance(value, (dict, list)) or not _is_number(value):
-            raise DataError(f"{path}, line {line}: the value of {name!r} is {value!r}, not a finite number")
+            raise DataError(f"{path}, line {line}: the value of {name!r} is {value!r}, not a finite number of float32")
     return [float(value) for value in values]
 
 
 def _is_number(value: Any) -> bool:
     try:
-        return math.isfinite(float(value))
+        return math.isfinite(as_float32(float(value)))
     except (TypeError, ValueError, OverflowError):
         return False
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,12 @@ class ActionComponent:
         if len(self.low) != bounds or len(self.high) != bounds:
             raise DataError(f"{where} of kind {self.kind} needs {bounds} values in low and in high")
         for low, high in zip(self.low, self.high, strict=True):
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise DataError(f"{where} has the range {low} to {high}: low must be finite and below high")
+            least, most = as_float32(low), as_float32(high)
+            if not (least < most and math.isfinite(as_float32(2 * (most - least)))):  # the model scales values by it
+                raise DataError(
+                    f"{where} has the range {low} to {high}: low must be below high, and twice their distance finite, "
+                    f"in float32"
+                )
 
     @property
     def width(self) -> int:
@@ -123,33 +128,43 @@ class ActionSpace:
             raise DataError(f'{where}: "components" must be a list of objects')
         return ActionSpace(tuple(_component_from_json(c, where) for c in document["components"]))
 
-    def validate(self, actions: np.ndarray, where: str) -> None:
-        """Refuse (DataError) actions (T, A) float32 that this space does not allow: shape, NaN, range, fractions."""
+    def validate(self, actions: np.ndarray, where: str, first: int = 0) -> None:
+        """Refuse (DataError) actions (T, A) float32 that this space does not allow: shape, NaN, range, fractions.
+
+        first: the step that the first row is of, for the sentence.
+        """
         import numpy as np
 
         if actions.dtype != np.float32 or actions.ndim != 2 or actions.shape[1] != self.width:
             raise DataError(
                 f"{where}: actions are {actions.dtype} of shape {tuple(actions.shape)}, not float32 (T, {self.width})"
             )
-        bad = np.argwhere(~np.isfinite(actions))
-        if len(bad):
-            t, a = bad[0]
-            raise DataError(f"{where}: the action at step {t}, column {self.column_names[a]!r} is {actions[t, a]}")
+        allowed = self.allows(actions)
+        if allowed.all():
+            return
+        t, a = np.argwhere(~allowed)[0]
+        component, columns = next((c, columns) for c, columns in self.slices() if a < columns.stop)
+        if component.kind == "continuous":
+            wanted = f"within {component.low[a - columns.start]:g} to {component.high[a - columns.start]:g}"
+        else:
+            wanted = f"a whole number 0 to {component.size - 1 if component.kind == 'discrete' else 1}"
+        name = self.column_names[a]
+        raise DataError(f"{where}: the action at step {first + t}, column {name!r} is {actions[t, a]:g}, not {wanted}")
+
+    def allows(self, actions: np.ndarray) -> np.ndarray:
+        """Which values of actions (..., A) this space allows, bool likewise; never a NaN."""
+        import numpy as np
+
+        allowed = np.empty(actions.shape, bool)
         for component, columns in self.slices():
-            values = actions[:, columns]
+            values = actions[..., columns]
             if component.kind == "continuous":
                 slack = 1e-5 * (np.abs(component.low) + np.abs(component.high))  # float32 against the JSON's float64
-                wrong = (values < component.low - slack) | (values > component.high + slack)
-                allowed = f"within {list(component.low)} to {list(component.high)}"
+                allowed[..., columns] = (values >= component.low - slack) & (values <= component.high + slack)
             else:
                 top = component.size - 1 if component.kind == "discrete" else 1
-                wrong = (values < 0) | (values > top) | (values != np.round(values))
-                allowed = f"a whole number 0 to {top}"
-            bad = np.argwhere(wrong)
-            if len(bad):
-                t, a = bad[0]
-                name = component.column_names[a]
-                raise DataError(f"{where}: the action at step {t}, column {name!r} is {values[t, a]:g}, not {allowed}")
+                allowed[..., columns] = (values >= 0) & (values <= top) & (values == np.round(values))
+        return allowed
 
     def random(self, steps: int, hold: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         """Random actions (steps, A) float32, each held for a number of steps drawn from hold, ends included.
@@ -212,7 +227,10 @@ class ActionSpace:
             missing.discard(self._parse_word(word.strip(), row))
         if missing:
             raise UserError(f"the action {text!r} leaves {min(missing)!r} open: {self._known_words()}")
-        self.validate(row[None], f"the action {text!r}")
+        try:
+            self.validate(row[None], f"the action {text!r}")
+        except DataError as error:  # a value of the command line, not of a file
+            raise UserError(str(error)) from None
         return row
 
     def _parse_word(self, word: str, row: np.ndarray) -> str:
@@ -241,7 +259,7 @@ class ActionSpace:
                     return component.name
             elif component.kind == "continuous" and equals and name in component.column_names:
                 try:
-                    row[columns.start + component.column_names.index(name)] = float(value)
+                    row[columns.start + component.column_names.index(name)] = as_float32(float(value))
                 except ValueError:
                     raise UserError(f"the action {word!r} needs a number after '='") from None
                 return component.name
@@ -258,6 +276,14 @@ class ActionSpace:
             else:
                 words += [prefix + w for w in (c.labels or (f"0..{c.size - 1}",))]
         return f"choose from {', '.join(words)} (join several with '+')"
+
+
+def as_float32(value: float) -> float:
+    """The nearest number that float32 holds; infinite beyond its ends, where NumPy would warn."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def _component_from_json(document: Any, where: str) -> ActionComponent:

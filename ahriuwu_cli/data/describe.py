@@ -26,8 +26,8 @@ def describe(path: Path, check: bool = False) -> dict[str, Any]:
         "fingerprint": store.fingerprint,
         "splits": {split: _count(store, split) for split in SPLITS},
         "action_space": store.action_space.to_json(),
-        "actions": _histogram(store),
     }
+    facts["actions"], facts["actions_outside"] = _histogram(store)
     if check:
         from ahriuwu_cli.data.pack_check import check_packs
         from ahriuwu_cli.data.validate import validate
@@ -61,6 +61,8 @@ def as_text(facts: dict[str, Any]) -> str:
                 lines.append(f"    {row['label']:20} {row['share']:6.1%}")
     if not facts["action_space"]["components"]:
         lines.append("  none: video only")
+    if facts["actions_outside"]:
+        lines.append(f"  {facts['actions_outside']} steps lie outside the action space, not counted: see --check")
     for row in facts.get("checks", []):
         mark = "ok" if row["ok"] else "warn" if row["warning"] else "FAIL"
         lines += ["", "checks"] * (row is facts["checks"][0]) + [f"  {mark:5} {row['name']}: {row['detail']}"]
@@ -77,30 +79,34 @@ def _count(store: EpisodeStore, split: str) -> dict[str, int]:
     }
 
 
-def _histogram(store: EpisodeStore) -> dict[str, list[dict[str, Any]]]:
-    """For each component: the share of steps of each value or button, or the mean and spread of each axis."""
+def _histogram(store: EpisodeStore) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """For each component: the share of steps of each value or button, or the mean and spread of each axis; and how many
+    steps the action space does not allow, which count for nothing else."""
     import numpy as np
 
     labelled = [e.id for e in store.episodes() if e.labelled]
-    steps = sum(store.episode(e).frames - 1 for e in labelled)
-    out: dict[str, list[dict[str, Any]]] = {}
-    if not labelled:
-        return out
-    width = store.action_space.width
-    total, squares, origin = np.zeros(width), np.zeros(width), store.actions(labelled[0], 0, 1)[0].astype(np.float64)
-    counts = [np.zeros(part.size, np.int64) for part, _ in store.action_space.slices()]
+    space, steps, outside = store.action_space, 0, 0
+    total, squares, origin = np.zeros(space.width), np.zeros(space.width), None
+    counts = [np.zeros(part.size, np.int64) for part, _ in space.slices()]
     for episode in labelled:  # one after the other: actions of a large dataset do not fit into memory either
-        values = store.actions(episode).astype(np.float64)
+        values = store.actions(episode)
+        allowed = space.allows(values).all(1)
+        values, outside = values[allowed].astype(np.float64), outside + int((~allowed).sum())
+        if not len(values):
+            continue
+        origin = values[0] if origin is None else origin
+        steps += len(values)
         total += values.sum(0)
         squares += ((values - origin) ** 2).sum(0)
-        for count, (part, columns) in zip(counts, store.action_space.slices(), strict=True):
+        for count, (part, columns) in zip(counts, space.slices(), strict=True):
             if part.kind == "discrete":
-                column = values[:, columns][:, 0]
-                sound = column[(column >= 0) & (column < part.size)]  # the others are for --check to name
-                count += np.bincount(sound.astype(int), minlength=part.size)
+                count += np.bincount(values[:, columns][:, 0].astype(int), minlength=part.size)
+    out: dict[str, list[dict[str, Any]]] = {}
+    if not steps:
+        return out, outside
     mean = total / steps
     std = np.sqrt(np.maximum(squares / steps - (mean - origin) ** 2, 0))
-    for count, (part, columns) in zip(counts, store.action_space.slices(), strict=True):
+    for count, (part, columns) in zip(counts, space.slices(), strict=True):
         if part.kind == "discrete":
             labels = part.labels or tuple(map(str, range(part.size)))
             shares = count / steps
@@ -111,4 +117,4 @@ def _histogram(store: EpisodeStore) -> dict[str, list[dict[str, Any]]]:
         else:
             spread = zip(part.column_names, mean[columns], std[columns], strict=True)
             out[part.name] = [{"label": n, "mean": float(m), "std": float(s)} for n, m, s in spread]
-    return out
+    return out, outside

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import as_text, document_hash, to_json
-from ahriuwu_cli.data.metadata import FORMAT, MAX_BYTES, SPLITS, read_document
+from ahriuwu_cli.data.metadata import FORMAT, MAX_BYTES, SPLITS, check_document, check_facts, read_document
 from ahriuwu_cli.data.tensors import TensorInfo, as_any_file, read_header, read_rows
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
@@ -61,7 +61,8 @@ class EpisodeStore:
     def open(path: Path | str, verify: bool = True) -> EpisodeStore:
         """Open a dataset folder; its JSON and every file's size are checked. Raises DataError with a sentence.
 
-        verify: hash an episode's file before the first of its rows is believed; off for who hashes or counts himself.
+        verify: hash an episode's file before the first of its rows is believed and hold actions to their space; off for
+        who hashes or counts himself.
         """
         path = Path(path)
 
@@ -114,10 +115,14 @@ class EpisodeStore:
         return self._read(episode_id, "frames", start, stop, every)
 
     def actions(self, episode_id: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Actions start..stop-1 as float32 (T, A). Raises DataError when unlabelled, IndexError outside the episode."""
+        """Actions start..stop-1 as float32 (T, A). Raises DataError when unlabelled or outside the action space, which
+        no hash shows, IndexError outside the episode."""
         if not self.episode(episode_id).labelled:
             raise DataError(f"episode {episode_id} of {self.path} has no actions: choose a labelled one")
-        return self._read(episode_id, "actions", start, stop)
+        actions = self._read(episode_id, "actions", start, stop)
+        if self._believed is not None:
+            self.action_space.validate(actions, str(self.file(episode_id)), start)
+        return actions
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return EpisodeStore.open, (self.path,)  # a worker process checks the files itself
@@ -209,6 +214,7 @@ class EpisodeWriter:
         self._episodes: list[dict[str, Any]] = []
         check_target(self.path, overwrite)
         check_fractions(fractions)  # now, not after an hour of recording
+        check_facts(self._facts, str(self.path / "dataset.json"))
         self._place = ExitStack()
         self._staging: Path | None = None
 
@@ -277,6 +283,7 @@ class EpisodeWriter:
         for episode in self._episodes:
             episode["split"] = splits[episode["sha256"]]
         document = self._facts | {"episodes": self._episodes}
+        check_document(document, str(self.path / "dataset.json"))
         try:
             page = to_json(document, 1, MAX_BYTES) + "\n"
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ class GymWorld:
 
     def __init__(self, config: RecordConfig) -> None:
         """Raises UserError on an unknown name or a missing package, DataError when it has no pixels or odd actions."""
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are asked for, no window: SDL looks for no screen
         gymnasium = _gymnasium()
         name = config.name
         if ":" not in name and name not in gymnasium.registry:  # "module:Name" is imported by Gymnasium itself

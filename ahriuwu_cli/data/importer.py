@@ -6,6 +6,7 @@ A video without an action file is stored unlabelled. `actions.json` in the folde
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ahriuwu_cli.data.action_files import ActionTable, infer_space, read_actions
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import as_text, read_json
+from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
 from ahriuwu_cli.data.resize import area_resize, centre_crop
-from ahriuwu_cli.data.video import MAX_PIXELS, iter_video, video_fps
+from ahriuwu_cli.data.video import MAX_PIXELS, timed_frames, video_fps
 from ahriuwu_cli.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 ACTION_SUFFIXES = (".csv", ".jsonl")
 DECLARED = "actions.json"
 MAX_EPISODE_BYTES = 8_000_000_000  # of one video's frames, which are all in memory before they are written
+EARLY = 0.4  # of a frame of the video: so much before its time a frame is taken for it, since times are rounded
+ROUNDING = 2e-3  # seconds; Matroska counts in milliseconds
 SAME_RATE = 1e-3  # relative; 29.97 and 30 differ by exactly this
 
 
@@ -40,8 +44,10 @@ class ImportConfig:
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        if self.fps is not None and not 0 < self.fps < 1000:
-            raise UserError(f"a rate of {self.fps} frames per second cannot be stored: give one above 0, such as 10")
+        if self.fps is not None and not MIN_FPS <= self.fps <= MAX_FPS:
+            raise UserError(
+                f"a rate of {self.fps} frames per second cannot be stored: give one from {MIN_FPS} to {MAX_FPS:g}"
+            )
         if self.max_frames < 2:
             raise UserError(f"a limit of {self.max_frames} frames a video leaves no transition: give at least 2")
 
@@ -170,20 +176,40 @@ def _read_frames(video: Path, plan: ImportPlan) -> np.ndarray:
 
     config = plan.config
     rate = video_fps(video)
-    keep = 1.0 if abs(rate - plan.fps) <= SAME_RATE * plan.fps else plan.fps / rate  # frames kept of one decoded
+    thin = abs(rate - plan.fps) > SAME_RATE * plan.fps
     frames: list[np.ndarray] = []
-    for i, frame in enumerate(iter_video(video, config.max_pixels)):
+    times: list[float] = []  # of the frames that are kept, seconds from the first
+    begin, wanted = 0.0, 0  # wanted: counts the times at the plan's rate that a frame was found for
+    for i, (time, frame) in enumerate(timed_frames(video, config.max_pixels)):
         if i == config.max_frames:
             raise DataError(f"{video} has more than {config.max_frames} frames: cut it, or raise --max-frames")
-        if i == 0 or int(i * keep + 1e-6) > int((i - 1) * keep + 1e-6):
+        time = i / rate if time is None else time
+        begin = begin if i else time
+        due = int((time - begin + EARLY / rate) * plan.fps) + 1
+        if not thin or due > wanted:
             frames.append(area_resize(centre_crop(frame, config.height, config.width), config.height, config.width))
+            times.append(time - begin)
+            wanted = due
         if len(frames) * config.height * config.width * 3 > MAX_EPISODE_BYTES:
             raise DataError(
                 f"{video} takes more than {MAX_EPISODE_BYTES / 1e9:g} GB as one episode: cut it, or lower --size"
             )
     if len(frames) < 2:
         raise DataError(f"{video} has {len(frames)} frame(s) at {plan.fps:g} frames per second: at least 2 are needed")
+    if uneven := _uneven(times, plan.fps):
+        plan.notes.append(f"{video.name} {uneven}: bring it to one rate first, or give a lower --fps")
     return np.stack(frames)
+
+
+def _uneven(times: list[float], fps: float) -> str:
+    """How frames at these times, in seconds, are other than so many a second, by more than a frame; or nothing."""
+    gap, length = max(b - a for a, b in itertools.pairwise(times)), times[-1] - times[0]
+    even = (len(times) - 1) / fps
+    if gap > 2 / fps + ROUNDING:
+        return f"is stored as {fps:g} frames per second, but stands still for up to {gap:.2f} s"
+    if abs(length - even) > 1 / fps + 0.1 * even + ROUNDING:  # a rate that the file states and does not have
+        return f"is stored as {fps:g} frames per second, but its {len(times)} frames take {length:.2f} s"
+    return ""
 
 
 def _read_json(path: Path) -> Any:

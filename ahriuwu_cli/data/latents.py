@@ -22,6 +22,7 @@ from ahriuwu_cli.data.tensors import fill, read_header
 from ahriuwu_cli.errors import DataError
 
 if TYPE_CHECKING:
+    from ahriuwu_cli.data.actions import ActionSpace
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.models.tokenizer import Tokenizer
 
@@ -30,11 +31,12 @@ class LatentPack:
     """An open pack. `lengths` (episodes,) in frames; windows never cross an episode's end.
 
     Windows are announced to the system all at once, then read: on a cold disk that is many times faster than one by
-    one. A file that is cut short or a disk that fails is a DataError or OSError, never a crash.
+    one. A file that is cut short or a disk that fails is a DataError or OSError, never a crash; so are latents that are
+    not finite and actions outside `space`, whatever their hashes say.
     """
 
-    def __init__(self, path: Path, facts: dict) -> None:
-        self.path = path
+    def __init__(self, path: Path, facts: dict, space: ActionSpace) -> None:
+        self.path, self.space = path, space
         self.ids: list[str] = [e["id"] for e in facts["episodes"]]
         self.lengths = np.array([e["frames"] for e in facts["episodes"]], dtype=np.int64)
         self.labelled = np.array([e["labelled"] for e in facts["episodes"]], dtype=bool)
@@ -64,9 +66,13 @@ class LatentPack:
     def read(self, windows: list[tuple[int, int]], frames: int) -> tuple[Tensor, Tensor, Tensor]:
         """(latents (B, T, N, D) float32, actions (B, T-1, A) float32, labelled (B,) bool) of the windows."""
         first = [int(self.starts[e]) + s for e, s in windows]
-        latents, actions = self._rows("latents", first, frames), self._rows("actions", first, frames - 1)
+        latents, actions = self._latents(first, frames), self._rows("actions", first, frames - 1)
         labelled = self.labelled[[e for e, _ in windows]]
-        return torch.from_numpy(latents).float(), torch.from_numpy(actions), torch.from_numpy(labelled)
+        sound = np.where(labelled, self.space.allows(actions).all((1, 2)), ~actions.any((1, 2)))
+        if not sound.all():
+            window = self.name(windows[int(sound.argmin())])
+            raise self._damaged(f"actions from {window} on lie outside the action space")
+        return latents, torch.from_numpy(actions), torch.from_numpy(labelled)
 
     def name(self, window: tuple[int, int]) -> str:
         """'episode:start', as window manifests write it."""
@@ -76,8 +82,17 @@ class LatentPack:
         """Standard deviation of each latent channel (D,), from `most` frames spread over the pack."""
         count = self._tensors["latents"].shape[0]
         rows = np.linspace(0, count - 1, min(most, count)).astype(int)
-        latents = self._rows("latents", rows.tolist(), 1)[:, 0]
-        return torch.from_numpy(latents).float().flatten(0, 1).std(0)
+        return self._latents(rows.tolist(), 1).flatten(0, 2).std(0)
+
+    def _latents(self, first: list[int], count: int) -> Tensor:
+        """Rows of latents as float32; DataError unless all are finite."""
+        latents = torch.from_numpy(self._rows("latents", first, count)).float()
+        if not torch.isfinite(latents.sum()):  # no sum of so few float16 is infinite by itself
+            raise self._damaged("it holds latents that are not finite")
+        return latents
+
+    def _damaged(self, why: str) -> DataError:
+        return DataError(f"{self.path} is damaged ({why}): delete it, it is made anew")
 
     def _rows(self, name: str, first: list[int], count: int) -> np.ndarray:
         """(len(first), count, ...) rows of a tensor, `count` from each of `first` on."""
@@ -121,8 +136,8 @@ def open_pack(
     if not is_there(_silent):  # asked again under the packer's lock, and said there
         make_pack(path, store, tokenizer, split, is_there, progress or _silent, announce, workers)
     facts, layout = read_pack_header(path)
-    check_some(path, facts, layout)
-    return LatentPack(path, facts)
+    check_some(path, facts, layout, store.action_space)
+    return LatentPack(path, facts, store.action_space)
 
 
 def _is_current(

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ahriuwu_cli import ranges
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.errors import DataError
 
@@ -14,7 +15,18 @@ SPLITS = ("train", "val", "test")
 MAX_BYTES = 100_000_000  # of dataset.json
 MAX_SIDE = 4096
 MAX_FRAMES = 2**31
-MIN_FPS, MAX_FPS = 0.01, 1000.0
+MIN_FPS, MAX_FPS = ranges.FPS
+_FACTS = {
+    "format": str,
+    "name": str,
+    "source": dict,
+    "fps": (int, float),
+    "frame_skip": int,
+    "height": int,
+    "width": int,
+    "action_space": dict,
+    "seed": int,
+}
 _ID = re.compile(r"[0-9]{6,12}")
 
 
@@ -33,33 +45,32 @@ def read_document(path: Path) -> dict[str, Any]:
         raise DataError(f"{file} is not JSON ({error}): the dataset is damaged, record or import it again") from None
     if document.get("format") != FORMAT:
         raise DataError(f"{file} has the format {document.get('format')!r}, not {FORMAT!r}: record or import it again")
-    kinds = {
-        "format": str,
-        "name": str,
-        "source": dict,
-        "fps": (int, float),
-        "frame_skip": int,
-        "height": int,
-        "width": int,
-        "action_space": dict,
-        "seed": int,
-        "episodes": list,
-    }
-    _check_keys(document, kinds, str(file))
-    if not MIN_FPS <= document["fps"] <= MAX_FPS:
-        raise DataError(f"{file}: fps is {document['fps']}, not a rate above zero, from {MIN_FPS} to {MAX_FPS:g}")
-    for key, low, high in (("frame_skip", 1, 10_000), ("height", 1, MAX_SIDE), ("width", 1, MAX_SIDE)):
-        if not low <= document[key] <= high:
-            raise DataError(f"{file}: {key} is {document[key]}, not within {low} to {high}")
+    check_document(document, str(file))
+    return document
+
+
+def check_document(document: dict[str, Any], where: str) -> None:
+    """The rules of dataset.json, for who reads it and for who is about to write it. DataError."""
+    _check_keys(document, _FACTS | {"episodes": list}, where)
+    check_facts({key: document[key] for key in _FACTS}, where)
     if not document["episodes"]:
-        raise DataError(f"{file} lists no episodes: record or import some")
+        raise DataError(f"{where} lists no episodes: record or import some")
     seen = set()
     for entry in document["episodes"]:
-        _check_episode(entry, str(file))
+        _check_episode(entry, where)
         if entry["id"] in seen:
-            raise DataError(f"{file} lists the episode {entry['id']} twice")
+            raise DataError(f"{where} lists the episode {entry['id']} twice")
         seen.add(entry["id"])
-    return document
+
+
+def check_facts(facts: dict[str, Any], where: str) -> None:
+    """The rules of all but the episodes, so that a writer knows before there are any. DataError."""
+    _check_keys(facts, _FACTS, where)
+    if not MIN_FPS <= facts["fps"] <= MAX_FPS:
+        raise DataError(f"{where}: fps is {facts['fps']}, not a rate above zero, from {MIN_FPS} to {MAX_FPS:g}")
+    for key, low, high in (("frame_skip", 1, 10_000), ("height", 1, MAX_SIDE), ("width", 1, MAX_SIDE)):
+        if not low <= facts[key] <= high:
+            raise DataError(f"{where}: {key} is {facts[key]}, not within {low} to {high}")
 
 
 def _check_episode(entry: Any, where: str) -> None:

@@ -38,7 +38,13 @@ def video_fps(path: Path | str) -> float:
 
 
 def iter_video(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray]:
-    """Decode a video frame by frame, uint8 (h, w, 3), all of one size.
+    """The pictures of `timed_frames`."""
+    for _, picture in timed_frames(path, max_pixels):
+        yield picture
+
+
+def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[float | None, np.ndarray]]:
+    """Decode a video frame by frame: seconds, where the file says them, and uint8 (h, w, 3), all of one size.
 
     Raises DataError when it is not one, is damaged, changes its size, or is larger than a limit: the decoder itself is
     told the most pixels of a frame, whatever the file says of them. Whether all of it came is known at its end.
@@ -53,6 +59,7 @@ def iter_video(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[np.nd
         stream.codec_context.options = {"max_pixels": str(max_pixels)}
         stream.thread_type = "AUTO"
         size, decoded, clock = None, 0, Clock(container, stream)
+        untimed = container.format.name == "avi"  # FFmpeg gives its frames the times of packets, in another order
         try:
             for frame in clock.frames(container, stream):
                 size = size or (frame.height, frame.width)
@@ -63,7 +70,7 @@ def iter_video(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[np.nd
                 decoded += size[0] * size[1]
                 if size[0] * size[1] > max_pixels or decoded > MAX_DECODED:
                     raise DataError(f"{path} has more than {MAX_DECODED:g} pixels in all: cut it, or make it smaller")
-                yield frame.to_ndarray(format="rgb24")
+                yield None if untimed else frame.time, frame.to_ndarray(format="rgb24")
             if fault := broken(Path(path)) or clock.fault():
                 raise DataError(f"{path} is damaged ({fault}): restore it, or convert what is left of it first")
         except av.error.FFmpegError as error:

@@ -78,6 +78,9 @@ def disagreement(done: Sequence[Done], best: Best, episodes: Sequence[str], at: 
     Clearly blurrier: nearer to 1 lies the other, the best has less gradient energy by BLURRIER of the truth's or more,
     and the 95 % interval of that difference, paired by window, lies above 0.
     """
+    true = best.cell.fixed["truth"]["energy"][:, at - 1].mean()
+    if not true:  # flat frames: nothing is sharper or blurrier
+        return []
     others = [d for d, _ in best.same]
     finite = [d for d in done if math.isfinite(off_sharpness(d, at))]
     nearest = min(finite, key=lambda d: off_sharpness(d, at), default=None)
@@ -85,7 +88,7 @@ def disagreement(done: Sequence[Done], best: Best, episodes: Sequence[str], at: 
         others.append(nearest)
     also, sentences = varying([d.cell for d in done]), []
     for other in others:
-        more = (_energy(other, at) - _energy(best.cell, at)) / best.cell.fixed["truth"]["energy"][:, at - 1].mean()
+        more = (_energy(other, at) - _energy(best.cell, at)) / true
         clear = float(more.mean()) >= BLURRIER and paired_bootstrap(more, episodes).lo > 0
         if clear and off_sharpness(other, at) < off_sharpness(best.cell, at):
             gap = difference(best.cell, other, episodes, at).value

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ahriuwu_cli.data import tensors as tensors_
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import document_hash, read_object, to_json
+from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.disk import file_hash, write_inside
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
@@ -350,8 +351,8 @@ def _read_config(folder: Path, kind: str, names: set[str]) -> dict:
 def _numbers(document: dict, k_max: int) -> tuple[float, int, tuple[float, ...]]:
     """(fps, frame_skip, trained_d). ValueError for numbers that no world of ours has."""
     fps, skip, trained = document["fps"], document["frame_skip"], document["trained_d"]
-    if type(fps) not in (int, float) or not 0.01 <= fps <= 1000:
-        raise ValueError(f"fps is {fps!r}, not a rate from 0.01 to 1000")
+    if type(fps) not in (int, float) or not MIN_FPS <= fps <= MAX_FPS:
+        raise ValueError(f"fps is {fps!r}, not a rate from {MIN_FPS} to {MAX_FPS:g}")
     if type(skip) is not int or not 1 <= skip <= 10_000:
         raise ValueError(f"frame_skip is {skip!r}, not a whole number from 1 to 10000")
     sizes = [2.0**-i for i in range(k_max.bit_length())]
