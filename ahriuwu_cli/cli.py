@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     # Threads that wait for each other must sleep, not spin: beside one other busy process spinning made a rollout forty
     # times slower. OpenMP reads this when torch is imported; whoever set it already is right.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["MPLBACKEND"] = "Agg"  # figures go to files; matplotlib dies of a name that it does not know
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments or bool(os.environ.get("AHRIUWU_DEBUG"))
     arguments = [a for a in arguments if a != "--debug"]
