@@ -67,6 +67,16 @@ def test_a_user_whom_the_system_does_not_know_has_no_home_to_protect(tmp_path, m
         keep_apart(tmp_path / "data", [tmp_path / "data"])
 
 
+@pytest.mark.parametrize("variables", ["CXX=/nowhere/g++", "CXX=/bin/true"])
+def test_without_a_compiler_compile_is_refused_before_anything_is_written(place, variables):
+    fresh = f"TORCHINDUCTOR_CACHE_DIR={place}/none-{variables[-3:]} {variables}"  # nothing that was compiled before
+    for words in ("rollout world data --split train --length 2 --compile --out no", f"{TRAIN} --compile --out no"):
+        code, said = ahriuwu(fresh, f"{words} --device cpu", place)
+        assert code == 2, said
+        assert said.splitlines()[-1].startswith("error: --compile does not work on this machine (")
+        assert not (place / "no").exists()
+
+
 def test_a_backend_of_matplotlib_that_is_nowhere_is_not_asked_for(place):
     words = "eval world data --out made --looks none --split train --windows 2 --context 2 --horizon 3"
     code, said = ahriuwu("MPLBACKEND=nowhere", words, place)

@@ -58,6 +58,7 @@ def rollout(
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.imagine import Request, imagine
+    from ahriuwu_cli.models.compiling import check_compile
     from ahriuwu_cli.prompts import IMAGES, shipped_prompt
     from ahriuwu_cli.training.checkpoint import load_world
 
@@ -74,6 +75,7 @@ def rollout(
     request.check()
     world = load_world(checkpoint, device)
     if compile_model:
+        check_compile(world.device)
         world.dynamics.compile_passes()
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
     with bar("rollout", "frame", quiet=as_json) as progress:
