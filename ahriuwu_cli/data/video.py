@@ -40,13 +40,14 @@ def video_fps(path: Path | str) -> float:
 
 
 def iter_video(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray]:
-    """Decode a video frame by frame, uint8 (h, w, 3), all of one size.
+    """Decode a video frame by frame, uint8 (h, w, 3), all of one size, turned as players show them.
 
     Raises DataError when it is not one, is damaged, changes its size, or is larger than a limit: the decoder itself is
     told the most pixels of a frame, whatever the file says of them. Whether all of it came is known at its end.
     """
     import av
 
+    from ahriuwu_cli.data.upright import upright_frame
     from ahriuwu_cli.data.whole_video import Clock, broken
 
     with _opened(Path(path)) as (container, stream):
@@ -57,15 +58,15 @@ def iter_video(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[np.nd
         size, decoded, clock = None, 0, Clock(container, stream)
         try:
             for frame in clock.frames(container, stream):
-                size = size or (frame.height, frame.width)
-                if size != (frame.height, frame.width):
-                    raise DataError(
-                        f"{path} changes its size from {size} to {(frame.height, frame.width)}: convert it first"
-                    )
-                decoded += size[0] * size[1]
-                if size[0] * size[1] > max_pixels or decoded > MAX_DECODED:
+                pixels = frame.height * frame.width
+                decoded += pixels
+                if pixels > max_pixels or decoded > MAX_DECODED:
                     raise DataError(f"{path} has more than {MAX_DECODED:g} pixels in all: cut it, or make it smaller")
-                yield frame.to_ndarray(format="rgb24")
+                picture = upright_frame(frame)
+                size = size or picture.shape[:2]
+                if size != picture.shape[:2]:
+                    raise DataError(f"{path} changes its size from {size} to {picture.shape[:2]}: convert it first")
+                yield picture
             if fault := broken(Path(path)) or clock.fault():
                 raise DataError(f"{path} is damaged ({fault}): restore it, or convert what is left of it first")
         except av.error.FFmpegError as error:
