@@ -1,9 +1,10 @@
 """One request to imagine, from a world and a prompt to files: mp4, GIF, PNG strip and the raw arrays.
 
 Frames are written as they are decoded, CHUNK at a time, so a rollout of 10,000 frames takes no more memory than one of
-100; only the truth that it is compared with is held whole, which is never longer than its episode or video. All is
-made in a hidden folder beside `out` and gets its name at the end: a rollout that stops, by a signal or by a frame that
-is not finite, leaves `out` as it was.
+100; held whole are only the truth that it is compared with, which is never longer than its episode or video, and the
+pictures of the GIF, which are smaller than the film's where they would be more than GIF_PIXELS. All is made in a hidden
+folder beside `out` and gets its name at the end: a rollout that stops, by a signal or by a frame that is not finite,
+leaves `out` as it was.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def rollout(
     ctx_mode: str = options.ctx_mode("stop: the state at tau_ctx is the context; renoise: z_hat with fresh noise."),
     ctx_label: str = options.ctx_label("Label of context frames: honest, its level; clean, a lie for ablation."),
     seed: int = options.seed("Seed of the noise, of the drawn window and of random actions."),
-    scale: int = options.whole(None, "--scale", 1, 64, "Enlargement of the video (default: to about 256 pixels high)."),
+    scale: int = options.whole(
+        None, "--scale", 1, 64, "Enlargement of the video (default: to about 256 pixels high); GIFs may get less."
+    ),
     compile_model: bool = typer.Option(
         False, "--compile", help="torch.compile the passes: starts up to a minute later, for long rollouts."
     ),
