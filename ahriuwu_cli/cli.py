@@ -10,7 +10,7 @@ import sys
 import typer
 from typer.main import get_command
 
-from ahriuwu_cli import __version__
+from ahriuwu_cli import __version__, memory
 from ahriuwu_cli.commands.guard import guarded
 from ahriuwu_cli.commands.values import check_words
 from ahriuwu_cli.disk import REFUSALS, refusal, visible
@@ -55,14 +55,15 @@ def _add_commands() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; without argv as the program of this process, which minds its signals and streams.
 
-    Exit codes: 0 done, 1 a check failed or a disk is full, 2 usage, 3 data, 4 checkpoint, 128 + the number of a signal
-    (SIGPIPE's, 141, where the reader of stdout has ended).
+    Exit codes: 0 done, 1 a check failed, a disk is full or memory ran out, 2 usage, 3 data, 4 checkpoint, 128 + the
+    number of a signal (SIGPIPE's, 141, where the reader of stdout has ended).
     """
     if argv is None:
         begin()
     # Threads that wait for each other must sleep, not spin: beside one other busy process spinning made a rollout forty
     # times slower. OpenMP reads this when torch is imported; whoever set it already is right.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["MPLBACKEND"] = "Agg"  # figures go to files; matplotlib dies of a name that it does not know
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments or bool(os.environ.get("AHRIUWU_DEBUG"))
     arguments = [a for a in arguments if a != "--debug"]
@@ -119,6 +120,9 @@ def _explain(error: Exception, arguments: list[str]) -> int:
         hint = f"; see `{context.command_path} --help`" if context and not sentence.endswith("?") else ""
         _complain(sentence + hint)
         return getattr(error, "exit_code", 2)
+    if memory.ran_out(error):
+        _complain(memory.sentence(" ".join(arguments)))
+        return 1
     if isinstance(error, OSError) and error.errno in REFUSALS:
         _complain(refusal(error, visible(error.filename) or _out(arguments)))
         return 1

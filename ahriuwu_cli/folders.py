@@ -23,8 +23,13 @@ from ahriuwu_cli.stopping import unbroken, undoing
 
 NO_FOLDER_LOCKS = NO_LOCKS | {errno.EBADF}  # some disks lock files alone
 PATIENCE, PAUSE = 10.0, 0.001  # seconds: how long a reader waits for a folder that is being replaced, between looks
-PARTS = ("episodes", "latents", "best", "last", "tokenizer", "state", "prompts", "rollouts", "cells")  # of our folders
 KINDS = {"dataset.json": "dataset", "config.json": "checkpoint", "run.json": "run"}  # by what lies in them
+PARTS = {  # of our folders, by what they are
+    "dataset": ("episodes", "latents"),
+    "checkpoint": ("tokenizer", "prompt"),
+    "run": ("best", "last", "tokenizer", "state"),
+    "results": ("cells",),
+}
 MISSING = 3  # looks by which a folder that is not there, with no old one beside it, counts as missing
 T = TypeVar("T")
 
@@ -44,13 +49,23 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
         raise UserError(f"{near} is a file: choose a folder for --out")
     if not os.access(near, os.W_OK | os.X_OK):
         raise UserError(f"{near} cannot be written to: choose another --out")
-    kind = next((kind for name, kind in KINDS.items() if os.path.lexists(out / name)), None)
-    if kind and holds in ("results", "rollout"):
-        raise UserError(f"{out} holds a {kind}: choose another --out")
+    if holds in ("results", "rollout"):
+        refuse_among_others(out)
     if holds not in ("results", "run") and out.resolve() == Path.cwd():
         raise UserError(f"{out} is the current folder, which a {holds} would replace: choose another --out")
     if near == out and not overwrite and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
+
+
+def refuse_among_others(out: Path) -> None:
+    """UserError when the folder `out` is a dataset, a checkpoint or a run, or lies in a part of one."""
+    target = _real(out)
+    for folder in (target, *target.parents):
+        kind = next((kind for name, kind in KINDS.items() if os.path.lexists(folder / name)), None)
+        if kind and folder == target:
+            raise UserError(f"{out} holds a {kind}: choose another --out")
+        if kind and target.relative_to(folder).parts[0] in PARTS[kind]:
+            raise UserError(f"{out} lies among the files of the {kind} {folder}: choose another --out")
 
 
 def keep_apart(out: Path, inputs: Iterable[Path]) -> None:
@@ -58,15 +73,24 @@ def keep_apart(out: Path, inputs: Iterable[Path]) -> None:
 
     Results may lie inside of what is read (`runs/mine/eval`), but not where it keeps its own parts.
     """
-    target = out.resolve()
+    target = _real(out)
+    parts = {part for each in PARTS.values() for part in each}
     for read in inputs:
-        source = read.resolve()
-        own = target.is_relative_to(source) and target != source and target.relative_to(source).parts[0] in PARTS
+        source = _real(read)
+        own = target.is_relative_to(source) and target != source and target.relative_to(source).parts[0] in parts
         if source.is_relative_to(target) or own:
             raise UserError(f"--overwrite would replace {read}, which is read: choose another --out than {out}")
-    for place, what in ((Path.cwd(), "the current folder"), (Path.home(), "the home folder")):
-        if place.resolve().is_relative_to(target):
+    places = {"the current folder": Path.cwd()}
+    with suppress(RuntimeError):  # a user whom the system does not know has none
+        places["the home folder"] = Path.home()
+    for what, place in places.items():
+        if _real(place).is_relative_to(target):
             raise UserError(f"--overwrite would replace {what} ({out}): choose another --out")
+
+
+def _real(path: Path) -> Path:
+    """Without links. A circle of links stays as it is, where `Path.resolve` raises."""
+    return Path(os.path.realpath(path))
 
 
 class replacing:

@@ -1,13 +1,15 @@
 """One request to imagine, from a world and a prompt to files: mp4, GIF, PNG strip and the raw arrays.
 
 Frames are written as they are decoded, CHUNK at a time, so a rollout of 10,000 frames takes no more memory than one of
-100; only the truth that it is compared with is held whole, which is never longer than its episode or video. All is
-made in a hidden folder beside `out` and gets its name at the end: a rollout that stops, by a signal or by a frame that
-is not finite, leaves `out` as it was.
+100; held whole are only the truth that it is compared with, which is never longer than its episode or video, and the
+pictures of the GIF, which are smaller than the film's where they would be more than GIF_PIXELS. All is made in a hidden
+folder beside `out` and gets its name at the end: a rollout that stops, by a signal or by a frame that is not finite,
+leaves `out` as it was.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,7 +22,17 @@ from torch import Tensor
 
 from ahriuwu_cli.data.documents import MAX_RESULT, to_json
 from ahriuwu_cli.data.tensor_writer import TensorWriter
-from ahriuwu_cli.data.video import MAX_PIXELS, Page, mp4_writer, write_gif, write_strip
+from ahriuwu_cli.data.video import (
+    MAX_PIXELS,
+    MAX_SIDE,
+    Page,
+    gif_picture,
+    largest_scale,
+    mp4_writer,
+    page_size,
+    save_gif,
+    write_strip,
+)
 from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.errors import TrainingError, UserError
 from ahriuwu_cli.evaluation.metrics import psnr_per_frame
@@ -34,6 +46,7 @@ Progress = Callable[[int, int], None]
 CHUNK = 64  # frames decoded at a time
 STRIP = 12  # frames of the PNG strip at most
 GIF = 128  # frames of the GIF at most
+GIF_PIXELS = 1 << 25  # of all frames of the GIF, which are in memory together until it is written
 
 
 def imagine(
@@ -53,7 +66,6 @@ def imagine(
     config = world.generation_with(given)
     world.check_generation(config)
     prompts = read_prompts(world, request)
-    scale = scale or max(1, min(8, 256 // world.tokenizer.height))
     with replacing(out, overwrite) as folder:
         with Film(world, request, prompts, folder, scale) as film:
             for first, frames in _generate(world, request, prompts, config, progress):
@@ -125,7 +137,7 @@ def _check_finite(first: int, finite: np.ndarray) -> None:
 class Film:
     """Writes frames as they come: context manager, `add` every chunk in order. `psnr` has a number a known frame."""
 
-    def __init__(self, world: World, request: Request, prompts: list[Prompt], folder: Path, scale: int) -> None:
+    def __init__(self, world: World, request: Request, prompts: list[Prompt], folder: Path, scale: int | None) -> None:
         self.prompts, self.length = prompts, request.length
         prompt, alone = prompts[0], len(prompts) == 1
         self._samples, self._alone = request.samples, alone
@@ -143,14 +155,21 @@ class Film:
         if not world.action_space.width or not alone:
             captions = []  # with several sources of actions their names are the titles
         height, width, context = world.tokenizer.height, world.tokenizer.width, len(prompt.context)
-        columns = min(len(titles), 4)
-        if -(-len(titles) // columns) * columns * height * width * scale**2 > MAX_PIXELS:
+        grid = (len(titles), height, width, 4)
+        wanted = scale or max(1, min(8, 256 // height))
+        fits = largest_scale(wanted, *grid)
+        if not fits or (scale and fits < scale):
             raise UserError(
-                f"{len(titles)} panels of {height}x{width}, enlarged {scale} times, are more than {MAX_PIXELS} pixels: "
-                "give a smaller --scale, or fewer --samples and --actions"
+                f"{len(titles)} panels of {height}x{width}, enlarged {wanted} times, are more than {MAX_PIXELS} pixels "
+                f"or {MAX_SIDE} in a row: give a smaller --scale, or fewer --samples and --actions"
             )
-        self._page = Page(titles, height, width, columns=columns, scale=scale, context=context, captions=captions)
-        self._column = Page(titles, height, width, columns=1, scale=max(1, 128 // height), context=context)
+        small = largest_scale(fits, *grid, GIF_PIXELS // min(GIF, context + self.length)) or 1
+        self._gif_frames = min(GIF, max(1, GIF_PIXELS // math.prod(page_size(*grid, small))))
+        film = {"columns": 4, "context": context, "captions": captions}
+        self._page = Page(titles, height, width, scale=fits, **film)
+        self._gif_page = Page(titles, height, width, scale=small, **film) if small < fits else self._page
+        side = max(1, min(128 // height, 256 // width))
+        self._column = Page(titles, height, width, columns=1, scale=side, context=context)
         self._every = -(-(context + self.length) // STRIP)
         self._gif, self._strip = [], []
         self._fps = world.fps
@@ -201,7 +220,7 @@ class Film:
     def __exit__(self, *error) -> None:
         try:
             if error[0] is None:
-                write_gif(self.files["gif"], np.stack(self._gif), self._fps)
+                save_gif(self.files["gif"], self._gif, self._fps)
                 write_strip(self.files["strip"], np.stack(self._strip))
         finally:
             self._stack.__exit__(*error)
@@ -216,8 +235,9 @@ class Film:
             panels.append(difference.astype(np.uint8))
         picture = self._page.picture(t, panels)
         self._show(picture)
-        if t < GIF:
-            self._gif.append(picture)
+        if t < self._gif_frames:
+            small = picture if self._gif_page is self._page else self._gif_page.picture(t, panels)
+            self._gif.append(gif_picture(small))
         if t % self._every == 0:
             self._strip.append(self._column.picture(t, panels))
 

@@ -14,6 +14,7 @@ import numpy as np
 from ahriuwu_cli.data.action_files import read_actions
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.resize import area_resize, centre_crop
+from ahriuwu_cli.data.upright import upright_image
 from ahriuwu_cli.data.video import MAX_PIXELS, iter_video
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
@@ -213,7 +214,7 @@ def _from_image(world: World, request: Request) -> tuple[str, np.ndarray, np.nda
             with Image.open(request.prompt, formats=IMAGE_FORMATS) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise ValueError(f"{picture.width} x {picture.height} is above the limit of {MAX_PIXELS} pixels")
-                pixels = np.asarray(picture.convert("RGB"))
+                pixels = upright_image(picture)
     except (*_BAD_IMAGE, Image.DecompressionBombError) as error:
         raise DataError(f"{request.prompt} cannot be read as an image ({error}): give a PNG or JPEG") from None
     frame = area_resize(centre_crop(pixels, height, width), height, width)

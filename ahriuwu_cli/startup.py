@@ -7,7 +7,7 @@ import shlex
 import sys
 
 from ahriuwu_cli.printing import open_missing
-from ahriuwu_cli.training.restart import launcher
+from ahriuwu_cli.training.restart import launcher, speaks
 from ahriuwu_cli.training.signals import StopRequest
 
 _stop: StopRequest | None = None
@@ -20,8 +20,13 @@ def begin() -> None:
     """
     global _stop
     open_missing()
+    try:
+        os.getcwd()
+    except OSError as error:  # libraries die of it in ways of their own
+        sys.stderr.write(f"error: the current folder cannot be used ({error.strerror}): change to another one\n")
+        sys.exit(2)
     if _stop is None:
         again = f"{launcher()} {shlex.join(sys.argv[1:])}"
         said = f"nothing half done is left, start again with: {again}"
-        _stop = StopRequest(at_once=said, speaks=os.environ.get("RANK", "0") == "0", heeds_ignored=False)
+        _stop = StopRequest(at_once=said, speaks=speaks(), heeds_ignored=False)
         _stop.__enter__()  # until the process ends

@@ -1,6 +1,7 @@
 """The commands as a person types them: train, rollout, info; and what they answer to nonsense."""
 
 import json
+from dataclasses import replace
 
 import imageio.v3 as iio
 import numpy as np
@@ -10,6 +11,10 @@ from safetensors.numpy import load_file
 from small import SPACE, small_dataset, small_world
 
 from ahriuwu_cli import cli
+from ahriuwu_cli.data.episodes import EpisodeWriter
+from ahriuwu_cli.imagine import GIF_PIXELS
+from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.training.checkpoint import save_world
 
 
@@ -83,6 +88,33 @@ def test_a_context_may_end_with_its_episode_when_no_recorded_action_is_needed(ru
     code, _, err = run("rollout", place / "world", place / "data", "--out", place / "out", *options)
     assert code == 0, err
     assert len(load_file(place / "out" / "arrays.safetensors")["truth"]) == 0
+
+
+@pytest.mark.parametrize(("scale", "same"), [(4, True), (32, False)])
+def test_the_gif_of_a_large_film_is_a_smaller_film(run, place, scale, same):
+    words = ("rollout", place / "world", place / "data", "--out", place / "r", "--actions", "random")
+    code, _, err = run(*words, "--length", 60, "--scale", scale, "--steps", 1)
+    assert code == 0, err
+    with Image.open(place / "r" / "rollout.gif") as gif:
+        height, width = iio.imread(place / "r" / "rollout.mp4", plugin="pyav").shape[1:3]
+        assert 68 * gif.width * gif.height <= GIF_PIXELS
+        assert ((gif.height, gif.width) == (height, width)) == same
+
+
+def test_frames_of_any_shape_make_a_film_that_can_be_written(run, place):
+    noise = np.random.default_rng(0).integers(0, 255, (24, 8, 1024, 3), np.uint8)
+    with EpisodeWriter(place / "wide", height=8, width=1024, fps=10.0, action_space=SPACE, name="w", seed=0) as writer:
+        writer.add(noise, np.zeros((23, 2), np.float32))
+    world = small_world()
+    wide = replace(world.dynamics.config, tokens=16)
+    save_world(replace(world, tokenizer=LinearTokenizer(8, 1024, 8, 64, 6), dynamics=Dynamics(wide)), place / "flat")
+    rollout = ["rollout", place / "flat", place / "wide", "--split", "train", "--length", 4, "--out", place / "made"]
+    code, _, err = run(*rollout, "--scale", 8)
+    assert (code, (place / "made").exists()) == (2, False)
+    assert "give a smaller --scale" in err
+    code, _, err = run(*rollout)
+    assert code == 0, err
+    assert iio.imread(place / "made" / "rollout.mp4", plugin="pyav").shape[2] == 3 * (5 * 1024 + 6)
 
 
 def test_a_rollout_starts_from_an_image_or_a_video(run, place):

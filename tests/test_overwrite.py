@@ -94,6 +94,55 @@ def test_results_never_lie_among_the_files_of_another_kind(place, words, kind, c
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("rollout world data --out data/episodes/x", "among the files of the dataset"),
+        ("rollout world data --out run/state/x", "among the files of the run"),
+        ("rollout world data --out run/best/x/y", "among the files of the run"),
+        ("rollout world data --out link/tokenizer/x", "among the files of the checkpoint"),
+        ("eval world data --out data/latents/x", "among the files of the dataset"),
+        ("eval plan plan.toml --out run/last", "among the files of the run"),
+        ("eval merge run --out data/dataset.csv", "data holds a dataset"),
+        ("eval merge run --out run/state/x.csv", "among the files of the run"),
+    ],
+)
+def test_results_never_lie_in_a_part_of_another_kind(place, words, said, capsys):
+    (place / "plan.toml").write_text('[defaults]\ndataset = "data"\n[[cell]]\ncheckpoint = "world"\n')
+    (place / "run" / "state").mkdir(parents=True)
+    (place / "run" / "run.json").write_text("{}")
+    os.symlink("world", "link")
+    before = contents(place)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words.split())
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("rollout world data --out loop", 2),
+        ("rollout world data --out loop/x", 2),
+        ("rollout world loop --out o", 3),
+        ("rollout loop data --out o", 4),
+        (f"train dynamics data --out loop {TRAIN}", 2),
+        ("train tokenizer data --out loop", 2),
+        ("export world --out o --notes loop", 2),
+        ("import loop --out o", 3),
+    ],
+)
+def test_a_link_to_itself_is_refused_in_a_sentence(place, words, code, capsys):
+    os.symlink("loop", "loop")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), "--overwrite"])
+    said = capsys.readouterr().err
+    assert stop.value.code == code, said
+    assert "loop" in said
+    assert not (place / "o").exists()
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "rollout {0}/world {0}/data --out .",

@@ -7,8 +7,13 @@ from PIL import Image
 from ahriuwu_cli.data.video import (
     CONTEXT,
     GENERATED,
+    MAX_PIXELS,
+    MAX_SIDE,
+    Page,
     compose,
     compose_grid,
+    largest_scale,
+    page_size,
     read_video,
     write_gif,
     write_mp4,
@@ -69,6 +74,27 @@ def test_a_grid_lays_its_cells_row_by_row():
     cell_h, cell_w = 16 + 16 + 6, 16 + 6
     for i in range(5):
         assert tuple(grid[(i // 3) * cell_h + 25, (i % 3) * cell_w + 8]) == (10 * i,) * 3
+
+
+@pytest.mark.parametrize(
+    ("panels", "height", "width", "columns", "largest"),
+    [(3, 16, 16, 4, 64), (3, 8, 1024, 4, 5), (1, 1024, 8, 4, 15), (9, 64, 64, 4, 18), (2, 4096, 4096, 4, 0)],
+)
+def test_a_page_is_enlarged_as_far_as_it_can_be_written(panels, height, width, columns, largest):
+    scale = largest_scale(64, panels, height, width, columns)
+    assert scale == largest
+    for each in (scale, scale + 1) if 0 < scale < 64 else ():
+        h, w = page_size(panels, height, width, columns, each)
+        assert (h * w <= MAX_PIXELS and max(h, w) <= MAX_SIDE) == (each == scale)
+    if scale:
+        page = Page(["x"] * panels, height, width, columns=columns, scale=scale)
+        assert page.shape[:2] == page_size(panels, height, width, columns, scale)
+
+
+def test_a_picture_that_the_encoder_refuses_is_a_sentence_and_leaves_no_file(tmp_path):
+    with pytest.raises(UserError, match="of 17000x8 pixels"):
+        write_mp4(tmp_path / "a.mp4", np.zeros((2, 8, 17000, 3), np.uint8), 10)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_video_is_refused_with_a_sentence(tmp_path):

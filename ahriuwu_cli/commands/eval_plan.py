@@ -19,6 +19,7 @@ from ahriuwu_cli.commands import eval_saved, options
 from ahriuwu_cli.commands.values import listed
 from ahriuwu_cli.commands.values import shard as parse_shard
 from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.folders import refuse_among_others
 
 
 class DefaultGroup(TyperGroup):
@@ -155,6 +156,7 @@ def _merged_files(folder: Path, out: Path | None, overwrite: bool) -> dict[str, 
         return files
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
         raise UserError(f"{target.parent} is no folder that can be written to: choose another --out")
+    refuse_among_others(target.parent)
     for path in files.values():
         if path.exists() and not overwrite:
             raise UserError(f"{path} is there already: choose another --out, or give --overwrite to replace it")

@@ -46,7 +46,9 @@ def rollout(
     ctx_mode: str = options.ctx_mode("stop: the state at tau_ctx is the context; renoise: z_hat with fresh noise."),
     ctx_label: str = options.ctx_label("Label of context frames: honest, its level; clean, a lie for ablation."),
     seed: int = options.seed("Seed of the noise, of the drawn window and of random actions."),
-    scale: int = options.whole(None, "--scale", 1, 64, "Enlargement of the video (default: to about 256 pixels high)."),
+    scale: int = options.whole(
+        None, "--scale", 1, 64, "Enlargement of the video (default: to about 256 pixels high); GIFs may get less."
+    ),
     compile_model: bool = typer.Option(
         False, "--compile", help="torch.compile the passes: starts up to a minute later, for long rollouts."
     ),
@@ -58,6 +60,7 @@ def rollout(
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.imagine import Request, imagine
+    from ahriuwu_cli.models.compiling import check_compile
     from ahriuwu_cli.prompts import IMAGES, shipped_prompt
     from ahriuwu_cli.training.checkpoint import load_world
 
@@ -74,6 +77,7 @@ def rollout(
     request.check()
     world = load_world(checkpoint, device)
     if compile_model:
+        check_compile(world.device)
         world.dynamics.compile_passes()
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
     with bar("rollout", "frame", quiet=as_json) as progress:

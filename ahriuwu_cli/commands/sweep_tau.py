@@ -192,7 +192,7 @@ def _write_files(out: Path, found: Sweep, plan: Ready, fps: float | None) -> dic
 
 def _write_video(path: Path, found: Sweep, context: int, fps: float) -> None:
     """The truth's row of windows first, then a row for every tau of the best cell's K, sampler, mode and label."""
-    from ahriuwu_cli.data.video import compose_grid, write_mp4
+    from ahriuwu_cli.data.video import compose_grid, largest_scale, write_mp4
     from ahriuwu_cli.evaluation.sweep_grid import OTHERS
 
     cells, best = found.result["cells"], found.result["best"]
@@ -201,9 +201,9 @@ def _write_video(path: Path, found: Sweep, context: int, fps: float) -> None:
         clip for cell, clip in zip(cells, found.clips[1:], strict=True) if all(cell[n] == shown[n] for n in OTHERS)
     ]
     rows = [found.clips[0], *clips]
-    columns, height = len(rows[0][1]), rows[0][1].shape[2]
-    scale = max(1, min(4, 1600 // (len(rows) * height)))
+    columns, (height, width) = len(rows[0][1]), rows[0][1].shape[2:4]
     panels = [(title, window) for title, windows in rows for window in windows]
+    scale = largest_scale(max(1, min(4, 1600 // (len(rows) * height))), len(panels), height, width, columns) or 1
     write_mp4(path, compose_grid(panels, columns=columns, scale=scale, context=context), fps)
 
 

@@ -205,6 +205,7 @@ def _train(
     from ahriuwu_cli.commands.progress import bar, training_bar
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.errors import CheckpointError
+    from ahriuwu_cli.models.compiling import check_compile
     from ahriuwu_cli.training.assemble import assemble, fit_for_all
     from ahriuwu_cli.training.batches import check_shares
     from ahriuwu_cli.training.checkpoint import load_tokenizer
@@ -213,6 +214,8 @@ def _train(
 
     def opened():
         check_shares(config, group.world)
+        if config.compile:
+            check_compile(group.device)
         store = EpisodeStore.open(dataset)
         there = run_goes_on(out, config, {}, resume, overwrite)
         if init_from is not None and not init_from.exists() and not (there and has_state(out)):

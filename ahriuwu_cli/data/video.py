@@ -16,8 +16,11 @@ from ahriuwu_cli.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 MAX_PIXELS = 4096 * 4096
+MAX_SIDE = 16_384  # pixels of a side of a picture that is written: x264 takes no more
+LARGE = 1 << 20  # pixels of a picture from which on an encoder's memory counts
 MAX_DECODED = 400_000_000_000  # pixels of all frames that are decoded of one video: 190,000 frames of 1920 x 1080
 PATIENCE = 60.0  # seconds in which a file must give its next packet
 # Containers that hold their pictures themselves. Others (playlists, lists of files) would open what they name.
@@ -44,13 +47,14 @@ def iter_video(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[np.nd
 
 
 def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[float | None, np.ndarray]]:
-    """Decode a video frame by frame: seconds, where the file says them, and uint8 (h, w, 3), all of one size.
+    """Decode a video frame by frame: seconds, where the file says them, and uint8 (h, w, 3), as players show it.
 
     Raises DataError when it is not one, is damaged, changes its size, or is larger than a limit: the decoder itself is
     told the most pixels of a frame, whatever the file says of them. Whether all of it came is known at its end.
     """
     import av
 
+    from ahriuwu_cli.data.upright import upright_frame
     from ahriuwu_cli.data.whole_video import Clock, broken
 
     with _opened(Path(path)) as (container, stream):
@@ -62,15 +66,15 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
         untimed = container.format.name == "avi"  # FFmpeg gives its frames the times of packets, in another order
         try:
             for frame in clock.frames(container, stream):
-                size = size or (frame.height, frame.width)
-                if size != (frame.height, frame.width):
-                    raise DataError(
-                        f"{path} changes its size from {size} to {(frame.height, frame.width)}: convert it first"
-                    )
-                decoded += size[0] * size[1]
-                if size[0] * size[1] > max_pixels or decoded > MAX_DECODED:
+                pixels = frame.height * frame.width
+                decoded += pixels
+                if pixels > max_pixels or decoded > MAX_DECODED:
                     raise DataError(f"{path} has more than {MAX_DECODED:g} pixels in all: cut it, or make it smaller")
-                yield None if untimed else frame.time, frame.to_ndarray(format="rgb24")
+                picture = upright_frame(frame)
+                size = size or picture.shape[:2]
+                if size != picture.shape[:2]:
+                    raise DataError(f"{path} changes its size from {size} to {picture.shape[:2]}: convert it first")
+                yield None if untimed else frame.time, picture
             if fault := broken(Path(path)) or clock.fault():
                 raise DataError(f"{path} is damaged ({fault}): restore it, or convert what is left of it first")
         except av.error.FFmpegError as error:
@@ -109,16 +113,20 @@ def mp4_writer(path: Path | str, height: int, width: int, fps: float) -> Iterato
     """Yields add(picture), uint8 (height, width, 3): an H.264 yuv420p mp4 that grows frame by frame, index first.
 
     An odd side is padded by one repeated pixel. The file has its name when all went well, else there is none.
+    UserError where the encoder does not take such pictures.
     """
     import av
     import numpy as np
     from av.video.reformatter import VideoReformatter
 
+    # x264 holds sixty pictures of seven bytes a pixel, to look ahead; of large ones it gets the one that it is at
+    large = {"tune": "zerolatency", "refs": "1"} if height * width > LARGE else {}
     with (
         _renamed(Path(path)) as temporary,
+        _encoding(path, height, width),
         av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as out,
     ):
-        stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
+        stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"} | large)
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
@@ -127,8 +135,9 @@ def mp4_writer(path: Path | str, height: int, width: int, fps: float) -> Iterato
         convert = VideoReformatter()  # one for all: setting it up costs more than a small picture
 
         def add(picture: np.ndarray) -> None:
-            even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
+            if height % 2 or width % 2:
+                picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             out.mux(stream.encode(convert.reformat(frame, format="yuv420p", dst_colorspace="ITU709")))
 
         yield add
@@ -136,13 +145,24 @@ def mp4_writer(path: Path | str, height: int, width: int, fps: float) -> Iterato
 
 
 def write_gif(path: Path | str, frames: np.ndarray, fps: float) -> None:
-    """Write uint8 (T, H, W, 3) as a looping GIF. Its clock ticks in 10 ms; equal neighbours become one longer frame."""
+    """Write uint8 (T, H, W, 3), see `save_gif`."""
+    _check(path, frames, fps)
+    save_gif(path, [gif_picture(frame) for frame in frames], fps)
+
+
+def gif_picture(frame: np.ndarray) -> Image.Image:
+    """A frame as a GIF holds it, in 256 colours of its own: a byte a pixel."""
     from PIL import Image
 
-    _check(path, frames, fps)
-    pictures = [Image.fromarray(f).quantize(256, dither=Image.Dither.NONE) for f in frames]
-    ends = [round((i + 1) * 100 / fps) * 10 for i in range(len(frames))]
-    longest = 655_350 // len(frames) // 10 * 10  # ms: GIF counts a picture's time in 16 bits, that of equal ones summed
+    return Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE)
+
+
+def save_gif(path: Path | str, pictures: list[Image.Image], fps: float) -> None:
+    """Write a looping GIF. Its clock ticks in 10 ms; equal neighbours become one longer frame."""
+    ends = [round((i + 1) * 100 / fps) * 10 for i in range(len(pictures))]
+    longest = (
+        655_350 // len(pictures) // 10 * 10
+    )  # ms: GIF counts a picture's time in 16 bits, that of equal ones summed
     durations = [min(max(20, b - a), longest) for a, b in zip([0, *ends], ends, strict=False)]
     with _renamed(Path(path)) as temporary:
         pictures[0].save(
@@ -194,6 +214,22 @@ def compose_grid(
     return np.stack([page.picture(t, [frames[t] for _, frames in cells]) for t in range(length)])
 
 
+def page_size(panels: int, height: int, width: int, columns: int, scale: int) -> tuple[int, int]:
+    """Height and width of a `Page` of panels of height x width."""
+    columns = min(columns, panels)
+    end = -(-panels // columns) * (TITLE + height * scale + 2 * BORDER) + FOOTER
+    return end + end % 2, columns * (width * scale + 2 * BORDER)
+
+
+def largest_scale(most: int, panels: int, height: int, width: int, columns: int, max_pixels: int = MAX_PIXELS) -> int:
+    """The largest enlargement up to `most` at which a `Page` has no more pixels, and can be written; 0: not even 1."""
+    for scale in range(most, 0, -1):
+        h, w = page_size(panels, height, width, columns, scale)
+        if h * w <= max_pixels and max(h, w) <= MAX_SIDE:
+            return scale
+    return 0
+
+
 class Page:
     """The grid of `compose_grid`, drawn frame by frame: its titles are laid out once. height, width are a panel's."""
 
@@ -217,7 +253,7 @@ class Page:
         columns = min(columns, len(titles))
         self._end = -(-len(titles) // columns) * cell_h + FOOTER
         self._font = ImageFont.load_default(FONT)
-        page = Image.new("RGB", (columns * cell_w, self._end + self._end % 2), PAPER)
+        page = Image.new("RGB", page_size(len(titles), height, width, columns, scale)[::-1], PAPER)
         draw = ImageDraw.Draw(page)
         self._corners = [((i // columns) * cell_h, (i % columns) * cell_w) for i in range(len(titles))]
         for (top, left), title in zip(self._corners, titles, strict=True):
@@ -275,6 +311,22 @@ def _opened(path: Path):
         if not container.streams.video:
             raise DataError(f"{path} holds no video stream: give an mp4, mkv, webm, avi, mov or gif")
         yield container, container.streams.video[0]
+
+
+@contextmanager
+def _encoding(path: Path | str, height: int, width: int) -> Iterator[None]:
+    """UserError where FFmpeg refuses what is written; a disk's refusal stays an OSError."""
+    import av
+
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise
+        raise UserError(
+            f"{path} cannot be written as video of {width}x{height} pixels ({error.strerror}): give a smaller --scale, "
+            "or fewer pictures side by side"
+        ) from None
 
 
 @contextmanager

@@ -60,9 +60,7 @@ def find_shards(shard: str | None, share: str, environment: Mapping[str, str]) -
         sources.append(f"cells {cells[0] + 1}/{cells[1]} by SLURM_ARRAY_TASK_ID")
     windows, local = (0, 1), None
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, world_size = (_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
-        if not 0 <= rank < world_size:
-            raise UserError(f"RANK {rank} is not below WORLD_SIZE {world_size}: unset both, or start with torchrun")
+        rank, world_size = processes(environment)
         local = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else 0
         if share == "cells":
             cells = (cells[0] * world_size + rank, cells[1] * world_size)
@@ -70,6 +68,19 @@ def find_shards(shard: str | None, share: str, environment: Mapping[str, str]) -
             windows = (rank, world_size)
         sources.append(f"{share} {rank + 1}/{world_size} by RANK")
     return Shards(cells, windows, local, ", ".join(sources))
+
+
+def processes(environment: Mapping[str, str]) -> tuple[int, int]:
+    """(which of torchrun's processes this is, how many there are) by RANK and WORLD_SIZE; (0, 1) without either.
+
+    UserError when one of them is no number, or they contradict each other.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return 0, 1
+    rank, world_size = (_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
+    if rank >= world_size:
+        raise UserError(f"RANK {rank} is not below WORLD_SIZE {world_size}: unset both, or start with torchrun")
+    return rank, world_size
 
 
 def choose_device(name: str, shards: Shards) -> str:

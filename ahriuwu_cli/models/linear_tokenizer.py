@@ -22,7 +22,7 @@ class LinearTokenizer(Tokenizer):
 
     def __init__(self, height: int, width: int, patch_height: int, patch_width: int, latent_dim: int) -> None:
         super().__init__()
-        _sizes(height, width, patch_height, patch_width, latent_dim)
+        check_sizes(height, width, patch_height, patch_width, latent_dim)
         values = patch_height * patch_width * 3
         self.height, self.width, self.latent_dim = height, width, latent_dim
         self.patch_height, self.patch_width = patch_height, patch_width
@@ -34,7 +34,7 @@ class LinearTokenizer(Tokenizer):
 
     @classmethod
     def stored(cls, architecture: dict) -> int:
-        height, width, patch_height, patch_width, latent_dim = _sizes(**architecture)
+        height, width, patch_height, patch_width, latent_dim = check_sizes(**architecture)
         values = patch_height * patch_width * 3
         return height * width * 3 + values * latent_dim + latent_dim
 
@@ -90,7 +90,7 @@ class LinearTokenizer(Tokenizer):
         return grid.permute(0, 1, 2, 4, 3, 5, 6).reshape(b, t, self.height, self.width, 3)
 
 
-def _sizes(height: int, width: int, patch_height: int, patch_width: int, latent_dim: int) -> tuple[int, ...]:
+def check_sizes(height: int, width: int, patch_height: int, patch_width: int, latent_dim: int) -> tuple[int, ...]:
     """The same, checked. ValueError for sizes that cannot be."""
     sides = {"height": height, "width": width, "patch_height": patch_height, "patch_width": patch_width}
     for name, value in sides.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ahriuwu_cli import memory
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
@@ -14,7 +15,7 @@ from ahriuwu_cli.diffusion.forcing import ONE_STEP_SIZE
 from ahriuwu_cli.diffusion.tau import levels
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
-from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
+from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer, check_sizes
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.tokenizer import Tokenizer
 from ahriuwu_cli.rollout import RolloutConfig
@@ -29,6 +30,7 @@ from ahriuwu_cli.world import World
 Progress = Callable[[int, int], None]
 FIT_FRAMES = 4096  # frames that principal components are fitted to, spread over all episodes
 FIT_BYTES = 1 << 20  # bytes of frames, uint8, taken into memory at a time; fitting needs some forty times as many
+FIT_COVARIANCE = 5 * 8  # bytes for each pair of values of a patch: matrices in float64 at the end of fitting
 
 
 def fit_linear_tokenizer(
@@ -120,8 +122,17 @@ def assemble(
 
 
 def _unfitted(store: EpisodeStore, patch: tuple[int, int], latent_dim: int) -> LinearTokenizer:
+    sizes = (store.height, store.width, *patch, latent_dim)
     try:
-        return LinearTokenizer(store.height, store.width, *patch, latent_dim).eval()
+        check_sizes(*sizes)
+        values = patch[0] * patch[1] * 3
+        if values**2 * FIT_COVARIANCE > memory.most():
+            raise UserError(
+                f"to fit a tokenizer to patches of {patch[0]}x{patch[1]}, {values} values, takes "
+                f"{values**2 * FIT_COVARIANCE / 1e9:.4g} GB, and there are {memory.most() / 1e9:.4g}: choose a smaller "
+                "--patch, or --kind transformer"
+            )
+        return LinearTokenizer(*sizes).eval()
     except ValueError as error:
         raise UserError(f"{error}: choose another --patch or --latent-dim") from None
 

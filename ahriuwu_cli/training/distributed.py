@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.errors import CheckpointError, Interrupted, TrainingError, UserError, did_you_mean
-from ahriuwu_cli.evaluation.shards import choose_device, find_shards
+from ahriuwu_cli.evaluation.shards import choose_device, find_shards, processes
 from ahriuwu_cli.training.checkpoint import pick_device
 
 PARALLEL = ("ddp", "fsdp")
@@ -144,8 +144,14 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
 
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=STEP_PATIENCE)
-    control = dist.new_group(backend="gloo", timeout=LEAD_PATIENCE)
+    try:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=STEP_PATIENCE)
+        control = dist.new_group(backend="gloo", timeout=LEAD_PATIENCE)
+    except (ValueError, dist.DistError) as error:
+        raise UserError(
+            f"RANK {rank} of WORLD_SIZE {world} finds no other processes ({_reason(error)}): unset both, or start with "
+            "torchrun"
+        ) from None
     try:
         yield Group(where, rank, world, parallel or "ddp", control)
     except (UserError, SystemExit) as error:  # agreed on, or the others will notice: leave no thread for Python's end
@@ -156,9 +162,9 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
             raise
-        reason = re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0].splitlines()[0]  # without its line of C++
         raise TrainingError(
-            f"process {rank} of {world} lost the others ({reason}): see which failed first, then go on with --resume"
+            f"process {rank} of {world} lost the others ({_reason(error)}): see which failed first, then go on with "
+            "--resume"
         ) from error
     else:
         dist.destroy_process_group()
@@ -166,8 +172,13 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
 
 def refuse_several(what: str) -> None:
     """UserError under torchrun with several processes, for what one process does alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes(os.environ)[1] > 1:
         raise UserError(f"{what} runs as one process: start it without torchrun")
+
+
+def _reason(error: Exception) -> str:
+    """What torch.distributed says, without its line of C++."""
+    return re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0].splitlines()[0]
 
 
 def what_changed(before: dict, group: Group, config: TrainConfig) -> str | None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from contextlib import suppress
 
 from ahriuwu_cli.data.documents import as_text
+from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.evaluation.shards import processes
 from ahriuwu_cli.training.signals import StopRequest
 
 ECHO = 5.0  # seconds in which torchrun may pass on a signal that its processes already got
@@ -19,8 +22,12 @@ _OF_THIS_TIME = ("--resume", "--overwrite")  # how a run is begun; not what is a
 def stoppable() -> StopRequest:
     """What a training command does its work in, from its first import on: a signal ends it with the command to type."""
     typed = as_text(f"{launcher()} {shlex.join(sys.argv[1:])}")
-    speaks = os.environ.get("RANK", "0") == "0"  # of a launcher's processes
-    return StopRequest(ECHO if _several() else 0.0, f"nothing of this is lost, start again with: {typed}", speaks)
+    return StopRequest(ECHO if _several() else 0.0, f"nothing of this is lost, start again with: {typed}", speaks())
+
+
+def speaks() -> bool:
+    """Whether this one of a launcher's processes says what all have to say."""
+    return _place()[0] == 0
 
 
 def command_line() -> str:
@@ -33,11 +40,17 @@ def launcher() -> str:
     if not _several():
         given = sys.orig_argv
         return shlex.join(given[:3]) if given[1:3] == ["-m", "ahriuwu_cli"] else "ahriuwu"
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    each = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    where = "--standalone" if nodes == 1 else f"--nnodes {nodes}"
-    return f"torchrun {where} --nproc-per-node {each} -m ahriuwu_cli"
+    nodes, each = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    where = "--standalone" if nodes == "1" else f"--nnodes {shlex.quote(nodes)}"
+    return f"torchrun {where} --nproc-per-node {shlex.quote(each)} -m ahriuwu_cli"
 
 
 def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _place()[1] > 1
+
+
+def _place() -> tuple[int, int]:
+    """(rank, processes). Asked before there is any way to say an error, so nonsense is one process here."""
+    with suppress(UserError):  # whatever depends on it asks again, and says it
+        return processes(os.environ)
+    return 0, 1

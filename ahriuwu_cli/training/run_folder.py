@@ -26,7 +26,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from ahriuwu_cli import __version__
+from ahriuwu_cli import __version__, memory
 from ahriuwu_cli.data.documents import document_hash, parse_object, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
@@ -157,11 +157,19 @@ class RunFolder:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """What a trainer works in: then others may write in the folder. A DataError in here says what is saved."""
+        """What a trainer works in: then others may write in the folder.
+
+        Data that are gone (DataError) and memory that ran out (TrainingError) say in here what is saved.
+        """
         try:
             yield
         except DataError as error:
             raise DataError(f"{error}; {self.where_it_stands()}") from error
+        except Exception as error:
+            if not memory.ran_out(error):
+                raise
+            said = memory.sentence(f"train {self.asked['kind']}")
+            raise TrainingError(f"{said}; {self.where_it_stands()}") from error
         finally:
             self.release()
 

@@ -1,0 +1,43 @@
+"""Running out of memory: how it is known, what to ask less of, and how much there is at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+LESS = {  # by the command
+    "train dynamics": "a smaller --size, --batch or --frames, or a larger --accumulate",
+    "train tokenizer": "a smaller --patch, --batch, --frames or --tokens",
+    "rollout": "a smaller --context, --samples or --scale",
+    "eval": "a smaller --batch or --windows",
+    "sweep-tau": "a smaller --batch or --windows",
+    "import": "a smaller --size, or shorter videos",
+    "record": "a smaller --size, or shorter episodes",
+}
+# What PyTorch's allocators say, of CPUs (Linux, elsewhere) and GPUs; most of them raise a plain RuntimeError.
+_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is of memory that is not there."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _WORDS)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+def sentence(command: str) -> str:
+    """One sentence for who ran out of memory by `command`, such as "train dynamics data --out run"."""
+    less = next((less for name, less in LESS.items() if f"{command} ".startswith(f"{name} ")), "something smaller")
+    return f"there is not enough memory for this: ask for {less}, or make memory free"
+
+
+def most() -> int:
+    """Bytes that this process may have, by the machine, its control group and its limit."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError):  # no such group, or the word "max"
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return min(sizes) if limit == resource.RLIM_INFINITY else min(*sizes, limit)

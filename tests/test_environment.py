@@ -1,0 +1,84 @@
+"""What a shell or a cluster leaves around a command: variables, a folder that is gone, no home, no compiler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from small import small_place
+
+from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.folders import keep_apart
+from ahriuwu_cli.training.restart import launcher, stoppable
+
+TRAIN = "train dynamics data --tokenizer world/tokenizer --steps 1 --batch 2 --frames 4 --preview-windows 2"
+RANKS = {  # variables of torchrun -> exit code of training, what it says
+    "WORLD_SIZE=abc": (0, "1 steps in"),
+    "GROUP_WORLD_SIZE=abc WORLD_SIZE=2": (0, "1 steps in"),
+    "RANK=1 WORLD_SIZE=many": (2, "error: the environment variable WORLD_SIZE is 'many', not a whole number"),
+    "RANK=1 WORLD_SIZE=1": (2, "error: RANK 1 is not below WORLD_SIZE 1: unset both"),
+    "RANK=0 WORLD_SIZE=2": (2, "error: RANK 0 of WORLD_SIZE 2 finds no other processes"),
+    "RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=x": (2, "error: RANK 0 of WORLD_SIZE 2 finds no other"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return small_place(tmp_path_factory.mktemp("environment"), {})
+
+
+def ahriuwu(before: str, words: str, cwd) -> tuple[int, str]:
+    """Exit code and what was said by a command after the lines `before` of a shell."""
+    done = subprocess.run(
+        ["bash", "-c", f"{before} {sys.executable} -m ahriuwu_cli {words}"], cwd=cwd, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("variables", RANKS)
+def test_variables_of_a_launcher_that_is_not_there_are_ignored_or_refused_in_a_sentence(place, variables, tmp_path):
+    code, said = RANKS[variables]
+    found = ahriuwu(variables, f"{TRAIN} --out {tmp_path / 'run'}", place)
+    assert found[0] == code, found[1]
+    assert said in found[1]
+    assert (tmp_path / "run").exists() == (code == 0)
+
+
+@pytest.mark.parametrize("variables", RANKS)
+def test_how_a_run_is_started_again_is_told_whatever_the_variables_are(variables, monkeypatch):
+    for each in variables.split():
+        monkeypatch.setenv(*each.split("="))
+    with stoppable():
+        assert launcher().startswith("torchrun") == ("RANK=0" in variables)
+
+
+def test_a_current_folder_that_is_gone_is_one_sentence(place):
+    for words in ("--version", f"rollout {place}/world {place}/data --out {place}/made"):
+        code, said = ahriuwu("mkdir gone; cd gone; rmdir ../gone;", words, place)
+        assert code == 2
+        assert said == "error: the current folder cannot be used (No such file or directory): change to another one\n"
+
+
+def test_a_user_whom_the_system_does_not_know_has_no_home_to_protect(tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    keep_apart(tmp_path / "out", [tmp_path / "data"])
+    with pytest.raises(UserError, match="which is read"):
+        keep_apart(tmp_path / "data", [tmp_path / "data"])
+
+
+@pytest.mark.parametrize("variables", ["CXX=/nowhere/g++", "CXX=/bin/true"])
+def test_without_a_compiler_compile_is_refused_before_anything_is_written(place, variables):
+    fresh = f"TORCHINDUCTOR_CACHE_DIR={place}/none-{variables[-3:]} {variables}"  # nothing that was compiled before
+    for words in ("rollout world data --split train --length 2 --compile --out no", f"{TRAIN} --compile --out no"):
+        code, said = ahriuwu(fresh, f"{words} --device cpu", place)
+        assert code == 2, said
+        assert said.splitlines()[-1].startswith("error: --compile does not work on this machine (")
+        assert not (place / "no").exists()
+
+
+def test_a_backend_of_matplotlib_that_is_nowhere_is_not_asked_for(place):
+    words = "eval world data --out made --looks none --split train --windows 2 --context 2 --horizon 3"
+    code, said = ahriuwu("MPLBACKEND=nowhere", words, place)
+    assert code == 0, said
+    assert (place / "made" / "curve.png").is_file()

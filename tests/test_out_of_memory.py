@@ -1,0 +1,85 @@
+"""Memory that runs out is one sentence that says what to ask less of, and in a run where it stands."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from small import small_dataset, small_place
+
+from ahriuwu_cli import cli, memory
+from ahriuwu_cli.errors import TrainingError, UserError
+from ahriuwu_cli.training.assemble import fit_linear_tokenizer
+from ahriuwu_cli.training.run_folder import RunFolder
+
+
+def raised(call) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  whatever a library raises
+        call()
+    return caught.value
+
+
+def fail(error: Exception):
+    raise error
+
+
+SHORT = {
+    "numpy": lambda: np.empty(1 << 60, np.uint8),
+    "torch": lambda: torch.empty(1 << 55, dtype=torch.uint8),
+    "a GPU": lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+    "cuBLAS": lambda: fail(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+    "the system": lambda: fail(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))),
+}
+
+
+@pytest.mark.parametrize("who", SHORT)
+def test_memory_that_ran_out_is_a_sentence_whoever_says_it(who, tmp_path, monkeypatch, capsys):
+    from ahriuwu_cli.training import describe
+
+    error = raised(SHORT[who])
+    monkeypatch.setattr(describe, "describe_sizes", lambda: fail(error))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info"])
+    assert stop.value.code == 1
+    said = "error: there is not enough memory for this: ask for something smaller, or make memory free\n"
+    assert capsys.readouterr().err == said
+
+    run = RunFolder(tmp_path / "run", {"kind": "dynamics", "config": {}, "facts": {}}, "train", 2)
+    run.begin(False, print)
+    run.save_state(3, {"a": torch.zeros(1)}, {"step": 3, "total": 9})
+    told = r"a larger --accumulate.* the last good state is .*3, go on with: train"
+    with pytest.raises(TrainingError, match=told), run.training():
+        fail(error)
+
+
+def test_other_errors_are_not_of_memory():
+    for error in (RuntimeError("shapes differ"), OSError(errno.ENOENT, "no"), ValueError("out of memory")):
+        assert not memory.ran_out(error)
+
+
+def test_a_limit_of_memory_ends_a_command_in_a_sentence(tmp_path):
+    small_place(tmp_path, {})
+    words = "train dynamics data --tokenizer world/tokenizer --steps 1 --out run --size xlarge --preview-windows 2"
+    line = f"ulimit -v 2000000; {sys.executable} -m ahriuwu_cli {words}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: there is not enough memory for this: ask for a smaller --si")
+
+
+def test_patches_whose_covariance_cannot_be_held_are_refused_before_a_frame_is_read(tmp_path, monkeypatch):
+    store = small_dataset(tmp_path / "data")
+    monkeypatch.setattr(store, "frames", lambda *_: fail(AssertionError("read")))
+    monkeypatch.setattr(memory, "most", lambda: 20_000_000)
+    with pytest.raises(UserError, match=r"16x16, 768 values, takes 0.02359 GB, and there are 0.02: choose a smaller"):
+        fit_linear_tokenizer(store, (16, 16), 3, 0.5)
+    with pytest.raises(AssertionError, match="read"):
+        fit_linear_tokenizer(store, (8, 8), 3, 0.5)
+
+
+def test_the_memory_that_there_is_at_most_is_that_of_the_strictest_limit():
+    code = "from ahriuwu_cli import memory; print(memory.most())"
+    done = subprocess.run(["bash", "-c", f"ulimit -v 500000; {sys.executable} -c '{code}'"], capture_output=True)
+    assert int(done.stdout) == 500000 * 1024
