@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import differing_bytes
 from processes import CONFIG, RUNS, STEPS, everything, prepare, resumed, trainer_for
 from safetensors.torch import load_file
 
@@ -144,6 +145,16 @@ def test_two_processes_go_on_where_one_stopped(folder, mode, run):
     assert said.startswith("resuming with 2 processes instead of 1")
     assert said.endswith("the global batch stays 8, each process takes 4 clips")
     assert_close(newest(folder / "one" / run)[0], newest(folder / f"one for {mode}" / f"{run} half")[0], CLOSE[run])
+
+
+@pytest.mark.slow
+def test_three_processes_that_go_on_end_bit_for_bit_where_three_unbroken_ones_do(tmp_path):
+    """Two sum in one order alone; of three the order is that of DDP's buckets."""
+    prepare(tmp_path)
+    for code, output in finish(start([Path(__file__).with_name("processes.py"), tmp_path], count=3), 300):
+        assert code == 0, output
+    for mode in PARALLEL:
+        assert differing_bytes(tmp_path / f"{mode} unbroken", tmp_path / f"{mode} broken") == {}
 
 
 @pytest.mark.parametrize("mode", PARALLEL)
