@@ -54,7 +54,7 @@ class Run(RunFolder):
             "best": trainer.best,
             "optimizers": optimizers,
             "grad_norms": norms,
-            **trainer.group.facts(),
+            **trainer.group.facts(trainer.config),
         }
         if self.writes:
             self.save_state(trainer.step, tensors | {"log": sums}, document)
@@ -62,7 +62,7 @@ class Run(RunFolder):
     def restore(self, trainer: DynamicsTrainer, found: tuple[Path, dict[str, Tensor], dict[str, Any]]) -> dict:
         """Bring a fresh trainer exactly to a state that `go_on` found.
 
-        Returns who wrote the state: {"processes", "parallel"}. States from before there were several say one.
+        Returns who wrote the state, see `Group.facts`. States from before there were several say one.
         """
         path, tensors, document = found
         try:
@@ -77,7 +77,7 @@ class Run(RunFolder):
                 trainer.log.go_on(tensors["log"], document["grad_norms"])
         except _UNFIT as error:
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
-        return {"processes": document.get("processes", 1), "parallel": document.get("parallel", "none")}
+        return {"processes": 1, "parallel": "none"} | document
 
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Write the tokenizer that was fitted for this run, so that going on needs no second fit."""
