@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 
 from ahriuwu_cli.data.documents import as_text
 from ahriuwu_cli.training.signals import StopRequest
 
 ECHO = 5.0  # seconds in which torchrun may pass on a signal that its processes already got
+# torchrun passes SIGUSR1 on only when told to; and a large state takes longer to write than the 30 s that it would wait
+TORCHRUN = "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600"
 _OF_THIS_TIME = ("--resume", "--overwrite")  # how a run is begun; not what is asked for
 
 
 def stoppable() -> StopRequest:
-    """What a training command does its work in, from its first import on: a signal ends it with the command to type."""
+    """What a training command does its work in, from its first import on: a signal ends it with the command to type.
+
+    So does the death of the torchrun that started it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     typed = as_text(f"{launcher()} {shlex.join(sys.argv[1:])}")
     speaks = os.environ.get("RANK", "0") == "0"  # of a launcher's processes
     return StopRequest(ECHO if _several() else 0.0, f"nothing of this is lost, start again with: {typed}", speaks)
@@ -36,8 +44,17 @@ def launcher() -> str:
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     each = os.environ.get("LOCAL_WORLD_SIZE", "1")
     where = "--standalone" if nodes == 1 else f"--nnodes {nodes}"
-    return f"torchrun {where} --nproc-per-node {each} -m ahriuwu_cli"
+    return f"torchrun {where} --nproc-per-node {each} {TORCHRUN} -m ahriuwu_cli"
 
 
 def _several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _end_with_parent() -> None:
+    """Get SIGTERM when the process that started this one dies; else it would train on, unseen, and hold its folder."""
+    if sys.platform == "linux":  # elsewhere there is no such call
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
