@@ -13,8 +13,9 @@ shift $(($# < 3 ? $# : 3))
 resume=()
 ls "$out"/world/state/step-*/state.json > /dev/null 2>&1 && resume=(--resume)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# A large state takes longer to write than the 30 s that torchrun gives a process to end.
-torchrun --standalone --nproc-per-node "$processes" --shutdown-timeout 600 \
+# torchrun passes SIGUSR1 on only when told to; and a large state takes longer to write than the 30 s that it would wait.
+torchrun --standalone --nproc-per-node "$processes" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 \
   -m ahriuwu_cli train dynamics "$data" --tokenizer "$out/tokenizer" --out "$out/world" \
   --size medium --batch 256 --precision bfloat16 --steps "${STEPS:-100000}" --save-every 2000 --preview-every 10000 \
   "$@" "${resume[@]}"

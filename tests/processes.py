@@ -103,6 +103,14 @@ def resumed(folder: Path, mode: str, group: Group, half: Path) -> list[str]:
     return said
 
 
+def broken(folder: Path, mode: str, group: Group) -> None:
+    """A run to its end, and the same run as two: one that stops after 3 steps, and what goes on with it."""
+    config = replace(CONFIG, batch=2 * group.world)
+    for name, stops in {"unbroken": [None], "broken": [3, None]}.items():
+        for i, stop_at in enumerate(stops):
+            train(trainer_for(folder, config, folder / f"{mode} {name}", group, resume=i > 0), stop_at)
+
+
 def train(trainer, stop_at: int | None = None) -> None:
     trainer.train(lambda line: None, StopRequest(), stop_at)
 
@@ -122,4 +130,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with join("cpu", None) as this:
         for mode in PARALLEL:
-            everything(Path(sys.argv[1]), mode, replace(this, parallel=mode))
+            (everything if this.world == 2 else broken)(Path(sys.argv[1]), mode, replace(this, parallel=mode))

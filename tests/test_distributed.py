@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import CONFIG, RUNS, STEPS, everything, prepare, resumed, trainer_for
+from killing import differing_bytes
+from processes import CONFIG, RUNS, STEPS, everything, prepare, resumed, train, trainer_for
 from safetensors.torch import load_file
 
 from ahriuwu_cli import stopping
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.training.batches import check_shares, draw_batch
 from ahriuwu_cli.training.clip_loss import ClipLoss
-from ahriuwu_cli.training.distributed import PARALLEL, Group
+from ahriuwu_cli.training.distributed import PARALLEL, Group, what_changed
+from ahriuwu_cli.training.restart import TORCHRUN
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_state
 
@@ -146,6 +148,34 @@ def test_two_processes_go_on_where_one_stopped(folder, mode, run):
     assert_close(newest(folder / "one" / run)[0], newest(folder / f"one for {mode}" / f"{run} half")[0], CLOSE[run])
 
 
+@pytest.mark.slow
+def test_three_processes_that_go_on_end_bit_for_bit_where_three_unbroken_ones_do(tmp_path):
+    """Two sum in one order alone; of three the order is that of DDP's buckets."""
+    prepare(tmp_path)
+    for code, output in finish(start([Path(__file__).with_name("processes.py"), tmp_path], count=3), 300):
+        assert code == 0, output
+    for mode in PARALLEL:
+        assert differing_bytes(tmp_path / f"{mode} unbroken", tmp_path / f"{mode} broken") == {}
+
+
+def test_a_run_that_goes_on_with_other_micro_batches_or_threads_says_so(folder, tmp_path):
+    out, said, threads = tmp_path / "run", [], torch.get_num_threads()
+    train(trainer_for(folder, CONFIG, out, ALONE), stop_at=1)
+    train(trainer_for(folder, CONFIG, out, ALONE, resume=True, announce=said.append), stop_at=2)
+    assert said == []
+    more = replace(CONFIG, accumulate=2)
+    try:
+        torch.set_num_threads(threads + 1)
+        trainer_for(folder, more, out, ALONE, resume=True, announce=said.append)
+    finally:
+        torch.set_num_threads(threads)
+    assert said == [
+        f"resuming with --accumulate 2 instead of 1, {threads + 1} threads instead of {threads}: "
+        "steps stay the same up to rounding, the global batch stays 8, each process takes 8 clips"
+    ]
+    assert what_changed({"processes": 1, "parallel": "none"}, ALONE, more) is None  # as older versions wrote it
+
+
 @pytest.mark.parametrize("mode", PARALLEL)
 def test_files_are_written_once_and_are_those_of_one_process(folder, mode):
     def names(run: Path) -> list[str]:
@@ -252,3 +282,24 @@ def test_a_process_that_is_killed_does_not_leave_the_others_hanging(folder, tmp_
     (code, output), _ = finish(processes)
     assert code == 1, output
     assert "process 0 of 2 lost the others" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "number", "said"), [("", signal.SIGKILL, 15), (TORCHRUN, signal.SIGUSR1, 10)])
+def test_what_ends_torchrun_ends_its_processes_after_one_save(folder, tmp_path, options, number, said):
+    """What torchrun does not pass on kills it: its processes must not train on without it."""
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "ahriuwu_cli", "train", "dynamics", folder / "data", "--out", out, "--steps", "100000"]
+    torchrun = subprocess.Popen(
+        [*launcher, *options.split(), *command, "--preview-windows", "2", "--log-every", "1", "--device", "cpu"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not (out / "metrics.jsonl").exists() and torchrun.poll() is None:
+        time.sleep(0.1)
+    torchrun.send_signal(number)
+    output = torchrun.communicate(timeout=60)[0]  # to the end of all that write to it
+    (sentence,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert f"error: stopped by signal {said} at step" in sentence
+    assert f"state saved, go on with: torchrun --standalone --nproc-per-node 2 {TORCHRUN} -m ahriuwu_cli" in sentence
+    assert len(list((out / "state").iterdir())) == 1

@@ -1,6 +1,7 @@
 """The arithmetic between the products: what is differentiated by hand against the plain formulas and autograd."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -125,6 +126,24 @@ def test_compiled_blocks_give_the_outputs_and_gradients_of_eager_ones(make_dynam
         results.append([z_hat.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for eager, compiled in zip(*results, strict=True):
         assert (eager - compiled).abs().max() <= 1e-4 * eager.abs().max()
+
+
+def test_compiled_blocks_have_a_graph_for_every_shape_so_that_no_step_depends_on_the_shapes_before_it(
+    make_dynamics, monkeypatch
+):
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    model, shapes = make_dynamics(depth=2), range(2, 8)  # more graphs than PyTorch allows
+    model.compile_blocks()
+    for frames in [*shapes, *shapes]:
+        model(*make_clip(frames=frames).inputs)
+    assert len(graphs) == 2 * len(shapes)
+    assert not any(isinstance(size, torch.SymInt) for inputs in graphs for size in inputs)
 
 
 @pytest.mark.slow

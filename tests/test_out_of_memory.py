@@ -47,7 +47,7 @@ def test_memory_that_ran_out_is_a_sentence_whoever_says_it(who, tmp_path, monkey
     said = "error: there is not enough memory for this: ask for something smaller, or make memory free\n"
     assert capsys.readouterr().err == said
 
-    run = RunFolder(tmp_path / "run", {"kind": "dynamics", "config": {}, "facts": {}}, "train", 2)
+    run = RunFolder(tmp_path / "run", {"kind": "dynamics", "config": {}, "facts": {}}, "train", 2, ())
     run.begin(False, print)
     run.save_state(3, {"a": torch.zeros(1)}, {"step": 3, "total": 9})
     told = r"a larger --accumulate.* the last good state is .*3, go on with: train"

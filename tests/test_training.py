@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
 from ahriuwu_cli.training.batches import draw_batch, share_of
 from ahriuwu_cli.training.checkpoint import load_world
 from ahriuwu_cli.training.clip_loss import denoiser
+from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.optimiser import rate
 from ahriuwu_cli.training.signals import StopRequest
 
@@ -255,6 +257,27 @@ def test_a_time_budget_ends_the_run_near_its_time(data, tmp_path):
     trainer = run(data, tmp_path / "r", replace(CONFIG, steps=None, budget=3.0))
     assert trainer.step == trainer.total
     assert 1.0 < trainer.elapsed < 12.0
+
+
+@pytest.mark.parametrize(
+    ("decay", "step", "elapsed", "total"),
+    [
+        (0.4, 5, 50.0, None),
+        (0.4, 6, 60.0, 10),
+        (0.4, 6, 300.0, 7),  # a preview took all that was left
+        (0.0, 9, 99.0, None),
+        (0.0, 10, 100.0, 11),
+        (0.9, 1, 10.0, 10),
+        (1.0, 0, 0.0, None),
+        (1.0, 1, 2.0, 50),  # all of the run is decay, and not a thousand steps
+        (0.9995, 1, 2.0, 50),
+    ],
+)
+def test_a_time_budget_decides_as_many_steps_as_the_rest_of_it_gives(decay, step, elapsed, total):
+    config = replace(CONFIG, steps=None, budget=100.0, decay=decay)
+    trainer = SimpleNamespace(config=config, step=step, elapsed=elapsed, total=None)
+    assert DynamicsTrainer._decide_total(trainer) == (total is not None)
+    assert trainer.total == total
 
 
 @pytest.mark.slow

@@ -211,9 +211,16 @@ class Dynamics(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def compile_blocks(self) -> None:
-        """torch.compile every block in place. Blocks of one kind share code: it starts sooner than the whole would."""
+        """torch.compile every block in place. Blocks of one kind share code: it starts sooner than the whole would.
+
+        Every shape gets a graph of its own, so that a step's numbers do not depend on the shapes before it: a graph for
+        all shapes is made for those that were seen first, and beyond a limit of graphs a block would not be compiled.
+        """
+        from torch._dynamo import config as dynamo
+
+        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1 << 16  # never reached: a run has few shapes
         for block in self.blocks:
-            block.compile()
+            block.compile(dynamic=False)
 
     def compile_passes(self) -> None:
         """torch.compile the passes of a rollout, each as one graph: slow start, faster frames, for fixed weights.

@@ -107,10 +107,10 @@ def assemble(
     if init_from is None:
         dynamics.channel_scale.copy_(pack.spread())
     if there:
-        found = group.together(lambda: run.go_on(announce, **group.facts()), lead_first=True)
+        found = group.together(lambda: run.go_on(announce, **group.facts(config)), lead_first=True)
         group.check_same_step(found[2]["step"] if found else 0, out)
     else:
-        group.together(lambda: run.begin(overwrite, announce, **group.facts()))
+        group.together(lambda: run.begin(overwrite, announce, **group.facts(config)))
     if fitted and found is None:
         group.together(lambda: run.keep_tokenizer(tokenizer))
     trainer = DynamicsTrainer(world, pack, store, run, group)

@@ -107,9 +107,11 @@ class Group:
                 f"put it where all nodes see the same files"
             )
 
-    def facts(self) -> dict:
-        """What a saved state says of who wrote it."""
-        return {"processes": self.world, "parallel": self.parallel if self.world > 1 else "none"}
+    def facts(self, config: TrainConfig) -> dict:
+        """What a saved state says of who wrote it: all that may change on the way, and the last bits with it."""
+        said = {"processes": self.world, "parallel": self.parallel if self.world > 1 else "none"}
+        said["accumulate"] = config.accumulate
+        return said | ({"threads": torch.get_num_threads()} if self.device.type == "cpu" else {})
 
     def _reduce(self, tensor: Tensor, operation: str) -> None:
         torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=self.control)
@@ -182,18 +184,34 @@ def _reason(error: Exception) -> str:
 
 
 def what_changed(before: dict, group: Group, config: TrainConfig) -> str | None:
-    """One sentence on a run that goes on with other processes than wrote its state, or None."""
-    now = group.facts()
-    if before == now:
+    """One sentence on a run that goes on in another way than its state was written in, or None.
+
+    before: the `facts` of then; those that an older version did not write are not compared.
+    """
+    now = group.facts(config)
+    changed = {name: before[name] for name in now if name in before and before[name] != now[name]}
+    if not changed:
         return None
-    count, parallel = before["processes"], before["parallel"]
-    clips = config.batch // group.world
-    processes = f"{group.world} process{'es' if group.world > 1 else ''}"
-    if count != group.world:
-        processes += f" instead of {count}"
-    if "none" not in (parallel, now["parallel"]) and parallel != now["parallel"]:
-        processes += f" by {now['parallel']} instead of {parallel}"
-    return f"resuming with {processes}: the global batch stays {config.batch}, each process takes {clips} clips"
+    said = []
+    if "processes" in changed or "parallel" in changed:
+        processes = _counted(group.world, "process", "processes")
+        if "processes" in changed:
+            processes += f" instead of {changed['processes']}"
+        if "none" not in (before["parallel"], now["parallel"]) and "parallel" in changed:
+            processes += f" by {now['parallel']} instead of {changed['parallel']}"
+        said.append(processes)
+    if "accumulate" in changed:
+        said.append(f"--accumulate {config.accumulate} instead of {changed['accumulate']}")
+    if "threads" in changed:
+        said.append(f"{_counted(now['threads'], 'thread', 'threads')} instead of {changed['threads']}")
+    return (
+        f"resuming with {', '.join(said)}: steps stay the same up to rounding, "
+        f"the global batch stays {config.batch}, each process takes {config.batch // group.world} clips"
+    )
+
+
+def _counted(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
 
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")

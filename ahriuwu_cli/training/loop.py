@@ -147,8 +147,9 @@ class DynamicsTrainer:
 
     def _decide_total(self) -> bool:
         """With a time budget: when only the decay's share of it is left, fix how many steps there will be, once."""
-        if self.total is None and self.step and self.elapsed >= self.config.budget * (1 - self.config.decay):
-            self.total = max(self.step + 1, round(self.step / max(1 - self.config.decay, 1e-3)))
+        budget = self.config.budget
+        if self.total is None and 0 < self.elapsed >= budget * (1 - self.config.decay):
+            self.total = self.step + max(1, round(self.step * (budget - self.elapsed) / self.elapsed))
             return True
         return False
 

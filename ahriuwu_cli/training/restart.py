@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from contextlib import suppress
 
@@ -16,11 +17,18 @@ from ahriuwu_cli.evaluation.shards import processes
 from ahriuwu_cli.training.signals import StopRequest
 
 ECHO = 5.0  # seconds in which torchrun may pass on a signal that its processes already got
+# torchrun passes SIGUSR1 on only when told to; and a large state takes longer to write than the 30 s that it would wait
+TORCHRUN = "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600"
 _OF_THIS_TIME = ("--resume", "--overwrite")  # how a run is begun; not what is asked for
 
 
 def stoppable() -> StopRequest:
-    """What a training command does its work in, from its first import on: a signal ends it with the command to type."""
+    """What a training command does its work in, from its first import on: a signal ends it with the command to type.
+
+    So does the death of the torchrun that started it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     typed = as_text(f"{launcher()} {shlex.join(sys.argv[1:])}")
     return StopRequest(ECHO if _several() else 0.0, f"nothing of this is lost, start again with: {typed}", speaks())
 
@@ -42,7 +50,7 @@ def launcher() -> str:
         return shlex.join(given[:3]) if given[1:3] == ["-m", "ahriuwu_cli"] else "ahriuwu"
     nodes, each = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     where = "--standalone" if nodes == "1" else f"--nnodes {shlex.quote(nodes)}"
-    return f"torchrun {where} --nproc-per-node {shlex.quote(each)} -m ahriuwu_cli"
+    return f"torchrun {where} --nproc-per-node {shlex.quote(each)} {TORCHRUN} -m ahriuwu_cli"
 
 
 def _several() -> bool:
@@ -54,3 +62,12 @@ def _place() -> tuple[int, int]:
     with suppress(UserError):  # whatever depends on it asks again, and says it
         return processes(os.environ)
     return 0, 1
+
+
+def _end_with_parent() -> None:
+    """Get SIGTERM when the process that started this one dies; else it would train on, unseen, and hold its folder."""
+    if sys.platform == "linux":  # elsewhere there is no such call
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

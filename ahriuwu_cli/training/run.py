@@ -55,7 +55,7 @@ class Run(RunFolder):
             "best": trainer.best,
             "optimizers": optimizers,
             "grad_norms": norms,
-            **trainer.group.facts(),
+            **trainer.group.facts(trainer.config),
         }
         if self.writes:
             self.save_state(trainer.step, tensors | {"log": sums}, document)
@@ -63,7 +63,7 @@ class Run(RunFolder):
     def restore(self, trainer: DynamicsTrainer, found: tuple[Path, dict[str, Tensor], dict[str, Any]]) -> dict:
         """Bring a fresh trainer exactly to a state that `go_on` found.
 
-        Returns who wrote the state: {"processes", "parallel"}. States from before there were several say one.
+        Returns who wrote the state, see `Group.facts`. States from before there were several say one.
         """
         path, tensors, document = found
         try:
@@ -80,7 +80,7 @@ class Run(RunFolder):
                 trainer.log.go_on(tensors["log"], document["grad_norms"])
         except _UNFIT as error:
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
-        return {"processes": document.get("processes", 1), "parallel": document.get("parallel", "none")}
+        return {"processes": 1, "parallel": "none"} | document
 
     def lost(self, document: dict[str, Any]) -> list[str]:
         """Worlds that a run at this state has written, and that are not there, or damaged."""

@@ -22,7 +22,10 @@ def synchronised(loss: nn.Module, group: Group) -> nn.Module:
         return loss
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    copies = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    if group.device.type == "cpu":
+        _fix_buckets(copies)
+    return copies
 
 
 def keeping_apart(loss: nn.Module, apart: bool) -> AbstractContextManager:
@@ -93,3 +96,13 @@ def placed_for(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) 
         if index.isdigit() and int(index) < len(parameters):
             like[name] = parameters[int(index)]
     return placed_as(tensors, like)
+
+
+def _fix_buckets(copies: nn.Module) -> None:
+    """Lay out DDP's buckets for good, so that gradients are summed in the same order in every step.
+
+    DDP itself does it after the first step of a process's life, which a resumed run would take in another order. Like
+    this they are not exchanged while the backward pass still runs: on a GPU, where no order is promised, that is dear.
+    """
+    copies.reducer._push_all_rebuilt_params()
+    copies.reducer._rebuild_buckets()
