@@ -23,7 +23,9 @@ from ahriuwu_cli.stopping import unbroken, undoing
 
 NO_FOLDER_LOCKS = NO_LOCKS | {errno.EBADF}  # some disks lock files alone
 PATIENCE, PAUSE = 10.0, 0.001  # seconds: how long a reader waits for a folder that is being replaced, between looks
-KINDS = {"dataset.json": "dataset", "config.json": "checkpoint", "run.json": "run"}  # by what lies in them
+KINDS = {  # by what lies in them; many a project has a config.json
+    "dataset": ("dataset.json",), "checkpoint": ("config.json", "model.safetensors"), "run": ("run.json",),
+}  # fmt: skip
 PARTS = {  # of our folders, by what they are
     "dataset": ("episodes", "latents"),
     "checkpoint": ("tokenizer", "prompt"),
@@ -61,7 +63,8 @@ def refuse_among_others(out: Path) -> None:
     """UserError when the folder `out` is a dataset, a checkpoint or a run, or lies in a part of one."""
     target = _real(out)
     for folder in (target, *target.parents):
-        kind = next((kind for name, kind in KINDS.items() if os.path.lexists(folder / name)), None)
+        lie = (kind for kind, names in KINDS.items() if all(os.path.lexists(folder / name) for name in names))
+        kind = next(lie, None)
         if kind and folder == target:
             raise UserError(f"{out} holds a {kind}: choose another --out")
         if kind and target.relative_to(folder).parts[0] in PARTS[kind]:

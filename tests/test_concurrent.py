@@ -1,5 +1,6 @@
 """Real processes at one folder: a reader beside a writer gets all of one save, two writers are refused or safe."""
 
+import gc
 import io
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ SAVES = 300
 
 
 def _start(target, *arguments):
+    gc.collect()  # what an earlier test left, FFmpeg's threads for one, cannot be freed in a fork: it would hang
     process = FORK.Process(target=target, args=arguments)
     process.start()
     return process

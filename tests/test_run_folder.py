@@ -212,11 +212,14 @@ def test_a_line_for_which_there_is_no_room_leaves_no_half_of_itself(tmp_path):
 
 
 def test_a_log_that_lost_its_last_lines_is_gone_on_with_aloud(tmp_path):
-    run, said = begun(tmp_path / "run", 3, 6), []
+    run, said = begun(tmp_path / "run"), []
+    for step in (3, 6):
+        run.log({"step": step, "loss": 1.0})
+    run.save_state(8, {"a": torch.ones(2)}, {"step": 8, "total": 9})  # the next line is not due yet
     run.go_on(said.append)
     run.release()
     assert said == []
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3}\n')
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
     run.go_on(said.append)
     run.release()
     assert "cut short: it holds no line of steps 4 to 6" in said[0]

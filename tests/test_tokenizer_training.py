@@ -13,7 +13,7 @@ from small import small_dataset
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizerConfig
-from ahriuwu_cli.training import losses
+from ahriuwu_cli.training import losses, tokenizer_loop
 from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_state
@@ -55,9 +55,42 @@ def test_the_tokenizer_is_written_while_no_other_run_may_begin_in_its_folder(sto
             train_transformer_tokenizer(store, dataclasses.replace(config, seed=7), tmp_path / "r", overwrite=True)
         kept.append(tokenizer)
 
-    for _ in range(2):  # the second finds the run finished, and no tokenizer
+    for _ in range(2):  # the second finds the run finished, and no tokenizer that is whole
         train_transformer_tokenizer(store, config, tmp_path / "r", keep=keep)
     assert len(kept) == 2
+
+
+def test_a_command_says_its_own_tokenizer_and_makes_a_damaged_one_anew(store, tmp_path, monkeypatch, run):
+    words = ("train", "tokenizer", store.path, "--kind", "transformer", "--patch", 8, "--tokens", 4, "--steps", 2)
+    words = (
+        *words,
+        "--latent-dim",
+        4,
+        "--batch",
+        1,
+        "--frames",
+        2,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "r",
+        "--json",
+    )
+    code, first, err = run(*words)
+    assert code == 0, err
+    weights = tmp_path / "r" / "tokenizer" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"x")
+    assert run(*words)[:2] == (0, first)
+    assert weights.read_bytes() == whole
+    released = tokenizer_loop.RunFolder.release
+
+    def other(self) -> None:  # what another run puts there once this one has let go of the folder
+        released(self)
+        weights.write_bytes(b"")
+
+    monkeypatch.setattr(tokenizer_loop.RunFolder, "release", other)
+    assert run(*words)[:2] == (0, first)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

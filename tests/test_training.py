@@ -90,7 +90,14 @@ def test_a_resume_with_other_settings_is_refused_and_names_them(data, tmp_path):
         run(data, tmp_path / "r", replace(CONFIG, lr=1e-3), resume=True)
 
 
-@pytest.mark.parametrize("damage", [shutil.rmtree, lambda world: (world / "model.safetensors").write_bytes(b"")])
+def replaced_by_a_file(world):
+    shutil.rmtree(world)
+    world.touch()
+
+
+@pytest.mark.parametrize(
+    "damage", [shutil.rmtree, lambda world: (world / "model.safetensors").write_bytes(b""), replaced_by_a_file]
+)
 def test_a_world_that_was_lost_is_made_anew_and_said(data, tmp_path, damage):
     run(data, tmp_path / "r")
     last = load_world(tmp_path / "r" / "last", "cpu")

@@ -1,5 +1,7 @@
 """Pictures come in as players and viewers show them, whatever way round they are stored, and 16 bits become 8."""
 
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,3 +70,21 @@ def test_16_bits_of_grey_become_8(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode.startswith("I")
     np.testing.assert_array_equal(prompt(tmp_path / "a.png"), grey[..., None].repeat(3, axis=2))
+
+
+def test_exif_that_makes_no_sense_spoils_no_picture(tmp_path):
+    pixels = CORNERS[::2, 8:40:2]
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words"
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    wanted = prompt(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    at = data.index(b"eXIf")
+    for kind in range(1, 14):  # the words as numbers, fractions, ...
+        block = bytearray(data)
+        big = data[at + 4 : at + 6] == b"MM"
+        block[data.index(b"\x01\x0e\x00\x02" if big else b"\x0e\x01\x02\x00", at) + (3 if big else 2)] = kind
+        length = int.from_bytes(block[at - 4 : at])
+        block[at + 4 + length : at + 8 + length] = zlib.crc32(block[at : at + 4 + length]).to_bytes(4)
+        (tmp_path / "b.png").write_bytes(block)
+        assert np.array_equal(prompt(tmp_path / "b.png"), wanted), kind

@@ -127,7 +127,7 @@ def _transformer(
     """(tokenizer, its quality, its folder): trained in the run folder `out`, or gone on with, or found finished."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
-    from ahriuwu_cli.training.checkpoint import load_tokenizer, pick_device, tokenizer_facts
+    from ahriuwu_cli.training.checkpoint import is_sound_tokenizer, load_tokenizer, pick_device, tokenizer_facts
     from ahriuwu_cli.training.restart import command_line
     from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
 
@@ -135,16 +135,19 @@ def _transformer(
     where, folder = pick_device(device), out / "tokenizer"
     config = _transformer_config(store, values.pair(patch), latent_dim=latent_dim, **settings)
 
-    def keep(tokenizer) -> None:
-        if not (folder / "config.json").is_file():  # else written by this run, which had come to its end
+    written = []
+
+    def keep(tokenizer) -> None:  # under the run's lock: afterwards the folder may become another run's
+        if not is_sound_tokenizer(folder):  # else written by this run, which had come to its end
             _write_tokenizer(tokenizer, store, folder)
+        written.extend((load_tokenizer(folder), tokenizer_facts(folder)["val"]))
 
     with bar("train tokenizer", "step", quiet=quiet) as progress:
         train_transformer_tokenizer(
             store, config, out, where, progress, resume, overwrite=overwrite, stop=stop, command=command_line(),
             announce=lambda sentence: typer.echo(sentence, err=True), keep=keep,
         )  # fmt: skip
-    return load_tokenizer(folder), tokenizer_facts(folder)["val"], folder
+    return *written, folder
 
 
 def _write_tokenizer(tokenizer, store, folder: Path, overwrite: bool = True) -> dict:

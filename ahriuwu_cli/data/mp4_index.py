@@ -1,91 +1,128 @@
 """How many pictures and pieces of sound the index of an mp4 or mov states, read before a decoder makes room for them.
 
 An index says "sixty million pieces of one byte each" in twenty bytes, and FFmpeg takes memory for every one of them
-when the file is opened. So the boxes that state numbers are looked at first (ISO/IEC 14496-12: stsz, stz2, stts, trun).
+when the file is opened, in whatever box it finds such a statement. So all bytes but those of the pictures are searched
+for the names of the tables that state numbers (ISO/IEC 14496-12: stsz, stz2, stts, ctts, trun), nested as they may be.
+Raw sound alone may state more, a sample a tick: FFmpeg reads it in blocks. It must stand where every writer puts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 MOST_PIECES = 4_000_000  # of one file: 37 hours of 30 pictures a second, 23 of packed sound; 100 MB in FFmpeg
-_HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+MOST_INDEX = 128 << 20  # bytes of a file that are neither pictures nor sound
+MOST_BOXES = 100_000  # side by side in a file: fragments, or nonsense
+OTHERS = (b"GIF8", b"RIFF", b"\x1a\x45\xdf\xa3")  # how files begin that are no mp4, whatever else they hold
+_RAW = (b"sowt", b"twos", b"in24", b"in32", b"fl32", b"fl64", b"lpcm", b"ipcm", b"fpcm", b"ulaw", b"alaw")
 _AT_ONCE = 1024  # samples of raw sound that FFmpeg counts as one piece
+_DATA, _SOUND = b"mdat", (b"soun", b"alis", b"url ", b"\0\0\0\0")
 
 
 def too_many(path: Path) -> str:
-    """What the index states beyond MOST_PIECES, or nothing. A file of another kind has no boxes, or few. OSError."""
-    tracks, fragments = [dict[bytes, int]()], 0
+    """What is wrong with the index of a file, or nothing; a file of another kind has none. OSError."""
     with open(path, "rb") as file:
-        for name, start, length in _boxes(file, 0, file.seek(0, 2), depth=0):
-            if name == b"trak":
-                tracks.append({})
-            file.seek(start)
-            if name == b"trun":
-                fragments += _number(file, length, 4)
-            elif name in _FACTS:
-                tracks[-1][name] = max(_FACTS[name](file, length), tracks[-1].get(name, 0))
-    if fragments + sum(map(_pieces, tracks)) > MOST_PIECES:
-        return f"its index states more than {MOST_PIECES} pictures and pieces of sound"
-    return ""
+        if file.read(4) in OTHERS:
+            return ""
+        index = _index(file, file.seek(0, 2))
+    if index is None:
+        return f"its index has more than {MOST_INDEX >> 20} MB or {MOST_BOXES} parts"
+    if b"cmov" in index:
+        return "its index is compressed"
+    pieces = sum(_number(index, at + 8) for at in _places(index, b"trun"))
+    ends = [*_places(index, b"trak"), len(index)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        pieces += _pieces(index[start:end])
+    return f"its index states more than {MOST_PIECES} pictures and pieces of sound" if pieces > MOST_PIECES else ""
 
 
-def _pieces(track: dict[bytes, int]) -> int:
-    """Pieces of a track: its samples, but of raw sound, where every sample lasts one tick, blocks of its chunks."""
-    if track.get(b"hdlr") or track.get(b"stts"):
-        return max(track.get(b"stsz", 0), track.get(b"stz2", 0))
-    chunks = max(track.get(b"stco", 0), track.get(b"co64", 0))
-    return chunks * -(-track.get(b"stsc", 0) // _AT_ONCE)
+def _index(file: BinaryIO, end: int) -> bytes | None:
+    """All boxes but those of data, one after the other; None where they are more than any film has.
 
-
-def _number(file: BinaryIO, length: int, at: int) -> int:
-    """The 32 bits at a byte of the box that the file stands at; 0 where the box ends before."""
-    content = file.read(at + 4) if length >= at + 4 else b""
-    return int.from_bytes(content[at:])
-
-
-def _is_picture(file: BinaryIO, length: int) -> int:
-    return file.read(min(length, 12))[8:] == b"vide"
-
-
-def _varies(file: BinaryIO, length: int) -> int:
-    """Whether samples last other than one tick: no time table of one line that says so."""
-    content = file.read(min(length, 16))
-    return not content[4:8] == content[12:] == b"\0\0\0\1"
-
-
-def _largest_chunk(file: BinaryIO, length: int) -> int:
-    """Samples of the largest chunk, from lines of (first chunk, samples, description)."""
-    content = file.read(length)[8:]
-    return max((int.from_bytes(content[i : i + 4]) for i in range(4, len(content) - 3, 12)), default=0)
-
-
-_FACTS: dict[bytes, Callable[[BinaryIO, int], int]] = {
-    b"hdlr": _is_picture,
-    b"stts": _varies,
-    b"stsc": _largest_chunk,
-    b"stsz": partial(_number, at=8),
-    b"stz2": partial(_number, at=8),
-    b"stco": partial(_number, at=4),
-    b"co64": partial(_number, at=4),
-}
-
-
-def _boxes(file: BinaryIO, start: int, end: int, depth: int) -> Iterator[tuple[bytes, int, int]]:
-    """(name, first byte, length) of what the boxes between two bytes hold, those inside of others included."""
-    while start + 8 <= end:
-        file.seek(start)
+    Where a box has no length that can be, the rest belongs to the index: a decoder may find something in it.
+    """
+    parts, total, at = [], 0, 0
+    while at + 8 <= end:
+        if len(parts) == MOST_BOXES:
+            return None
+        file.seek(at)
         head = file.read(16)
-        size, name, first = int.from_bytes(head[:4]), head[4:8], start + 8
-        if size == 1:  # a length of 64 bits follows
-            size, first = int.from_bytes(head[8:16]), start + 16
-        stop = end if size == 0 else min(start + size, end)  # FFmpeg too reads what is left of a box that is cut
-        if stop < first:
+        size = int.from_bytes(head[:4]) if head[:4] != b"\0\0\0\1" else int.from_bytes(head[8:16])
+        stop = min(at + size, end) if size >= 8 else end
+        if head[4:8] != _DATA:
+            total += stop - at
+            if total > MOST_INDEX:
+                return None
+            file.seek(at)
+            parts.append(file.read(stop - at))
+        else:
+            parts.append(b"")
+        at = stop
+    return b"".join(parts)
+
+
+def _pieces(track: bytes) -> int:
+    """Pieces that the bytes from one track's name to the next one's state."""
+    counts = [_number(track, at + 12) for name in (b"stsz", b"stz2") for at in _places(track, name)]
+    counts += [int(_lines(track, at, 2)[:, 0].sum()) for name in (b"stts", b"ctts") for at in _places(track, name)]
+    stated = max(counts, default=0)
+    return _blocks(track) if stated > MOST_PIECES and _is_raw_sound(track) else stated
+
+
+def _is_raw_sound(track: bytes) -> bool:
+    """Whether a track is sound of a sample a tick in a form that is not packed, written in the one usual way."""
+    tables = dict(_nested(track, (b"mdia", b"minf", b"stbl")))
+    kinds = {track[at + 12 : at + 16] for at in _places(track, b"hdlr")}
+    ticks = [_lines(track, at, 2) for at in _places(track, b"stts")]
+    return (
+        {b"stsd", b"stts", b"stsc", b"stsz"} <= tables.keys()
+        and b"soun" in {content[8:12] for name, content in _nested(track, (b"mdia",)) if name == b"hdlr"}
+        and kinds <= set(_SOUND)
+        and all(track.count(name) == 1 for name in (b"stsd", b"stts", b"stsc", b"stsz"))
+        and tables[b"stsd"][12:16] in _RAW
+        and len(ticks[0]) == 1 == ticks[0][0, 1]
+    )
+
+
+def _blocks(track: bytes) -> int:
+    """Pieces of raw sound: blocks of its chunks."""
+    largest = max((int(_lines(track, at, 3)[:, 1].max(initial=0)) for at in _places(track, b"stsc")), default=0)
+    chunks = max((_number(track, at + 8) for name in (b"stco", b"co64") for at in _places(track, name)), default=0)
+    return chunks * -(-largest // _AT_ONCE)
+
+
+def _nested(content: bytes, names: tuple[bytes, ...]) -> Iterator[tuple[bytes, bytes]]:
+    """(name, content) of the boxes inside of boxes of these names, each in the one before; `content` is a track's."""
+    at = 4 if len(names) and content[:4] == b"trak" else 0
+    while at + 8 <= len(content):
+        size, name = _number(content, at), content[at + 4 : at + 8]
+        if size < 8:
             return
-        yield name, first, stop - first
-        if name in _HOLDERS and depth < len(_HOLDERS):
-            yield from _boxes(file, first, stop, depth + 1)
-        start = stop
+        inner = content[at + 8 : at + size]
+        if not names:
+            yield name, inner
+        elif name == names[0]:
+            yield from _nested(inner, names[1:])
+        at += size
+
+
+def _lines(content: bytes, at: int, columns: int) -> np.ndarray:
+    """(n, columns) numbers of the table whose name stands at a byte, as many as it states and has."""
+    count = min(_number(content, at + 8), (len(content) - at - 12) // (4 * columns))
+    return np.frombuffer(content, ">u4", max(0, count) * columns, min(at + 12, len(content))).reshape(-1, columns)
+
+
+def _places(content: bytes, name: bytes) -> Iterator[int]:
+    at = content.find(name)
+    while at >= 0:
+        yield at
+        at = content.find(name, at + 1)
+
+
+def _number(content: bytes, at: int) -> int:
+    """The 32 bits at a byte; 0 beyond the end."""
+    return int.from_bytes(content[at : at + 4]) if len(content) >= at + 4 else 0

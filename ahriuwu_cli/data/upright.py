@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,10 +35,23 @@ def upright_frame(frame: av.VideoFrame) -> np.ndarray:
 def upright_image(picture: Image.Image) -> np.ndarray:
     """An opened image as uint8 (h, w, 3), by its EXIF orientation. Raises what Pillow raises."""
     import numpy as np
-    from PIL import ImageOps
+    from PIL import Image
 
-    picture = ImageOps.exif_transpose(picture)
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(_orientation(picture))  # fmt: skip
+    picture = picture if turn is None else picture.transpose(turn)
     if not picture.mode.startswith("I"):
         return np.asarray(picture.convert("RGB"))
     grey = (np.asarray(picture).astype(np.int32) + 128) // 257  # 16 bits, which Pillow's own conversion clips
     return grey.clip(0, 255).astype(np.uint8)[..., None].repeat(3, axis=2)
+
+
+def _orientation(picture: Image.Image) -> object:
+    """What EXIF says, whatever else it holds; None where it cannot be read, which spoils no picture."""
+    try:
+        return picture.getexif().get(0x0112)
+    except (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, AttributeError, struct.error):
+        return None

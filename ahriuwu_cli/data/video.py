@@ -47,7 +47,7 @@ def iter_video(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[np.nd
 
 
 def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[float | None, np.ndarray]]:
-    """Decode a video frame by frame: seconds, where the file says them, and uint8 (h, w, 3), as players show it.
+    """Decode a video frame by frame: seconds, where the file says them, and uint8 (h, w, 3), turned as players do.
 
     Raises DataError when it is not one, is damaged, changes its size, or is larger than a limit: the decoder itself is
     told the most pixels of a frame, whatever the file says of them. Whether all of it came is known at its end.
@@ -302,6 +302,9 @@ def _opened(path: Path):
     try:
         if fault := too_many(path):
             raise DataError(f"{path} is damaged or no video ({fault}): convert it first")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as video ({error.strerror}): make it readable") from None
+    try:
         container = av.open(path, options={"format_whitelist": CONTAINERS}, timeout=PATIENCE)
     except av.error.FFmpegError as error:
         raise DataError(

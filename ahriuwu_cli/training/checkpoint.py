@@ -148,7 +148,15 @@ def is_sound(folder: Path) -> bool:
     """Whether a world is there as it was saved, by its hashes; nothing is loaded."""
     try:
         _check_seal(folder, _read_config(folder, "dynamics", _WORLD_FIELDS))
-        _check_seal(folder / "tokenizer", _read_config(folder / "tokenizer", "tokenizer", _TOKENIZER_FIELDS))
+    except (CheckpointError, OSError):
+        return False
+    return is_sound_tokenizer(folder / "tokenizer")
+
+
+def is_sound_tokenizer(folder: Path) -> bool:
+    """The same of a tokenizer's folder."""
+    try:
+        _check_seal(folder, _read_config(folder, "tokenizer", _TOKENIZER_FIELDS))
     except (CheckpointError, OSError):
         return False
     return True

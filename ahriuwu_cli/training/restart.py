@@ -27,7 +27,7 @@ def stoppable() -> StopRequest:
 
     So does the death of the torchrun that started it.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # not what a shell has left
         _end_with_parent()
     typed = as_text(f"{launcher()} {shlex.join(sys.argv[1:])}")
     return StopRequest(ECHO if _several() else 0.0, f"nothing of this is lost, start again with: {typed}", speaks())

@@ -59,6 +59,7 @@ class RunFolder:
         self.again = f"{command} --resume"  # what the user is told to type
         self.found: str | None = None  # one sentence on what was there, where there was something
         self.lacking: list[str] = []  # what was lost of it
+        self._logged = 0  # the step of the last line with a loss
         self._lock: TextIO | None = None
 
     def begin(self, overwrite: bool, announce: Announce, **more: Any) -> None:
@@ -91,7 +92,9 @@ class RunFolder:
                 if found is None:
                     self._begin(more)
                 else:
-                    self._cut_log(found[2]["step"], announce)
+                    self._cut_log(found[2]["step"], found[2].get("logged", 0), announce)
+                    for name in self.lost(found[2]):
+                        self._set_aside(name)
         self.found = f"{self.folder} holds this run, stopped before its first saved state: starting again from step 0"
         if found is not None:
             step, total = found[2]["step"], found[2]["total"]
@@ -99,6 +102,7 @@ class RunFolder:
             if step == total:
                 self.found = f"the run in {self.folder} is finished: all {total} steps are done"
             self.lacking = self.lost(found[2]) if self.writes else []
+            self._logged = found[2].get("logged", 0)
             if self.lacking:
                 self.found += f"; {' and '.join(self.lacking)} is missing or damaged, and made anew"
         return found
@@ -125,6 +129,7 @@ class RunFolder:
         if self.writes:
             with self.writing():
                 _append(self.folder / "metrics.jsonl", to_json(line) + "\n")
+        self._logged = line["step"] if "loss" in line else self._logged
         return line
 
     def save_state(self, step: int, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
@@ -133,7 +138,7 @@ class RunFolder:
         with self.writing():
             if (self.folder / "metrics.jsonl").exists():
                 sync(self.folder / "metrics.jsonl")
-            saved = self.states.save(step, tensors, document)
+            saved = self.states.save(step, tensors, document | {"logged": self._logged})
             if not self._is_ours():  # it became another run's folder while this was written
                 discard(saved)
 
@@ -206,7 +211,13 @@ class RunFolder:
         document = {**self.asked, "command": self.command, "versions": versions(), **more}
         write_whole(self.folder / "run.json", to_json(document, 1) + "\n")
 
-    def _cut_log(self, step: int, announce: Announce) -> None:
+    def _set_aside(self, name: str) -> None:
+        """Make room for a folder where something else has its name."""
+        path = self.folder / name
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            path.rename(path.with_name(f"{name}.damaged"))
+
+    def _cut_log(self, step: int, logged: int, announce: Announce) -> None:
         """Drop the lines of metrics.jsonl after `step`, and one that a kill cut short; say what is missing before."""
         file = self.folder / "metrics.jsonl"
         if file.is_symlink() or (file.exists() and not file.is_file()):
@@ -215,10 +226,9 @@ class RunFolder:
         kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
         if kept != lines:
             write_whole(file, b"".join(kept))
-        every = max(c.get("log_every", 1) for c in (self.asked["config"], read_run(self.folder)["config"]))
         last = max((n for n in map(_step_of, kept) if n < math.inf), default=0)
-        if last + every <= step:
-            announce(f"{file} was cut short: it holds no line of steps {last + 1} to {step}, which were trained")
+        if last < logged:
+            announce(f"{file} was cut short: it holds no line of steps {last + 1} to {logged}, which were trained")
 
 
 def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, overwrite: bool) -> bool:

@@ -21,6 +21,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows, enumerate_windows
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, draw_patch_mask
+from ahriuwu_cli.training.checkpoint import is_sound_tokenizer
 from ahriuwu_cli.training.finite import not_finite
 from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate
@@ -105,7 +106,7 @@ class _TokenizerRun(RunFolder):
     """What comes of it lies in tokenizer/."""
 
     def lost(self, document: dict[str, Any]) -> list[str]:
-        there = document["step"] != document["total"] or (self.folder / "tokenizer" / "config.json").is_file()
+        there = document["step"] != document["total"] or is_sound_tokenizer(self.folder / "tokenizer")
         return [] if there else ["tokenizer"]
 
 
