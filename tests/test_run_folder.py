@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -271,6 +272,7 @@ def test_a_damaged_run_json_of_a_run_with_states_is_an_error_and_not_a_new_run(t
 
 def stopped(capfd, by: list[signal.Signals], waits: bool = False, after: str | None = None, **options) -> tuple:
     """Signals come, in the loop or before it; then the loop is over: (exit code, what was said) of that process."""
+    gc.collect()  # a fork that frees FFmpeg's threads hangs
     child = os.fork()
     if not child:
         with StopRequest(**options) as stop:

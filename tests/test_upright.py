@@ -76,6 +76,8 @@ def test_exif_that_makes_no_sense_spoils_no_picture(tmp_path):
     pixels = CORNERS[::2, 8:40:2]
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "words"
+    Image.fromarray(pixels).save(tmp_path / "plain.png")
+    stored = prompt(tmp_path / "plain.png")
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     wanted = prompt(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
@@ -87,4 +89,5 @@ def test_exif_that_makes_no_sense_spoils_no_picture(tmp_path):
         length = int.from_bytes(block[at - 4 : at])
         block[at + 4 + length : at + 8 + length] = zlib.crc32(block[at : at + 4 + length]).to_bytes(4)
         (tmp_path / "b.png").write_bytes(block)
-        assert np.array_equal(prompt(tmp_path / "b.png"), wanted), kind
+        shown = prompt(tmp_path / "b.png")  # turned, or as it is stored where all of it cannot be read
+        assert any(np.array_equal(shown, either) for either in (wanted, stored)), kind
