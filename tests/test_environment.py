@@ -67,7 +67,7 @@ def test_a_user_whom_the_system_does_not_know_has_no_home_to_protect(tmp_path, m
         keep_apart(tmp_path / "data", [tmp_path / "data"])
 
 
-@pytest.mark.parametrize("variables", ["CXX=/nowhere/g++", "CXX=/bin/true"])
+@pytest.mark.parametrize("variables", ["CXX=/nowhere/g++", pytest.param("CXX=/bin/true", marks=pytest.mark.slow)])
 def test_without_a_compiler_compile_is_refused_before_anything_is_written(place, variables):
     fresh = f"TORCHINDUCTOR_CACHE_DIR={place}/none-{variables[-3:]} {variables}"  # nothing that was compiled before
     for words in ("rollout world data --split train --length 2 --compile --out no", f"{TRAIN} --compile --out no"):
