@@ -9,6 +9,7 @@ from small import small_place
 
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.folders import keep_apart
+from ahriuwu_cli.training import restart
 from ahriuwu_cli.training.restart import launcher, stoppable
 
 TRAIN = "train dynamics data --tokenizer world/tokenizer --steps 1 --batch 2 --frames 4 --preview-windows 2"
@@ -82,3 +83,15 @@ def test_a_backend_of_matplotlib_that_is_nowhere_is_not_asked_for(place):
     code, said = ahriuwu("MPLBACKEND=nowhere", words, place)
     assert code == 0, said
     assert (place / "made" / "curve.png").is_file()
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_only_what_torchrun_started_ends_with_its_parent(monkeypatch, all_of_them):
+    asked = []
+    monkeypatch.setattr(restart, "_end_with_parent", lambda: asked.append(1))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # a shell may have kept it
+    if all_of_them:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            monkeypatch.setenv(name, value)
+    stoppable()
+    assert bool(asked) == all_of_them

@@ -469,6 +469,17 @@ def test_an_index_of_millions_is_refused_before_memory_is_taken(tmp_path, monkey
         video_fps(tmp_path / "lie.mp4")
 
 
+def test_a_video_without_permission_is_a_dataset_s_error(tmp_path, monkeypatch):
+    write_mp4(tmp_path / "a.mp4", np.zeros((5, 32, 32, 3), np.uint8), 10)
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("ahriuwu_cli.data.video.too_many", refused)
+    with pytest.raises(DataError, match="Permission denied"):
+        video_fps(tmp_path / "a.mp4")
+
+
 def test_a_large_index_of_holes_is_not_read(tmp_path):
     (tmp_path / "a.mp4").write_bytes(_box(b"ftyp", b"isom") + bytes(4) + b"moov")
     os.truncate(tmp_path / "a.mp4", 3_000_000_000)

@@ -12,7 +12,7 @@ from typer.main import get_command
 from ahriuwu_cli import cli
 from ahriuwu_cli.commands.guard import guarded
 from ahriuwu_cli.errors import UserError
-from ahriuwu_cli.folders import keep_apart
+from ahriuwu_cli.folders import check_folder, keep_apart
 from ahriuwu_cli.training.checkpoint import save_tokenizer, save_world
 
 TRAIN = "--steps 1 --batch 1 --frames 2 --preview-windows 1 --device cpu"
@@ -187,6 +187,15 @@ def test_what_came_to_out_while_a_command_worked_stays_where_nothing_else_was_as
         cli.main([*words.split(), *(["--overwrite"] if overwrite else [])])
     assert (stop.value.code, (place / "x" / "mine").exists()) == ((0, False) if overwrite else (2, True))
     assert ("was filled by another process meanwhile" in capsys.readouterr().err) != overwrite
+
+
+def test_a_config_json_alone_makes_no_checkpoint(tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text("{}")
+    check_folder(tmp_path / "project" / "prompt" / "x", overwrite=False)
+    save_world(small_world(), tmp_path / "world")
+    with pytest.raises(UserError, match="lies among the files of the checkpoint"):
+        check_folder(tmp_path / "world" / "prompt" / "x", overwrite=False)
 
 
 def test_results_may_lie_inside_of_a_run_and_beside_it(tmp_path, monkeypatch):
