@@ -455,6 +455,8 @@ LIES = {
     "in what is no box": b"\0\0\0\3" + _track(HOUR, kind=b"vide"),
     "by their times": _track(100, kind=b"vide").replace(struct.pack(">3I", 1, 100, 1), struct.pack(">3I", 1, HOUR, 1)),
     "together": _track(3_000_000, kind=b"vide") * 2,
+    "of many tables": _box(b"free", b"stts" * (mp4_index.MOST_TABLES + 1)),
+    "of many pieces": _box(b"free", b"trun" * (mp4_index.MOST_BOXES + 1)),
     "squeezed": _box(b"moov", _box(b"cmov", b"")),
     "of many parts": _box(b"free", b"") * (mp4_index.MOST_BOXES + 1),
 }

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 MOST_PIECES = 4_000_000  # of one file: 37 hours of 30 pictures a second, 23 of packed sound; 100 MB in FFmpeg
 MOST_INDEX = 128 << 20  # bytes of a file that are neither pictures nor sound
 MOST_BOXES = 100_000  # side by side in a file: fragments, or nonsense
+MOST_TABLES = 100  # of a kind in a file: a film has one for each of its tracks, and each is summed up
 OTHERS = (b"GIF8", b"RIFF", b"\x1a\x45\xdf\xa3")  # how files begin that are no mp4, whatever else they hold
 _RAW = (b"sowt", b"twos", b"in24", b"in32", b"fl32", b"fl64", b"lpcm", b"ipcm", b"fpcm", b"ulaw", b"alaw")
 _AT_ONCE = 1024  # samples of raw sound that FFmpeg counts as one piece
+_TABLES = (b"trak", b"hdlr", b"stsd", b"stts", b"ctts", b"stsc", b"stsz", b"stz2", b"stco", b"co64")
 _DATA, _SOUND = b"mdat", (b"soun", b"alis", b"url ", b"\0\0\0\0")
 
 
@@ -33,6 +36,8 @@ def too_many(path: Path) -> str:
         return f"its index has more than {MOST_INDEX >> 20} MB or {MOST_BOXES} parts"
     if b"cmov" in index:
         return "its index is compressed"
+    if any(index.count(name) > MOST_TABLES for name in _TABLES) or index.count(b"trun") > MOST_BOXES:
+        return f"its index has more than {MOST_TABLES} tables of a kind"
     pieces = sum(_number(index, at + 8) for at in _places(index, b"trun"))
     ends = [*_places(index, b"trak"), len(index)]
     for start, end in zip([0, *ends], ends, strict=False):
@@ -112,6 +117,8 @@ def _nested(content: bytes, names: tuple[bytes, ...]) -> Iterator[tuple[bytes, b
 
 def _lines(content: bytes, at: int, columns: int) -> np.ndarray:
     """(n, columns) numbers of the table whose name stands at a byte, as many as it states and has."""
+    import numpy as np
+
     count = min(_number(content, at + 8), (len(content) - at - 12) // (4 * columns))
     return np.frombuffer(content, ">u4", max(0, count) * columns, min(at + 12, len(content))).reshape(-1, columns)
 
