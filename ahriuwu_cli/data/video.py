@@ -160,9 +160,7 @@ def gif_picture(frame: np.ndarray) -> Image.Image:
 def save_gif(path: Path | str, pictures: list[Image.Image], fps: float) -> None:
     """Write a looping GIF. Its clock ticks in 10 ms; equal neighbours become one longer frame."""
     ends = [round((i + 1) * 100 / fps) * 10 for i in range(len(pictures))]
-    longest = (
-        655_350 // len(pictures) // 10 * 10
-    )  # ms: GIF counts a picture's time in 16 bits, that of equal ones summed
+    longest = 655_350 // len(pictures) // 10 * 10  # ms: a picture's time has 16 bits, that of equal ones summed
     durations = [min(max(20, b - a), longest) for a, b in zip([0, *ends], ends, strict=False)]
     with _renamed(Path(path)) as temporary:
         pictures[0].save(

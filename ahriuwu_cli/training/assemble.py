@@ -24,7 +24,7 @@ from ahriuwu_cli.training.checkpoint import action_slots, load_world
 from ahriuwu_cli.training.distributed import Group, what_changed
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.preview import preview_manifest
-from ahriuwu_cli.training.run import Run, has_state, run_goes_on
+from ahriuwu_cli.training.run import Run, run_goes_on
 from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
@@ -101,7 +101,7 @@ def assemble(
     there = group.together(lambda: run_goes_on(out, config, facts, resume, overwrite))
     world = group.together(lambda: _new_world(store, tokenizer, config, group))
     dynamics, run, found = world.dynamics, Run(out, config, facts, command, writes=group.leads), None
-    if init_from is not None and not (there and has_state(out)):
+    if init_from is not None and not (there and run.states.newest()):
         group.together(lambda: _initialise_from(dynamics, tokenizer, init_from))
     pack = group.together(lambda: open_pack(store, tokenizer, "train", progress), lead_first=True)
     if init_from is None:
@@ -205,6 +205,6 @@ def _initialise_from(dynamics: Dynamics, tokenizer: Tokenizer, path: Path) -> No
         raise CheckpointError(f"{path} has another architecture ({differs}): --init-from needs the same")
     if world.tokenizer.fingerprint() != tokenizer.fingerprint():  # of one shape, and every number means something else
         raise CheckpointError(
-            f"{path} was trained on the latents of another tokenizer: give --tokenizer {path}/tokenizer"
+            f"{path} was trained on the latents of another tokenizer: give --tokenizer {world.path / 'tokenizer'}"
         )
     dynamics.load_state_dict(other.state_dict(), strict=True)

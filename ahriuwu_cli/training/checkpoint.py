@@ -146,17 +146,17 @@ def _load_world(folder: Path, where: torch.device) -> World:
 
 def is_sound(folder: Path) -> bool:
     """Whether a world is there as it was saved, by its hashes; nothing is loaded."""
-    try:
-        _check_seal(folder, _read_config(folder, "dynamics", _WORLD_FIELDS))
-    except (CheckpointError, OSError):
-        return False
-    return is_sound_tokenizer(folder / "tokenizer")
+    return _is_sealed(folder, "dynamics", _WORLD_FIELDS) and is_sound_tokenizer(folder / "tokenizer")
 
 
 def is_sound_tokenizer(folder: Path) -> bool:
     """The same of a tokenizer's folder."""
+    return _is_sealed(folder, "tokenizer", _TOKENIZER_FIELDS)
+
+
+def _is_sealed(folder: Path, kind: str, names: set[str]) -> bool:
     try:
-        _check_seal(folder, _read_config(folder, "tokenizer", _TOKENIZER_FIELDS))
+        _check_seal(folder, _read_config(folder, kind, names))
     except (CheckpointError, OSError):
         return False
     return True

@@ -84,11 +84,8 @@ class Run(RunFolder):
 
     def lost(self, document: dict[str, Any]) -> list[str]:
         """Worlds that a run at this state has written, and that are not there, or damaged."""
-        written = [
-            name
-            for name, there in (("best", document["best"] is not None), ("last", document["step"] == document["total"]))
-            if there
-        ]
+        written = ["best"] if document.get("best") is not None else []
+        written += ["last"] if document["step"] == document.get("total") else []
         return [name for name in written if not is_sound(self.folder / name)]
 
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:

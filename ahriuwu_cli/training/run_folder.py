@@ -81,19 +81,20 @@ class RunFolder:
         self.command = read_run(self.folder)["command"]
         glance = self.states.glance()
         finished = glance is not None and glance.get("step") == glance.get("total") and not self._has_leftovers()
-        finished = finished and not (self.writes and self.lost(glance))
-        found = self._read(announce) if finished or not self.writes else None
+        self.lacking = self.lost(glance) if finished and self.writes else []
+        found = self._read(announce) if (finished and not self.lacking) or not self.writes else None
         if found is None and self.writes:
             with self.writing("nothing was trained"):
                 self._hold(announce)
                 mend(self.folder, WRITTEN)
                 self.states.clean()
                 found = self.states.load(announce)
+                self.lacking = [] if found is None else self.lost(found[2])
                 if found is None:
                     self._begin(more)
                 else:
                     self._cut_log(found[2]["step"], found[2].get("logged", 0), announce)
-                    for name in self.lost(found[2]):
+                    for name in self.lacking:
                         self._set_aside(name)
         self.found = f"{self.folder} holds this run, stopped before its first saved state: starting again from step 0"
         if found is not None:
@@ -101,7 +102,6 @@ class RunFolder:
             self.found = f"going on with the run in {self.folder} after step {step} of {total or 'a time budget'}"
             if step == total:
                 self.found = f"the run in {self.folder} is finished: all {total} steps are done"
-            self.lacking = self.lost(found[2]) if self.writes else []
             self._logged = found[2].get("logged", 0)
             if self.lacking:
                 self.found += f"; {' and '.join(self.lacking)} is missing or damaged, and made anew"

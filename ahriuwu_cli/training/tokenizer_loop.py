@@ -106,7 +106,7 @@ class _TokenizerRun(RunFolder):
     """What comes of it lies in tokenizer/."""
 
     def lost(self, document: dict[str, Any]) -> list[str]:
-        there = document["step"] != document["total"] or is_sound_tokenizer(self.folder / "tokenizer")
+        there = document["step"] != document.get("total") or is_sound_tokenizer(self.folder / "tokenizer")
         return [] if there else ["tokenizer"]
 
 
