@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,8 +114,7 @@ def measure(config, architecture, device) -> dict:
         world = SimpleNamespace(dynamics=dynamics, device=device, k_max=architecture.k_max)
         return DynamicsTrainer(world, Pack(), None, SimpleNamespace(config=config))
 
-    small = replace(architecture, width=32, depth=2, heads=2, kv_heads=2, mlp_hidden=32, time_every=2)
-    warm = trainer(small, config)  # the first use of a library costs memory too: not the model's
+    warm = trainer(architecture, config)  # oneDNN writes code for every shape, 20 to 27 MB, and keeps it
     for _ in range(2):
         step(warm)
     del warm
@@ -134,14 +132,17 @@ def step(trainer) -> None:
 
 
 def count_flops(work) -> int:
-    """FLOPs of one call by FlopCounterMode, which is lent its own formula for the attention kernel of CPUs."""
+    """FLOPs of one call by FlopCounterMode, which is lent formulas for attention on CPUs and for oneDNN's products."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+    from ahriuwu_cli.training.shadow import product_flop
 
     aten = torch.ops.aten
     lent = {
         aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+        torch.ops.mkldnn._linear_pointwise: product_flop,
     }
     counter = FlopCounterMode(display=False)
     counter.flop_registry |= lent

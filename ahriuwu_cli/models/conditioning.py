@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ahriuwu_cli.diffusion import tau as tau_
+from ahriuwu_cli.models.products import Linear
 
 Slots = tuple[tuple[str, int, tuple[float, ...], tuple[float, ...]], ...]  # (kind, size, low, high) of each component
 
@@ -25,7 +26,7 @@ class LevelEmbedding(nn.Module):
         grid = torch.linspace(0, 1, k_max + 1)
         self.tau_table = nn.Parameter(_waves(grid, half))
         self.d_table = nn.Parameter(torch.randn(k_max.bit_length(), half) / math.sqrt(2))
-        self.mix = nn.Sequential(nn.Linear(2 * half, width), nn.SiLU(), nn.Linear(width, width))
+        self.mix = nn.Sequential(Linear(2 * half, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, tau: Tensor, d: Tensor) -> Tensor:
         lower, upper, share = tau_.grid_neighbours(tau, self.k_max)

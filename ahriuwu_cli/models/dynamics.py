@@ -25,6 +25,7 @@ from ahriuwu_cli.models.cache import ContextCache, Held, hold
 from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
 from ahriuwu_cli.models.kernels import Tables
 from ahriuwu_cli.models.layers import Attention, RMSNorm, SwiGLU, as_bias, rotary, window_mask
+from ahriuwu_cli.models.products import Linear, constant_weights
 
 PREDICTS = ("x", "v")
 CONDITIONINGS = ("add", "token", "modulate")
@@ -157,7 +158,7 @@ class Block(nn.Module):
         self.attention = Attention(config.width, config.heads, config.kv_heads)
         self.mlp_norm = RMSNorm(config.width)
         self.mlp = SwiGLU(config.width, config.mlp_hidden)
-        self.modulation = nn.Linear(config.width, 4 * config.width) if config.conditioning == "modulate" else None
+        self.modulation = Linear(config.width, 4 * config.width) if config.conditioning == "modulate" else None
 
     def forward(self, x: Tensor, condition: Tensor | None, time: TimeContext, asked: slice | None = None) -> Tensor:
         """x (B, T, S, C) -> the same, or only what is asked for: frames of a time layer, tokens of a space layer."""
@@ -188,14 +189,14 @@ class Dynamics(nn.Module):
         self.compiled_pass: Callable[..., Tensor] | None = None  # of `compile_passes`
         self.checkpoint_activations = False  # keep each block's input alone; its backward pass computes the rest again
         c = config
-        self.embed = nn.Linear(c.latent_dim, c.width)
+        self.embed = Linear(c.latent_dim, c.width)
         self.places = nn.Parameter(torch.randn(c.tokens, c.width) * 0.5)  # a position in space for every latent token
         self.registers = nn.Parameter(torch.randn(c.registers, c.width) * 0.5)
         self.level = LevelEmbedding(c.k_max, c.width)
         self.action = ActionEmbedding(c.action_space, c.width)
         self.blocks = nn.ModuleList(Block(c, i % c.time_every == 0) for i in range(c.depth))
         self.final_norm = RMSNorm(c.width)
-        self.head = nn.Linear(c.width, c.latent_dim)
+        self.head = Linear(c.width, c.latent_dim)
         self.channel_scale = nn.Parameter(torch.ones(c.latent_dim))  # spread of z_clean by channel, for linear_skip
         self._initialise()
 
@@ -231,12 +232,10 @@ class Dynamics(nn.Module):
         if self.embed.weight.device.type != "cpu":
             self.compiled_pass = torch.compile(self._pass, dynamic=False, options={"triton.cudagraphs": True})
             return
-        from torch._inductor import config as inductor
-
         compiled = torch.compile(self._pass, dynamic=False)
 
         def constant(*inputs: object) -> Tensor:
-            with inductor.patch(freezing=True):  # as one of torch.compile's options it does nothing, and says nothing
+            with constant_weights():
                 return compiled(*inputs)
 
         self.compiled_pass = constant

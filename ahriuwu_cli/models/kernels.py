@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 EPS = 1e-6
 CHUNK = 1 << 18  # numbers that an elementwise piece works on at a time
 SHORT = 512  # longest line whose table of attention weights is held in memory
+TABLED = (torch.float32, torch.bfloat16)
 ORDERS = {"space": (0, 1, 3, 2, 4), "frame": (0, 3, 1, 2, 4), "place": (0, 2, 3, 1, 4)}  # of (B, T, S, H, D)
 BACK = {"space": (0, 1, 3, 2, 4), "frame": (0, 2, 3, 1, 4), "place": (0, 3, 1, 2, 4)}
 
@@ -35,8 +36,8 @@ def by_hand(x: Tensor) -> bool:
 
 
 def holds_table(q: Tensor, k: Tensor) -> bool:
-    """Whether attention holds its table of weights in memory: on a CPU, in float32, for short lines."""
-    return q.device.type in ("cpu", "meta") and q.dtype == torch.float32 and k.shape[2] <= SHORT
+    """Whether attention holds its table of weights in memory: on a CPU, in float32 or bfloat16, for short lines."""
+    return q.device.type in ("cpu", "meta") and q.dtype in TABLED and k.shape[2] <= SHORT
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -75,12 +76,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     The scale is not applied here, it belongs into the gain of q. H is a multiple of G: grouped-query attention.
     """
     if holds_table(q, k):
-        scores = torch.bmm(_grouped(q, k), k.flatten(0, 1).mT)  # queries of one group are rows of one product
-        if bias is not None:
-            scores = (scores.unflatten(1, (-1, q.shape[2])) + bias).flatten(1, 2)
-        return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(q.shape)
+        if q.dtype == torch.float32:
+            return _by_table(q, k, v, bias)
+        with torch.autocast(q.device.type, enabled=False):  # 16 bits are too few for scores, and no faster here
+            return _by_table(q.float(), k.float(), v.float(), bias).to(q.dtype)
     mask = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _by_table(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    scores = torch.bmm(_grouped(q, k), k.flatten(0, 1).mT)  # queries of one group are rows of one product
+    if bias is not None:
+        scores = (scores.unflatten(1, (-1, q.shape[2])) + bias).flatten(1, 2)
+    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(q.shape)
 
 
 def join_heads(x: Tensor, kind: str, shape: tuple[int, int, int]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ahriuwu_cli.models.kernels import Tables, attend, join_heads, norm_heads, rms_norm, split_heads, swiglu
+from ahriuwu_cli.models.products import Linear
 
 
 class RMSNorm(nn.Module):
@@ -29,8 +30,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.up = Linear(width, 2 * hidden, bias=False)
+        self.down = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.up(x)))
@@ -46,9 +47,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
-        self.q = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.kv = nn.Linear(width, 2 * kv_heads * self.head_dim, bias=False)
-        self.out = nn.Linear(heads * self.head_dim, width, bias=False)
+        self.q = Linear(width, heads * self.head_dim, bias=False)
+        self.kv = Linear(width, 2 * kv_heads * self.head_dim, bias=False)
+        self.out = Linear(heads * self.head_dim, width, bias=False)
         self.q_norm = RMSNorm(self.head_dim)
         self.k_norm = RMSNorm(self.head_dim)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ahriuwu_cli.models.kernels import Tables
 from ahriuwu_cli.models.layers import Attention, RMSNorm, SwiGLU, as_bias, rotary, window_mask
+from ahriuwu_cli.models.products import Linear
 from ahriuwu_cli.models.tokenizer import MAX_SIDE, Tokenizer
 
 LIMITS = {"model_width": 65_536, "mlp_hidden": 1_048_576, "latent_dim": 65_536, "depth_encoder": 1024,
@@ -143,19 +144,19 @@ class TransformerTokenizer(Tokenizer):
         self.config = c = config
         self.height, self.width, self.tokens, self.latent_dim = c.height, c.width, c.tokens, c.latent_dim
         values = c.patch * c.patch * 3
-        self.embed = nn.Linear(values, c.model_width)
+        self.embed = Linear(values, c.model_width)
         self.mask_token = nn.Parameter(torch.randn(c.model_width) * 0.02)
         self.patch_places = nn.Parameter(torch.randn(c.patches, c.model_width) * 0.5)
         self.latent_tokens = nn.Parameter(torch.randn(c.tokens, c.model_width) * 0.5)
         self.bottleneck_norm = RMSNorm(c.model_width)
-        self.bottleneck = nn.Linear(c.model_width, c.latent_dim)
-        self.unpack = nn.Linear(c.latent_dim, c.model_width)
+        self.bottleneck = Linear(c.model_width, c.latent_dim)
+        self.unpack = Linear(c.latent_dim, c.model_width)
         self.latent_places = nn.Parameter(torch.randn(c.tokens, c.model_width) * 0.5)
         self.patch_queries = nn.Parameter(torch.randn(c.patches, c.model_width) * 0.5)
         depths = [*range(c.depth_encoder), *range(c.depth_decoder)]  # the encoder's layers, then the decoder's
         self.blocks = nn.ModuleList(TokenizerBlock(c, (i + 1) % c.time_every == 0) for i in depths)
         self.final_norm = RMSNorm(c.model_width)
-        self.head = nn.Linear(c.model_width, values)
+        self.head = Linear(c.model_width, values)
         self.register_buffer("latent_mean", torch.zeros(c.tokens, c.latent_dim))
         self.register_buffer("latent_scale", torch.ones(c.tokens, c.latent_dim))
         is_latent = torch.arange(c.patches + c.tokens) >= c.patches  # patches come first

@@ -21,6 +21,7 @@ from torch import Tensor
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.errors import CheckpointError, Interrupted, TrainingError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.shards import choose_device, find_shards, processes
+from ahriuwu_cli.models import products
 from ahriuwu_cli.training.checkpoint import pick_device
 
 PARALLEL = ("ddp", "fsdp")
@@ -111,7 +112,9 @@ class Group:
         """What a saved state says of who wrote it: all that may change on the way, and the last bits with it."""
         said = {"processes": self.world, "parallel": self.parallel if self.world > 1 else "none"}
         said["accumulate"] = config.accumulate
-        return said | ({"threads": torch.get_num_threads()} if self.device.type == "cpu" else {})
+        if self.device.type == "cpu":
+            said |= {"threads": torch.get_num_threads(), "products": products.library()}
+        return said
 
     def _reduce(self, tensor: Tensor, operation: str) -> None:
         torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=self.control)
@@ -204,6 +207,8 @@ def what_changed(before: dict, group: Group, config: TrainConfig) -> str | None:
         said.append(f"--accumulate {config.accumulate} instead of {changed['accumulate']}")
     if "threads" in changed:
         said.append(f"{_counted(now['threads'], 'thread', 'threads')} instead of {changed['threads']}")
+    if "products" in changed:
+        said.append(f"products by {now['products']} instead of {changed['products']}")
     return (
         f"resuming with {', '.join(said)}: steps stay the same up to rounding, "
         f"the global batch stays {config.batch}, each process takes {config.batch // group.world} clips"

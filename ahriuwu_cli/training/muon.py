@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ahriuwu_cli.models.products import multiplies, product
 from ahriuwu_cli.training.sharding import is_sharded, local, placed, whole
 
 GATHERED = 8  # sharded matrices that are whole at a time
@@ -46,9 +47,23 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 def _through_quintics(x: Tensor) -> Tensor:
     """QUINTICS of the singular values of each matrix of x (M, rows, columns), rows <= columns, none above 1."""
+    if multiplies(x, x):  # in oneDNN, which takes one matrix at a time
+        return torch.stack([_one_through_quintics(each) for each in x])
     for a, b, c in QUINTICS:
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _one_through_quintics(x: Tensor) -> Tensor:
+    """The same of one matrix, with sums taken on diagonals: a x + (b s + c s^2) x = (a I + (b I + c s) s) x."""
+    for a, b, c in QUINTICS:
+        s = product(x, x)  # x x^T, symmetric
+        inner = s * c
+        inner.diagonal().add_(b)
+        outer = product(inner, s)
+        outer.diagonal().add_(a)
+        x = product(outer, x.mT)
     return x
 
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.diffusion.forcing import ONE_STEP_SIZE
-from ahriuwu_cli.models import kernels
+from ahriuwu_cli.models import kernels, products
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
 from ahriuwu_cli.training.batches import Batch, Kinds
 from ahriuwu_cli.training.clip_loss import ClipLoss
@@ -34,10 +34,18 @@ from ahriuwu_cli.training.optimiser import apply, build_optimizers, update_avera
 aten = torch.ops.aten
 PARTS = ("weights", "averaged", "optimizer", "gradients", "batch", "activations", "temporaries")
 PHASES = ("forward", "teacher", "backward", "optimizer")
-FORMULAS = {  # PyTorch's own, which leave out its attention kernel for CPUs
+
+
+def product_flop(x, weight, *args, out_val=None, **kwargs) -> int:
+    """FLOPs of `products.product`: x (..., I), weight (O, I)."""
+    return 2 * math.prod(x.shape) * weight.shape[0]
+
+
+FORMULAS = {  # PyTorch's own, which leave out its attention kernel for CPUs, and oneDNN's products
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    torch.ops.mkldnn._linear_pointwise: product_flop,
 }
 
 
@@ -250,6 +258,7 @@ def formulas_of(device: str) -> Iterator[None]:
         if device == "cuda":
             stack.enter_context(patch.object(kernels, "by_hand", lambda x: False))
             stack.enter_context(patch.object(kernels, "holds_table", lambda q, k: False))
+            stack.enter_context(patch.object(products, "ONEDNN", False))
             one = kernels._RMSNorm  # keeps what the kernel of GPUs keeps: the input and a number for every row
             stack.enter_context(patch.object(kernels.F, "rms_norm", lambda x, shape, w, eps: one.apply(x, w)))
         yield
