@@ -79,6 +79,7 @@ def imagine(
             "actions": list(request.actions) or ["default"],
             "generation": asdict(config),
             "tau": LABEL,
+            "precision": world.precision,
             "frames_per_s": round(len(prompts) * request.samples * request.length / max(film.waited, 1e-9), 2),
             "psnr_db": float(np.mean(film.psnr)) if film.psnr else None,
             "psnr_frames": len(film.psnr),

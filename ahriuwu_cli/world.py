@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.diffusion.samplers import told_step_size
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.products import has_bfloat16_units
 from ahriuwu_cli.models.tokenizer import Tokenizer
 from ahriuwu_cli.rollout import CTX_LABELS, CTX_MODES, SAMPLERS, RolloutConfig
 
@@ -36,6 +38,7 @@ class World:
     path: Path | None = None
     facts: dict = field(default_factory=dict)  # git revision, versions, training summary: for people
     config_hash: str = ""  # of the config.json that it was loaded from
+    precision: str = "float32"  # number format of the dynamics' products, see `multiply_in`
 
     @property
     def k_max(self) -> int:
@@ -44,6 +47,17 @@ class World:
     @property
     def device(self) -> torch.device:
         return self.dynamics.embed.weight.device
+
+    def multiply_in(self, precision: str, say: Callable[[str], None] = lambda sentence: None) -> None:
+        """From now on the dynamics multiplies in "float32" or "bfloat16" (`Dynamics.multiply_in`); its hash changes.
+
+        say: told when that is no gain on this machine.
+        """
+        if precision == "bfloat16":
+            if self.device.type == "cpu" and not has_bfloat16_units():
+                say("this CPU has no units for bfloat16: --precision float32 is as good and faster")
+            self.dynamics.multiply_in(torch.bfloat16)
+            self.precision = precision
 
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 frames (B, T, H, W, 3) -> clean latents (B, T, N, D) on this world's device."""

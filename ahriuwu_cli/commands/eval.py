@@ -54,6 +54,7 @@ def evaluate(
     fvd_hash: str = typer.Option(None, help="sha256 of --fvd-weights."),
     report_page: bool = typer.Option(False, "--report", help="Also write report.html: one page, with films."),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
+    precision: str = options.Precision,
     device: str = options.Device,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out."),
     as_json: bool = options.AsJson,
@@ -80,6 +81,8 @@ def evaluate(
     check_folder(out, overwrite)
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
+    loaded = weights_hash(world)
+    world.multiply_in(precision, options.say)
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
     generation = world.generation_with(given)
     asked = {"split": split, "windows": windows, "context": context, "horizon": horizon}
@@ -89,7 +92,7 @@ def evaluate(
     ctx.with_resource(claimed(out, overwrite, options.say))
     with bar("eval", "frame", quiet=as_json) as progress:
         result = run(world, store, config, generation, stored, progress)
-    result["settings"]["checkpoint_hash"] = weights_hash(world)
+    result["settings"]["checkpoint_hash"] = loaded
     say = None if as_json else lambda name: typer.echo(f"looking closer: {name}", err=True)
     closer = look_closer(world, store, config, generation, stored, wanted, say, extra)
     result["timing"]["looks"] = closer.pop("look_seconds")

@@ -52,6 +52,7 @@ def rollout(
     compile_model: bool = typer.Option(
         False, "--compile", help="torch.compile the passes: starts up to a minute later, for long rollouts."
     ),
+    precision: str = options.Precision,
     device: str = options.Device,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in --out."),
     as_json: bool = options.AsJson,
@@ -76,6 +77,7 @@ def rollout(
     request = Request(prompt, episode, start, split, pick, context, length, tuple(actions), samples, seed)
     request.check()
     world = load_world(checkpoint, device)
+    world.multiply_in(precision, options.say)
     if compile_model:
         check_compile(world.device)
         world.dynamics.compile_passes()

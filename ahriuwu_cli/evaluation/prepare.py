@@ -108,6 +108,7 @@ def settings(
         "psnr_cap_db": CAP_DB,
         "interval": f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out noise seeds and training seeds",
         "device": str(world.device),
+        "precision": world.precision,
         "ahriuwu": __version__,
         "torch": torch.__version__,
     }

@@ -240,6 +240,18 @@ class Dynamics(nn.Module):
 
         self.compiled_pass = constant
 
+    def multiply_in(self, kind: torch.dtype) -> None:
+        """Keep the weights of products in a 16-bit format, for rollouts and evaluation: they cannot be trained then.
+
+        On a CPU all else stays in float32: sums, norms, attention, the cache. A GPU's attention kernels want 16 bits,
+        so there all but the spread of the latents is in that format. Latents come and go in float32 either way.
+        """
+        on_cpu = self.embed.weight.device.type == "cpu"
+        for module in self.modules() if on_cpu else [self]:
+            if isinstance(module, Linear) or not on_cpu:
+                module.to(kind)
+        self.channel_scale.data = self.channel_scale.data.float()
+
     @property
     def time_layers(self) -> int:
         return sum(block.over_time for block in self.blocks)
@@ -258,10 +270,10 @@ class Dynamics(nn.Module):
         return self._run(z_tau, tau, d, actions, known, time)
 
     def new_cache(self, batch: int) -> ContextCache:
-        """An empty context window for `batch` rollouts on this model's device, in its number format."""
+        """An empty context window for `batch` rollouts on this model's device, in the format of its activations."""
         c = self.config
         shape = (batch, c.lines * c.kv_heads, c.sequence // c.lines, c.width // c.heads)
-        return ContextCache(c.window, self.time_layers, shape, partial(time_tables, c), self.embed.weight)
+        return ContextCache(c.window, self.time_layers, shape, partial(time_tables, c), self.places)
 
     def extend(
         self,
@@ -319,7 +331,7 @@ class Dynamics(nn.Module):
         c = self.config
         level, action = self.level(tau, d), self.action(actions, known)  # (B, T, C) each
         condition = level + action
-        x = self.embed(z_tau) + self.places  # (B, T, N, C)
+        x = self.embed(z_tau.to(self.places.dtype)) + self.places  # (B, T, N, C)
         if c.conditioning == "add":
             x = x + condition[:, :, None]
         batch, frames = tau.shape
@@ -340,7 +352,7 @@ class Dynamics(nn.Module):
             x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
             if unread and i == self.last_time_layer:
                 condition, tau, z_tau = condition[:, unread:], tau[:, unread:], z_tau[:, unread:]
-        z_hat = self.head(self.final_norm(x[:, :, : c.tokens]))
+        z_hat = self.head(self.final_norm(x[:, :, : c.tokens])).to(z_tau.dtype)
         start = tau_.gaussian_gain(tau[..., None, None], self.channel_scale) * z_tau if c.linear_skip else None
         if c.predicts == "v":  # the head gives a velocity, beyond the one that leads to the start
             return tau_.clean_from_velocity(z_tau if start is None else start, z_hat, tau)

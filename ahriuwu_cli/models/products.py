@@ -45,6 +45,12 @@ def library() -> str:
     return "oneDNN" if ONEDNN else "torch"
 
 
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 by itself, so that it is faster than float32. Other than x86 is believed."""
+    known = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2", "AVX512")
+    return not known or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` is to be taken for these two: plain float32 on a CPU, and there it is the faster one."""
     float32 = x.dtype == torch.float32 and weight.dtype == torch.float32
@@ -97,10 +103,12 @@ def constant_weights() -> Iterator[None]:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that multiplies by `linear`."""
+    """`nn.Linear` that multiplies by `linear`, in the number format of its weights; the result has that of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return linear(x, self.weight, self.bias)
+        return linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
 class _Linear(Function):

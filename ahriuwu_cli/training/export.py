@@ -125,10 +125,11 @@ def _table(scores: dict[str, Any]) -> list[str]:
         "motion": ("motion_ratio", "{:.2f}"),
         "sharpness": ("sharpness_ratio", "{:.2f}"),
     }
+    how = ", products in bfloat16" if s.get("precision") == "bfloat16" else ""
     lines = [
         f"Held out: {n['windows']} windows of {n['episodes']} episodes (split {s['split']}), "
         f"{s['evaluation']['context']} context frames; {g['sampler']}, K = {g['steps']}, tau_ctx {g['tau_ctx']} "
-        "(0 clean, 1 noise). 95 % intervals over episodes; they leave out training and noise seeds.",
+        f"(0 clean, 1 noise){how}. 95 % intervals over episodes; they leave out training and noise seeds.",
         "",
         f"| frame | {' | '.join(columns)} |",
         "|---" * (1 + len(columns)) + "|",
