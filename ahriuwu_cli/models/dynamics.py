@@ -217,9 +217,7 @@ class Dynamics(nn.Module):
         Every shape gets a graph of its own, so that a step's numbers do not depend on the shapes before it: a graph for
         all shapes is made for those that were seen first, and beyond a limit of graphs a block would not be compiled.
         """
-        from torch._dynamo import config as dynamo
-
-        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1 << 16  # never reached: a run has few shapes
+        _compile_every_shape()
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -229,6 +227,7 @@ class Dynamics(nn.Module):
         On a CPU the weights become constants of the graph, packed as its products like them best; on a GPU the passes
         become CUDA graphs. Change no weight afterwards: on a CPU it would not be noticed.
         """
+        _compile_every_shape()
         if self.embed.weight.device.type != "cpu":
             self.compiled_pass = torch.compile(self._pass, dynamic=False, options={"triton.cudagraphs": True})
             return
@@ -357,6 +356,13 @@ class Dynamics(nn.Module):
         if c.predicts == "v":  # the head gives a velocity, beyond the one that leads to the start
             return tau_.clean_from_velocity(z_tau if start is None else start, z_hat, tau)
         return z_hat if start is None else start + z_hat
+
+
+def _compile_every_shape() -> None:
+    """Lift torch's limit of graphs, beyond which it leaves a function as it is: a run has few shapes."""
+    from torch._dynamo import config as dynamo
+
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1 << 16
 
 
 def incoming_actions(actions: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
