@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 def library(request, monkeypatch):
     """Both libraries, whatever this machine would take."""
     monkeypatch.setattr(products, "ONEDNN", request.param)
+    monkeypatch.setattr(products, "LEAST", 1)
     return request.param
 
 
@@ -64,8 +65,11 @@ def test_who_multiplies(monkeypatch):
     called = []
     monkeypatch.setattr(products, "product", lambda x, w, b=None: (called.append(0), F.linear(x, w, b))[1])
     monkeypatch.setattr(products, "ONEDNN", True)
+    monkeypatch.setattr(products, "LEAST", 3 * 8 * 4)
     x, w = torch.randn(3, 8), torch.randn(4, 8)
     with torch.no_grad():
+        products.linear(x, w[:3])
+        assert not called
         products.linear(x, w)
         assert len(called) == 1
         assert products.library() == "oneDNN"
@@ -108,6 +112,7 @@ def config(**changes):
 
 @pytest.mark.parametrize("conditioning", ["add", "token", "modulate"])
 def test_a_model_and_its_gradients_agree_by_both_libraries(monkeypatch, conditioning):
+    monkeypatch.setattr(products, "LEAST", 1)
     torch.manual_seed(0)
     model, c = Dynamics(config(conditioning=conditioning)), config()
     z, tau = torch.randn(2, 6, c.tokens, c.latent_dim), torch.rand(2, 6)
@@ -125,6 +130,7 @@ def test_a_model_and_its_gradients_agree_by_both_libraries(monkeypatch, conditio
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 40), (1, 1, 7)])
 def test_muon_makes_the_same_matrices_orthogonal_by_both(monkeypatch, shape):
+    monkeypatch.setattr(products, "LEAST", 1)
     torch.manual_seed(0)
     g, found = torch.randn(shape), {}
     for chosen in (True, False):
@@ -155,12 +161,16 @@ def test_a_frozen_graph_multiplies_by_the_library_that_wins(monkeypatch):
     from torch._inductor.utils import run_and_get_code
 
     x, w = torch.randn(22, 32), torch.nn.Parameter(torch.randn(64, 32), requires_grad=False)
-    for chosen, called in ((True, "_linear_pointwise"), (False, "mkl_linear")):
+    for chosen, work, called in (
+        (True, products.LEAST, "_linear_pointwise"),
+        (True, products.LEAST - 1, "mkl_linear"),
+        (False, products.LEAST, "mkl_linear"),
+    ):
         monkeypatch.setattr(products, "ONEDNN", chosen)
         torch._dynamo.reset()
         module = products.Linear(32, 64, bias=False)
         module.weight = w
-        with torch.no_grad(), products.constant_weights():
+        with torch.no_grad(), products.constant_weights(work):
             y, (code, *_) = run_and_get_code(torch.compile(module, dynamic=False), x)
         torch.testing.assert_close(y, F.linear(x, w), rtol=1e-5, atol=1e-5)
         assert called in code, (chosen, called)

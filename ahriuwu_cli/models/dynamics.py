@@ -233,9 +233,10 @@ class Dynamics(nn.Module):
             return
         compiled = torch.compile(self._pass, dynamic=False)
 
-        def constant(*inputs: object) -> Tensor:
-            with constant_weights():
-                return compiled(*inputs)
+        def constant(z_tau: Tensor, *inputs: object) -> Tensor:
+            rows = z_tau.shape[0] * z_tau.shape[1] * self.config.sequence
+            with constant_weights(rows * self.config.width**2):
+                return compiled(z_tau, *inputs)
 
         self.compiled_pass = constant
 

@@ -38,6 +38,7 @@ def _vendor() -> str:
 
 
 ONEDNN = _onednn_wins()
+LEAST = 1 << 20  # multiplications from which oneDNN's call, 9 us dearer, pays: 16 rows by 256 x 256
 
 
 def library() -> str:
@@ -52,10 +53,10 @@ def has_bfloat16_units() -> bool:
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` is to be taken for these two: plain float32 on a CPU, and there it is the faster one."""
+    """Whether `product` is to be taken for these two: plain float32 on a CPU, where it is faster, and not too small."""
     float32 = x.dtype == torch.float32 and weight.dtype == torch.float32
     plain = float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return ONEDNN and plain and x.numel() > 0 and weight.numel() > 0  # oneDNN refuses what is empty
+    return ONEDNN and plain and x.numel() * weight.shape[0] >= LEAST
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,16 +89,17 @@ def _in_frozen_graph() -> bool:
 
 
 @contextmanager
-def constant_weights() -> Iterator[None]:
+def constant_weights(work: int) -> Iterator[None]:
     """torch's compiler, called inside, makes weights constants of a graph without gradients, packed for its products.
 
     For float32 it would take MKL, but on ARM; it is told to take oneDNN as it does there, where that is the faster one.
+    work: multiplications of a product of usual size.
     """
     from torch._inductor import config
 
     with ExitStack() as stack:
         stack.enter_context(config.patch(freezing=True))  # as an option of torch.compile it does nothing, and is silent
-        if ONEDNN:
+        if ONEDNN and work >= LEAST:
             stack.enter_context(patch.object(torch.ops.mkldnn, "_is_mkldnn_acl_supported", lambda: True))
         yield
 
