@@ -80,7 +80,8 @@ def main() -> None:
     if a.action == "report":
         from ablation_tables import write_report
 
-        return write_report(tomllib.loads(a.plan.read_text()), a.out, a.docs)
+        numbers = a.docs / ("results.json" if a.plan == PLAN else f"results/{a.plan.stem}.json")
+        return write_report(tomllib.loads(a.plan.read_text()), a.out, a.docs, numbers)
     os.environ["OMP_NUM_THREADS"] = "1"
     _prepare(plan, a.out)
     for seed in dict.fromkeys(s for arm in arms for s in arm.seeds):  # a whole set of arms before the next seed

@@ -166,8 +166,8 @@ def _moderated(values: np.ndarray, usual: float) -> tuple[float, int]:
     return math.sqrt((PRIOR * usual + freedom * own) / (PRIOR + freedom)), PRIOR + freedom
 
 
-def write_report(plan: dict[str, Any], out: Path, docs: Path) -> None:
-    """Put every table of the plan between its marks in docs/results.md; docs/results.json holds the means by seed."""
+def write_report(plan: dict[str, Any], out: Path, docs: Path, numbers: Path) -> None:
+    """Put every table of the plan between its marks in docs/results.md; `numbers` (JSON) holds the means by seed."""
     study = Study(out / "results")
     path = docs / "results.md"
     text = path.read_text()
@@ -190,7 +190,7 @@ def write_report(plan: dict[str, Any], out: Path, docs: Path) -> None:
         for f in study.found.values() for i, r in enumerate(f.results)
     ]  # fmt: skip
     usual = {c: round(math.sqrt(study.usual(c)), 4) for c in columns if not math.isnan(study.usual(c))}
-    write_whole(docs / "results.json", json.dumps({"usual_sd_between_seeds": usual, "rows": rows}, indent=1) + "\n")
+    write_whole(numbers, json.dumps({"usual_sd_between_seeds": usual, "rows": rows}, indent=1) + "\n")
 
 
 def as_markdown(study: Study, table: dict[str, Any]) -> str:
