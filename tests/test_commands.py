@@ -12,6 +12,7 @@ from small import SPACE, small_dataset, small_world
 
 from ahriuwu_cli import cli
 from ahriuwu_cli.data.episodes import EpisodeWriter
+from ahriuwu_cli.data.video import write_mp4
 from ahriuwu_cli.imagine import GIF_PIXELS
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
@@ -176,6 +177,29 @@ def test_a_world_is_trained_from_the_command_line(run, place):
     document = json.loads((place / "run" / "run.json").read_text())
     assert document["config"]["batch"] == 2
     assert "train dynamics" in document["command"] or document["command"]
+
+
+def test_videos_without_actions_go_the_whole_way(run, tmp_path):
+    (tmp_path / "films").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        write_mp4(tmp_path / "films" / f"{i}.mp4", rng.integers(0, 256, (10, 16, 16, 3)).astype(np.uint8), 10)
+    films, data, tok, made, out = (tmp_path / name for name in ("films", "data", "tok", "run", "out"))
+    few = ("--windows", 2, "--context", 2, "--horizon", 2)
+    train = ("--steps", 2, "--batch", 2, "--frames", 4, "--preview-windows", 2)
+    for words in (
+        ("import", films, "--out", data, "--size", 16),
+        ("train", "tokenizer", data, "--out", tok, "--patch", "8", "--latent-dim", 6),
+        ("train", "dynamics", data, "--tokenizer", tok, "--out", made, *train),
+        ("info", data, "--check"),
+        ("rollout", made, data, "--out", out / "dream", "--context", 2, "--length", 2),
+        ("rollout", made, films / "0.mp4", "--out", out / "other", "--context", 2, "--length", 2),
+        ("eval", made, data, "--out", out / "eval", "--looks", "none", *few),
+        ("eval", "generate", made, data, "--out", out / "saved", *few),
+    ):  # fmt: skip
+        code, _, err = run(*words)
+        assert code == 0, (words, err)
+    assert load_file(out / "dream" / "arrays.safetensors")["actions"].shape[-1] == 0
 
 
 def test_info_lists_sizes_from_one_million_to_one_point_six_billion(run):

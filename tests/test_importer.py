@@ -2,12 +2,16 @@
 
 import json
 import os
+import time
+import tracemalloc
+import weakref
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
+from ahriuwu_cli.data import action_files, importer
 from ahriuwu_cli.data.action_files import infer_space, read_actions
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
 from ahriuwu_cli.data.importer import ImportConfig, import_videos, plan_import
@@ -139,6 +143,17 @@ def test_a_wide_video_is_cropped_in_the_middle_not_squeezed(tmp_path):
         ({"a.mp4": 10, "a.jsonl": "[1]\n[1, 2]\n"}, "line 2"),
         ({"a.mp4": 10, "a.jsonl": "[1]\nleft\n"}, "line 2: not JSON"),
         ({"a.mp4": 10, "a.jsonl": "[[1]]\n"}, "finite number"),
+        ({"a.mp4": 10, "a.jsonl": "[1]\n[2],[3]\n"}, "line 2: not JSON"),
+        ({"a.mp4": 10, "a.jsonl": "[1]\n[2\n,3]\n"}, "line 2: not JSON"),
+        ({"a.mp4": 10, "a.jsonl": '{"a": 1}\n{"a": 2}, {"a": 3}\n{"a": 4, "b}\n{": 5}\n'}, "line 2: not JSON"),
+        ({"a.mp4": 10, "a.jsonl": '[1]\n{"a": 1}\n'}, "line 2: .* on every line"),
+        ({"a.mp4": 10, "a.jsonl": '{"a": 1}\n\n{"a": null}\n'}, "line 3: the value of 'a' is None"),
+        ({"a.mp4": 10, "a.jsonl": f"{[1] * 513}\n"}, "513 columns: give 1 to 512"),
+        ({"a.mp4": 10, "a.jsonl": "[]\n"}, "0 columns"),
+        ({"a.mp4": 10, "a.csv": ",".join(f"x{i}" for i in range(513))}, "513 columns: give 1 to 512"),
+        ({"a.mp4": 10, "a.csv": 'x,y\n1,2\n\n1,"2\n3,4\n'}, "line 4: a quoted text does not end"),
+        ({"a.mp4": 10, "a.csv": 'x,y\n1,2\n1,"2'}, "line 3: a quoted text does not end"),
+        ({"a.mp4": 10, "a.csv": "x\n" + "1" * 65_537}, "line 2: longer than"),
         ({"a.mp4": 10, "b.mp4": 10, "a.csv": "x\n1\n", "b.csv": "y\n1\n"}, "columns y"),
         ({"a.mp4": 10, "actions.json": "["}, "not JSON"),
         ({"a.mp4": 10, "actions.json": "[]"}, "components"),
@@ -209,7 +224,82 @@ def test_a_line_of_json_ends_where_a_line_of_a_file_ends(tmp_path):
     (tmp_path / "a.csv").write_bytes("a\u2028b\r1\r0\r".encode())
     for name in ("a.jsonl", "a.csv"):
         table = read_actions(tmp_path / name)
-        assert (table.columns, table.rows) == (("a\u2028b",), [[1.0], [0.0]])
+        assert (table.columns, table.rows.tolist()) == (("a\u2028b",), [[1.0], [0.0]])
+
+
+@pytest.mark.parametrize("block", [1, 9, 1 << 15])
+def test_lines_that_are_parsed_together_are_the_rows_that_each_is_and_are_named_as_each(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(action_files, "BLOCK", block)
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf\n"x","y"\r1, 2\r\n\n"3",1_0\n-1e-3,\xd9\xa3')
+    (tmp_path / "a.jsonl").write_text('\n{"x{": 1, "y": true}\n  \n\t{"y": "-2.5", "x{": 0.1}  \n')
+    read = {name: read_actions(tmp_path / name) for name in ("a.csv", "a.jsonl")}
+    assert (read["a.csv"].columns, read["a.csv"].rows.tolist()) == (("x", "y"), [[1, 2], [3, 10], [-0.001, 3]])
+    assert (read["a.jsonl"].columns, read["a.jsonl"].rows.tolist()) == (("x{", "y"), [[1, 1], [0.1, -2.5]])
+    for name, text, line in (
+        ("a.csv", "x,y\n1,2\n\n1,2\n1,x\n", "line 5: the value of 'y' is 'x'"),
+        ("a.csv", "x,y\n1,2\n\n1,2\n1\n", "line 5: 1 values for 2 columns"),
+        ("a.jsonl", "[1]\n\n[1]\n[1e39]\n", "line 4: the value of 'action' is 1e[+]39"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=line):
+            read_actions(tmp_path / name)
+
+
+def test_a_header_may_go_over_lines_and_no_row_may(tmp_path):
+    (tmp_path / "a.csv").write_text('x,"long\nname"\n1,2\n')
+    assert read_actions(tmp_path / "a.csv").columns == ("x", "longname")
+    (tmp_path / "a.csv").write_text('x,"long\nname"\n1,"2\n"\n')
+    with pytest.raises(DataError, match="line 3: a quoted text"):
+        read_actions(tmp_path / "a.csv")
+
+
+LARGE = {  # how a file begins, and the row that it repeats
+    "narrow.csv": ("L,R\n", "0,1\n"),
+    "wide.csv": (",".join(f"c{i}" for i in range(500)) + "\n", ",".join("1" * 500) + "\n"),
+    "strange.csv": ("x\n", '"1_0"\n'),
+    "blank.csv": ("x\n1", "\n"),
+    "arrays.jsonl": ("", "[0]\n"),
+    "wide.jsonl": ("", f"{[1] * 500}\n"),
+    "objects.jsonl": ("", '{"a{": 1}\n'),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_file_of_actions_takes_little_time_and_memory(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(action_files, "MAX_BYTES", 2_000_000)  # so much is taken for a moment, however large a file is
+    first, row = LARGE[name]
+    (tmp_path / name).write_text(first + row * ((1_600_000 if "wide" in name else 400_000) // len(row)))
+    begun = time.process_time()
+    infer_space([read_actions(tmp_path / name)])
+    assert time.process_time() - begun < 1.5  # 0.1; it was 3 to 5 where each of many columns took a copy of all rows
+    (tmp_path / name).write_text(first + row * (400_000 // len(row)))
+    tracemalloc.start()
+    try:
+        read_actions(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 6e6  # it was up to 34e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_import_holds_the_actions_of_one_file_at_a_time(tmp_path, monkeypatch):
+    tables = []
+
+    def read(path):
+        assert sum(table() is not None for table in tables) <= 1  # the one before, until this one takes its name
+        table = read_actions(path)
+        tables.append(weakref.ref(table))
+        return table
+
+    monkeypatch.setattr(importer, "read_actions", read)
+    for name in "abcd":
+        _video(tmp_path / f"{name}.mp4")
+        _csv(tmp_path / f"{name}.csv")
+    _load(tmp_path)
+    (tmp_path / "actions.json").write_text(json.dumps(plan_import(ImportConfig(tmp_path)).action_space.to_json()))
+    _csv(tmp_path / "d.csv", "x")
+    with pytest.raises(DataError, match=r"d\.csv has the columns x"):  # before the first video is decoded
+        plan_import(ImportConfig(tmp_path))
+    assert len(tables) == 4 + 4 + 4 + 4
 
 
 def _timed(path, times, rate, codec="ffv1"):

@@ -32,7 +32,10 @@ FEW = "--split train --windows 4 --context 2 --horizon 3"
 FULL = {  # largest file in bytes, the command, the place that is named, what may be there afterwards
     "record a dataset": (4000, "import {0}/films --out made", "made", []),
     "rollout, its arrays": (8000, "rollout {0}/world {0}/data --out made --length 20 --context 4", "made", []),
-    "rollout, its film": (20000, "rollout {0}/world {0}/data --out made --length 20 --context 4", "made", []),
+    "rollout, its GIF": (40000, "rollout {0}/world {0}/data --out made --length 20 --context 4", "made", []),
+    "rollout, its film": (  # while it grows: FFmpeg's own OSError
+        150_000, "rollout {0}/world {0}/data --out made --length 60 --scale 8 --actions random", "made", [],
+    ),
     "rollout, deep": (8000, "rollout {0}/world {0}/data --out a/made --length 20 --context 4", "a/made", []),
     "export": (8000, "export {0}/world --out made", "made", []),
     "export, its prompts": (

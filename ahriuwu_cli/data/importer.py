@@ -7,12 +7,12 @@ A video without an action file is stored unlabelled. `actions.json` in the folde
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ahriuwu_cli.data.action_files import ActionTable, infer_space, read_actions
+from ahriuwu_cli.data.action_files import infer_space, read_actions
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import as_text, read_json
 from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
@@ -54,11 +54,14 @@ class ImportConfig:
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """What will be imported, made before a frame is decoded; notes are sentences that the user should see."""
+    """What will be imported, made before a frame is decoded; notes are sentences that the user should see.
+
+    action_files: by video. They are looked at here and read again with their video, so that one is in memory at a time.
+    """
 
     config: ImportConfig
     videos: tuple[Path, ...]
-    tables: dict[Path, ActionTable]
+    action_files: dict[Path, Path]
     action_space: ActionSpace
     fps: float
     notes: list[str] = field(default_factory=list)
@@ -73,18 +76,21 @@ def plan_import(config: ImportConfig) -> ImportPlan:
     videos = tuple(p for p in files if p.suffix.lower() in VIDEO_SUFFIXES)
     if not videos:
         raise DataError(f"{folder} holds no video file ({', '.join(VIDEO_SUFFIXES)}): subfolders are not searched")
-    tables = _tables(files, videos)
+    action_files = _action_files(files, videos)
+    tables = map(read_actions, action_files.values())
     notes: list[str] = []
     declared = folder / DECLARED
     if declared in files:
         space = ActionSpace.from_json(_read_json(declared), str(declared))
+        for table in tables:
+            table.order_in(space)
     else:
-        space, found = infer_space(list(tables.values()))
+        space, found = infer_space(tables)
         notes += found
-    unlabelled = len(videos) - len(tables)
+    unlabelled = len(videos) - len(action_files)
     if unlabelled:
         notes.append(f"{unlabelled} of {len(videos)} videos have no action file and are stored unlabelled")
-    return ImportPlan(config, videos, tables, space, _common_rate(config, videos, tables), notes)
+    return ImportPlan(config, videos, action_files, space, _common_rate(config, videos, action_files), notes)
 
 
 def import_videos(plan: ImportPlan) -> Iterator[tuple[np.ndarray, np.ndarray | None, str]]:
@@ -95,21 +101,20 @@ def import_videos(plan: ImportPlan) -> Iterator[tuple[np.ndarray, np.ndarray | N
     for video in plan.videos:
         frames = _read_frames(video, plan)
         actions = None
-        if video in plan.tables:
-            table = plan.tables[video]
-            actions = table.rows_for(plan.action_space)
+        if file := plan.action_files.get(video):
+            actions = read_actions(file).rows_for(plan.action_space)
             if len(actions) == len(frames):
                 plan.notes.append(
-                    f"{table.path.name} has a row for each of the {len(frames)} frames: the last row, which leads to "
+                    f"{file.name} has a row for each of the {len(frames)} frames: the last row, which leads to "
                     "no frame, was dropped"
                 )
                 actions = actions[:-1]
             if len(actions) != len(frames) - 1:
                 raise DataError(
-                    f"{table.path} has {len(actions)} rows and {video.name} has {len(frames)} frames: give "
+                    f"{file} has {len(actions)} rows and {video.name} has {len(frames)} frames: give "
                     f"{len(frames) - 1} rows, row t for the step from frame t to frame t+1"
                 )
-            plan.action_space.validate(actions, str(table.path))
+            plan.action_space.validate(actions, str(file))
         yield frames, actions, as_text(video.name)
 
 
@@ -125,13 +130,14 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _tables(files: list[Path], videos: tuple[Path, ...]) -> dict[Path, ActionTable]:
+def _action_files(files: list[Path], videos: tuple[Path, ...]) -> dict[Path, Path]:
+    """The action file of each video that has one. DataError where they do not pair."""
     stems: dict[str, Path] = {}
     for video in videos:
         other = stems.setdefault(video.stem, video)
         if other != video:
             raise DataError(f"{other.name} and {video.name} differ only in their endings: rename one of them")
-    tables: dict[Path, ActionTable] = {}
+    found: dict[Path, Path] = {}
     for file in files:
         if file.suffix.lower() not in ACTION_SUFFIXES:
             continue
@@ -140,13 +146,13 @@ def _tables(files: list[Path], videos: tuple[Path, ...]) -> dict[Path, ActionTab
             raise DataError(
                 f"{file} has no video of the same name beside it: rename it to its video's, or move it away"
             )
-        if video in tables:
-            raise DataError(f"{video.name} has two action files, {tables[video].path.name} and {file.name}: keep one")
-        tables[video] = read_actions(file)
-    return tables
+        if video in found:
+            raise DataError(f"{video.name} has two action files, {found[video].name} and {file.name}: keep one")
+        found[video] = file
+    return found
 
 
-def _common_rate(config: ImportConfig, videos: tuple[Path, ...], tables: dict[Path, ActionTable]) -> float:
+def _common_rate(config: ImportConfig, videos: tuple[Path, ...], labelled: Container[Path]) -> float:
     """The one rate of the dataset."""
     rates = {video: video_fps(video) for video in videos}
     target = config.fps or rates[videos[0]]
@@ -158,7 +164,7 @@ def _common_rate(config: ImportConfig, videos: tuple[Path, ...], tables: dict[Pa
                 f"{video.name} runs at {rate:g} frames per second and {videos[0].name} at {target:g}: give --fps to "
                 "bring them to one rate, or import them apart"
             )
-        if video in tables:
+        if video in labelled:
             raise DataError(
                 f"{video.name} runs at {rate:g} frames per second and has actions, so it cannot be brought to "
                 f"{target:g}: leave --fps away, or resample video and actions together beforehand"

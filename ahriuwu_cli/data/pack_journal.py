@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.documents import parse_json, read_bytes
+from ahriuwu_cli.data.tensors import as_bytes
 from ahriuwu_cli.disk import lock
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FORMAT = "ahriuwu-journal/1"
 MAX_BYTES = 100_000_000
@@ -111,9 +115,9 @@ class Journal:
         os.close(self._descriptor)
 
 
-def write_all(descriptor: int, data: bytes | memoryview, offset: int | None = None) -> None:
+def write_all(descriptor: int, data: np.ndarray | bytes, offset: int | None = None) -> None:
     """Write everything, at an offset or at the end of what was written; the system may take it in pieces."""
-    view = memoryview(data).cast("B")
+    view = as_bytes(data)
     while view:
         count = os.write(descriptor, view) if offset is None else os.pwrite(descriptor, view, offset)
         view = view[count:]

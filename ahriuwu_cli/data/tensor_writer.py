@@ -39,8 +39,7 @@ class TensorWriter:
         assert array.dtype == DTYPES[dtype], (name, array.dtype)
         skip = sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(first))
         assert skip + array.size <= math.prod(shape), (name, first, array.shape, shape)
-        if array.size:
-            write_all(self._descriptor, np.ascontiguousarray(array), self._offsets[name] + skip * array.itemsize)
+        write_all(self._descriptor, np.ascontiguousarray(array), self._offsets[name] + skip * array.itemsize)
 
     def __enter__(self) -> TensorWriter:
         return self

@@ -143,12 +143,18 @@ def read_rows(path: Path | str, info: TensorInfo, start: int, stop: int, every: 
 
 def fill(descriptor: int, out: np.ndarray, offset: int, path: Path | str) -> None:
     """Fill a contiguous array with the file's bytes from offset on. DataError where the file ends before."""
-    view = memoryview(out).cast("B")
+    view = as_bytes(out)
     while view:
         got = os.preadv(descriptor, [view], offset)
         if not got:
             raise DataError(f"{path} was cut short while it was read: make it again")
         view, offset = view[got:], offset + got
+
+
+def as_bytes(data: np.ndarray | bytes | memoryview) -> memoryview:
+    """The bytes of what is contiguous, also where there are none (actions of width 0), which `cast` refuses."""
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -197,8 +203,6 @@ def _whole(path: Path | str, info: TensorInfo) -> np.ndarray:
     import numpy as np
 
     out = np.empty(_bytes(info), np.uint8)
-    if not out.nbytes:
-        return out
     try:
         with open(path, "rb", buffering=0) as file:
             fill(file.fileno(), out, info.offset, path)

@@ -316,14 +316,14 @@ def _opened(path: Path):
 
 @contextmanager
 def _encoding(path: Path | str, height: int, width: int) -> Iterator[None]:
-    """UserError where FFmpeg refuses what is written; a disk's refusal stays an OSError."""
+    """UserError where FFmpeg refuses what is written; a disk's refusal is an OSError like any other."""
     import av
 
     try:
         yield
     except av.error.FFmpegError as error:
         if isinstance(error, OSError):
-            raise
+            raise OSError(error.errno, error.strerror, error.filename) from None  # PyAV's lets nobody name its file
         raise UserError(
             f"{path} cannot be written as video of {width}x{height} pixels ({error.strerror}): give a smaller --scale, "
             "or fewer pictures side by side"
