@@ -33,6 +33,7 @@ from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserEr
 from ahriuwu_cli.folders import check_folder
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
 from ahriuwu_cli.training.finite import check_finite
+from ahriuwu_cli.training.state_check import Expected, check_document
 from ahriuwu_cli.training.states import States
 
 WRITTEN = ("run.json", "metrics.jsonl", "best", "last", "tokenizer", "state")  # under hidden names first
@@ -49,13 +50,18 @@ class RunFolder:
     writes: whether this process may; the others of its group see the same run and leave the folder alone.
     """
 
+    needed: tuple[str, ...] = ("total",)  # what the document of each of its states says
+
     def __init__(
         self, folder: Path, asked: Asked, command: str, keep: int, free: tuple[str, ...], writes: bool = True
     ) -> None:
         self.folder, self.asked, self.command = Path(folder), _plain(asked), command
         self.writes = writes
         config = {name: value for name, value in self.asked["config"].items() if name not in free}
-        self.states = States(self.folder / "state", keep, document_hash(self.asked | {"config": config}))
+        self.states = States(
+            self.folder / "state", keep, document_hash(self.asked | {"config": config}),
+            lambda document: check_document(document, self.needed, config.get("steps")),
+        )  # fmt: skip
         self.again = f"{command} --resume"  # what the user is told to type
         self.found: str | None = None  # one sentence on what was there, where there was something
         self.lacking: list[str] = []  # what was lost of it
@@ -73,22 +79,25 @@ class RunFolder:
                 raise UserError(f"{self.folder} is not empty any more: run the same command again")
             self._begin(more)
 
-    def go_on(self, announce: Announce, **more: Any) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+    def go_on(
+        self, announce: Announce, expected: Expected | None = None, **more: Any
+    ) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
         """The newest good state of the run that is here, after clearing away what a kill left; None: from step 0 again.
 
-        Nothing is written when the run is finished. UserError when it is alive, CheckpointError when it is damaged.
+        expected: what the tensors of its states must be. Nothing is written when the run is finished. UserError when it
+        is alive, CheckpointError when it is damaged.
         """
         self.command = read_run(self.folder)["command"]
         glance = self.states.glance()
         finished = glance is not None and glance.get("step") == glance.get("total") and not self._has_leftovers()
         self.lacking = self.lost(glance) if finished and self.writes else []
-        found = self._read(announce) if (finished and not self.lacking) or not self.writes else None
+        found = self._read(announce, expected) if (finished and not self.lacking) or not self.writes else None
         if found is None and self.writes:
             with self.writing("nothing was trained"):
                 self._hold(announce)
                 mend(self.folder, WRITTEN)
                 self.states.clean()
-                found = self.states.load(announce)
+                found = self.states.load(announce, expected=expected)
                 self.lacking = [] if found is None else self.lost(found[2])
                 if found is None:
                     self._begin(more)
@@ -115,10 +124,12 @@ class RunFolder:
         """Whether a killed process left something under a hidden name."""
         return any(_HIDDEN.fullmatch(p.name) for p in self.folder.iterdir()) or self.states.has_leftovers()
 
-    def _read(self, announce: Announce) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+    def _read(
+        self, announce: Announce, expected: Expected | None
+    ) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
         """The newest state, left as it is; None when it is damaged and this process may mend it."""
         try:
-            return self.states.load(announce, mend=False)
+            return self.states.load(announce, mend=False, expected=expected)
         except CheckpointError:
             if self.writes:
                 return None
