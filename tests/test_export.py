@@ -36,6 +36,22 @@ def test_weights_are_rounded_to_their_format_and_no_further(place, run, weights,
     assert (json.loads(out)["largest_rounding"] == 0) == (weights == "float32")
 
 
+@pytest.mark.parametrize(("weights", "wider"), [("float16", "bfloat16"), ("bfloat16", "float32")])
+def test_weights_beyond_a_number_format_are_refused_and_what_was_there_stays(tmp_path, run, weights, wider):
+    world = small_world()
+    world.dynamics.head.bias.fill_({"float16": 1e10, "bfloat16": 3.4e38}[weights])
+    save_world(world, tmp_path / "world")
+    assert run("export", tmp_path / "world", "--out", tmp_path / "out", "--weights", wider)[0] == 0
+    before = read_tensors(tmp_path / "out" / "model.safetensors")
+    words = ("export", tmp_path / "world", "--out", tmp_path / "out", "--weights", weights, "--overwrite")
+    code, _, err = run(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"--weights {weights} ends at" in err
+    assert f"head.bias holds numbers beyond: choose {wider}" in err
+    after = read_tensors(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_the_world_that_was_exported_is_not_changed(place, run):
     before = read_tensors(place / "world" / "model.safetensors")
     run("export", place / "world", "--out", place / "small")

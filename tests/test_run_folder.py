@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -139,6 +140,25 @@ def test_a_log_that_dies_while_it_is_cut_is_whole(tmp_path, monkeypatch):
         run.go_on(print)
     run.release()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 3}\n{"step": 4}\n'
+
+
+def test_a_log_that_is_too_large_is_refused_and_one_of_millions_of_lines_takes_no_memory(tmp_path):
+    run = begun(tmp_path / "run", 3)
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_bytes(b'{"step": 3}\n' + b'{"a": 1}\n' * 500_000 + b'["step": 3}\n{"step": 3\n{"a": 1, "step": 3}\n')
+    tracemalloc.start()
+    try:
+        run._cut_log(3, 0, print)
+        assert log.read_bytes() == b'{"step": 3}\n{"a": 1, "step": 3}\n'
+        os.truncate(log, 3 << 30)
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl is larger than 100 MB: move it away, a new log"):
+            run._cut_log(3, 0, print)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+    log.rename(log.with_name("moved away"))
+    assert run.go_on(print)[2]["step"] == 3
+    run.release()
 
 
 def test_an_overwrite_that_dies_on_the_way_leaves_no_mixture_of_two_runs(tmp_path, monkeypatch):

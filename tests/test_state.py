@@ -1,12 +1,14 @@
 """Training state on disk: what is saved comes back bit for bit, and what is damaged is refused in a sentence."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from ahriuwu_cli.data.tensors import read_header
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.training.muon import Muon
 from ahriuwu_cli.training.state import (
@@ -16,7 +18,9 @@ from ahriuwu_cli.training.state import (
     save_state,
     under_prefix,
     with_prefix,
+    write_tensors,
 )
+from ahriuwu_cli.training.state_check import Expected
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -106,9 +110,9 @@ def flip_a_byte(file: Path) -> None:
         (lambda f: (f / "state.json").write_text("[1]"), "is not a training state"),
         (lambda f: (f / "state.json").write_text('{"format": "other"}'), "is not a training state"),
         (lambda f: (f / "state.json").write_text((f / "state.json").read_text().replace("17", "18")), "was altered"),
-        (lambda f: tensors_file(f).unlink(), "which .* names"),
+        (lambda f: tensors_file(f).unlink(), "has no sound tensors .cannot read"),
         (lambda f: flip_a_byte(tensors_file(f)), "was altered"),
-        (lambda f: tensors_file(f).write_bytes(tensors_file(f).read_bytes()[:40]), "was altered"),
+        (lambda f: tensors_file(f).write_bytes(tensors_file(f).read_bytes()[:40]), "or is cut short"),
     ],
 )
 def test_a_damaged_state_is_refused_in_one_sentence(tmp_path, damage, sentence):
@@ -144,12 +148,12 @@ def muon(model: nn.Module) -> torch.optim.Optimizer:
     return Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2)
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, nesterov=True)
+def muon_in_bfloat16(model: nn.Module) -> torch.optim.Optimizer:
+    return Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2, state=torch.bfloat16)
 
 
-def adam_with_a_tensor_rate(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=torch.tensor(1e-2), foreach=False)
+def adafactor(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(model.parameters(), lr=1e-2)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -162,7 +166,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.step()
 
 
-@pytest.mark.parametrize("make", [adamw, muon, sgd, adam_with_a_tensor_rate])
+@pytest.mark.parametrize("make", [adamw, muon, muon_in_bfloat16, adafactor])
 def test_an_optimizer_that_was_saved_goes_on_as_if_it_never_stopped(tmp_path, make):
     unbroken = small_model()
     train(unbroken, make(unbroken), range(6))
@@ -183,22 +187,25 @@ def test_an_optimizer_that_was_saved_goes_on_as_if_it_never_stopped(tmp_path, ma
         assert torch.equal(a, b)
 
 
-def test_an_optimizer_of_another_kind_or_model_or_with_a_tensor_missing_is_refused():
+def test_an_optimizer_of_another_kind_or_model_or_with_a_tensor_missing_is_refused(tmp_path):
     model = small_model()
     optimizer = adamw(model)
     train(model, optimizer, range(2))
     flat, document = optimizer_tensors(optimizer)
-
-    with pytest.raises(CheckpointError, match="AdamW, this run uses SGD"):
-        load_optimizer_tensors(sgd(small_model()), flat, document)
-    with pytest.raises(CheckpointError, match="other parameters"):
-        load_optimizer_tensors(adamw(small_model(5)), flat, document)
-    with pytest.raises(CheckpointError, match=r"0\.exp_avg"):
-        load_optimizer_tensors(adamw(model), {k: v for k, v in flat.items() if k != "0.exp_avg"}, document)
-    with pytest.raises(CheckpointError, match="extra"):
-        load_optimizer_tensors(adamw(model), flat | {"9.extra": torch.zeros(1)}, document)
-    with pytest.raises(CheckpointError, match="no field 'groups'"):
-        load_optimizer_tensors(adamw(model), flat, {k: v for k, v in document.items() if k != "groups"})
-    fewer = [{k: v for k, v in group.items() if k != "eps"} for group in document["groups"]]
-    with pytest.raises(CheckpointError, match="differs in eps"):
-        load_optimizer_tensors(adamw(model), flat, document | {"groups": fewer})
+    groups = document["groups"]
+    for expected, tensors, changes, words in [
+        (adamw(small_model()), flat, {}, None),
+        (adamw(small_model()), {}, {"tensors": []}, None),  # before its first step
+        (adafactor(small_model()), {}, {"tensors": []}, "'AdamW', this run uses Adafactor"),
+        (adamw(small_model(5)), {}, {"tensors": []}, "the shapes of AdamW differ"),
+        (adamw(small_model(5)), flat, {}, r"is float32 \[\S+ \S+\] instead of float32 \[\S+ \S+\]"),
+        (adamw(model), {k: v for k, v in flat.items() if k != "0.exp_avg"}, {}, r"no tensor optimizer0\.0\.exp_avg"),
+        (adamw(model), flat | {"9.extra": torch.zeros(1)}, {}, r"no such run has a tensor optimizer0\.9\.extra"),
+        (adamw(model), flat, {"zz": 1}, "not described"),
+        (adamw(model), flat, {"groups": [{**g, "eps": 1.0} for g in groups]}, "groups of AdamW differ"),
+        (adamw(model), flat, {"groups": [{k: v for k, v in g.items() if k != "eps"} for g in groups]}, "groups"),
+    ]:
+        write_tensors(tmp_path / "a", with_prefix("optimizer0", tensors))
+        check = Expected({}, [expected]).check
+        with nullcontext() if words is None else pytest.raises(ValueError, match=words):
+            check({"optimizers": [document | changes]}, read_header(tmp_path / "a"))

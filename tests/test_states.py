@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import small_world
 
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.folders import replacing
+from ahriuwu_cli.training import checkpoint, state
+from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, save_world
 from ahriuwu_cli.training.state import save_state
 from ahriuwu_cli.training.states import States
 
@@ -81,6 +84,25 @@ def test_a_state_that_says_another_step_than_its_name_is_damaged(tmp_path, step)
     assert states.glance() is None
     assert states.load(said.append)[2]["step"] == 1
     assert "says that it is of step" in said[0]
+
+
+@pytest.mark.parametrize("what", ["a state", "a world", "a tokenizer"])
+def test_sizes_are_compared_before_a_hash_is_made_which_takes_as_long_as_the_file_is_large(tmp_path, monkeypatch, what):
+    if what == "a state":
+        states = saved(tmp_path, 1)
+        large = tensors_of(states, 1)
+    else:
+        save_world(small_world(), tmp_path / "world")
+        folder = tmp_path / "world" / ("tokenizer" if what == "a tokenizer" else "")
+        large = folder / "model.safetensors"
+    os.truncate(large, 20 << 30)  # a hole
+    for module in (state, checkpoint):
+        monkeypatch.setattr(module, "file_hash", lambda path: pytest.fail(f"{path} was hashed"))
+    if what == "a state":
+        with pytest.raises(CheckpointError, match="its header describes"):
+            states.load(silent)
+    else:
+        assert not is_sound_tokenizer(folder) if what == "a tokenizer" else not is_sound(folder)
 
 
 def test_when_all_are_damaged_it_is_an_error_every_time_and_they_stay(tmp_path):

@@ -93,6 +93,26 @@ def test_a_command_says_its_own_tokenizer_and_makes_a_damaged_one_anew(store, tm
     assert run(*words)[:2] == (0, first)
 
 
+@pytest.mark.parametrize("kind", ["linear", "transformer"])
+def test_a_dataset_without_val_episodes_is_refused_before_anything_is_trained(tmp_path, monkeypatch, run, kind):
+    data = small_dataset(tmp_path / "data", episodes=1).path
+    monkeypatch.setattr(EpisodeStore, "frames", lambda *_: pytest.fail("frames were read"))
+    code, _, err = run("train", "tokenizer", data, "--kind", kind, "--device", "cpu", "--out", tmp_path / "out")
+    assert (code, err) == (3, f"error: {data} has no val episodes to judge a tokenizer by: record more episodes\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_info_describes_the_tokenizer_of_a_run_once_it_is_there(store, tmp_path, run):
+    from ahriuwu_cli.training.checkpoint import save_tokenizer
+
+    tokenizer = train_transformer_tokenizer(store, CONFIG, tmp_path / "r")
+    code, _, err = run("info", tmp_path / "r")
+    assert (code, "has not saved its tokenizer yet: it does so at its end" in err) == (3, True)
+    save_tokenizer(tokenizer, tmp_path / "r" / "tokenizer", {})
+    code, said, _ = run("info", tmp_path / "r")
+    assert (code, tokenizer.fingerprint() in said) == (0, True)
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_two_steps_and_a_resume_to_four_equal_four_unbroken_bit_for_bit(store, tmp_path, optimizer):
     config = dataclasses.replace(CONFIG, optimizer=optimizer)

@@ -103,10 +103,12 @@ def _linear(
     from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.checkpoint import pick_device
+    from ahriuwu_cli.training.tokenizer_quality import check_split
 
     check_folder(out, overwrite, holds="tokenizer")
     pick_device(device)
     store = EpisodeStore.open(dataset)
+    check_split(store, "val")
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:
         tokenizer = fit_linear_tokenizer(store, values.pair(patch), latent_dim, whitening, progress)
     return tokenizer, _write_tokenizer(tokenizer, store, out, overwrite), out
@@ -130,8 +132,10 @@ def _transformer(
     from ahriuwu_cli.training.checkpoint import is_sound_tokenizer, load_tokenizer, pick_device, tokenizer_facts
     from ahriuwu_cli.training.restart import command_line
     from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
+    from ahriuwu_cli.training.tokenizer_quality import check_split
 
     store = EpisodeStore.open(dataset)
+    check_split(store, "val")
     where, folder = pick_device(device), out / "tokenizer"
     config = _transformer_config(store, values.pair(patch), latent_dim=latent_dim, **settings)
 

@@ -106,14 +106,15 @@ def assemble(
     pack = group.together(lambda: open_pack(store, tokenizer, "train", progress), lead_first=True)
     if init_from is None:
         dynamics.channel_scale.copy_(pack.spread())
+    trainer = DynamicsTrainer(world, pack, store, run, group)
     if there:
-        found = group.together(lambda: run.go_on(announce, **group.facts(config)), lead_first=True)
+        expected = run.expected(trainer)
+        found = group.together(lambda: run.go_on(announce, expected, **group.facts(config)), lead_first=True)
         group.check_same_step(found[2]["step"] if found else 0, out)
     else:
         group.together(lambda: run.begin(overwrite, announce, **group.facts(config)))
     if fitted and found is None:
         group.together(lambda: run.keep_tokenizer(tokenizer))
-    trainer = DynamicsTrainer(world, pack, store, run, group)
     if found is not None:
         changed = what_changed(run.restore(trainer, found), group, config)
         if changed and group.leads:

@@ -14,6 +14,7 @@ from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig, count_parameters
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world
+from ahriuwu_cli.training.run_folder import read_run
 
 
 def describe_sizes() -> dict[str, Any]:
@@ -29,7 +30,10 @@ def describe_sizes() -> dict[str, Any]:
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Facts of a world, tokenizer or run folder; DataError when it is none of them."""
     if (path / "run.json").is_file() and not (path / "best" / "config.json").is_file():
-        raise DataError(f"{path} is a run that has not saved a world yet: wait for its first preview")
+        if read_run(path)["kind"] != "tokenizer":
+            raise DataError(f"{path} is a run that has not saved a world yet: wait for its first preview")
+        if not (path / "tokenizer" / "config.json").is_file():
+            raise DataError(f"{path} is a run that has not saved its tokenizer yet: it does so at its end")
     world_like = (path / "tokenizer" / "config.json").is_file() and any(
         os.path.lexists(path / name) for name in ("config.json", "model.safetensors")
     )  # one of the two may be missing: that is for the loader to say

@@ -25,6 +25,7 @@ from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.models.dynamics import count_parameters
 from ahriuwu_cli.prompts import CANDIDATES, PICKS
 from ahriuwu_cli.training.checkpoint import fill_with_world, load_world
+from ahriuwu_cli.training.finite import first_not_finite
 from ahriuwu_cli.world import World
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,6 +64,7 @@ def export(
     slim = replace(
         world, dynamics=deepcopy(world.dynamics).to(FORMATS[weights]), facts=world.facts | {"weights": weights}
     )
+    _check_held(slim, weights)
     scores = None if evidence is None else _scores(evidence, world, slim)
     with replacing(out, overwrite) as folder:
         fill_with_world(slim, folder)
@@ -82,6 +84,14 @@ def export(
         "prompts": len(windows),
         "largest_rounding": rounding,
     }
+
+
+def _check_held(slim: World, weights: str) -> None:
+    """UserError where a number format ends before the weights do: they became infinite in it."""
+    bad = first_not_finite(slim.dynamics.state_dict())
+    if bad is not None:
+        most, wider = torch.finfo(FORMATS[weights]).max, "bfloat16" if weights == "float16" else "float32"
+        raise UserError(f"--weights {weights} ends at {most:g}, and {bad} holds numbers beyond: choose {wider}")
 
 
 def card(name: str, world: World, weights: str, scores: dict[str, Any] | None, notes: str) -> str:

@@ -27,9 +27,14 @@ def not_finite(what: str, step: int, windows: Sequence[str], states: States) -> 
 
 def check_finite(tensors: Mapping[str, Tensor], step: int, newest: Path | None) -> None:
     """TrainingError when a state that is about to be saved could only be gone on from to NaN."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise TrainingError(
-                f"{name} is not finite after step {step}, so this state is not saved; the last good state is "
-                f"{newest or 'none'}: try a lower --lr or --precision float32"
-            )
+    bad = first_not_finite(tensors)
+    if bad is not None:
+        raise TrainingError(
+            f"{bad} is not finite after step {step}, so this state is not saved; the last good state is "
+            f"{newest or 'none'}: try a lower --lr or --precision float32"
+        )
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a number that is not finite, or None."""
+    return next((n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)

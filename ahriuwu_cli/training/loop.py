@@ -209,6 +209,7 @@ class _Log:
 
     BINS = 10
     TERMS = ("loss", "flow", "bootstrap")
+    shape = (2, len(TERMS) + BINS)  # of `unfinished`: sums, counts
 
     def __init__(self, k_max: int) -> None:
         self.k_max = k_max
@@ -236,6 +237,11 @@ class _Log:
     def unfinished(self, group: Group) -> tuple[Tensor, list[float]]:
         """What the next line already has: sums and counts over all processes, and the norms of its steps."""
         return group.sum(torch.cat([self.terms, self.bins], dim=1)), self.norms
+
+    @staticmethod
+    def holds(sums: Tensor) -> bool:
+        """Whether these can be sums of squares and counts of them, so that the means of a line are numbers."""
+        return bool((sums >= 0).all() and (sums[1] == sums[1].round()).all())
 
     def go_on(self, sums: Tensor, norms: list[float]) -> None:
         """Take up what `unfinished` gave: a line's means are over the same steps, whatever stopped the run between."""

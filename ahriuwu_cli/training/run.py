@@ -11,14 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.training.checkpoint import is_sound, save_tokenizer, save_world
 from ahriuwu_cli.training.run_folder import Asked, RunFolder, goes_on, versions
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
+from ahriuwu_cli.training.state_check import Expected, Held, held
 from ahriuwu_cli.training.states import States
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
     from ahriuwu_cli.training.loop import DynamicsTrainer
     from ahriuwu_cli.world import World
 
-_UNFIT = (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError)  # what strange fields raise
 FREE = ("accumulate", "keep", "save_every")  # settings that a resume may change: the run's numbers stay the same
 
 
 class Run(RunFolder):
     """The folder of one run. `facts` (dataset, tokenizer, architecture) must be the same when it is gone on with."""
+
+    needed = ("total", "elapsed", "best", "optimizers")
 
     def __init__(self, folder: Path, config: TrainConfig, facts: dict, command: str, writes: bool = True) -> None:
         super().__init__(folder, _asked(config, facts), command, config.keep, FREE, writes)
@@ -60,26 +62,27 @@ class Run(RunFolder):
         if self.writes:
             self.save_state(trainer.step, tensors | {"log": sums}, document)
 
+    def expected(self, trainer: DynamicsTrainer) -> Expected:
+        """What `save` would write of a trainer, but for its numbers. States of older versions have no log."""
+        tensors = held("model", trainer.model.state_dict()) | held("average", trainer.average.state_dict())
+        tensors["log"] = Held(torch.float64, trainer.log.shape, trainer.log.holds)
+        return Expected(tensors, trainer.optimizers, optional=("log",))
+
     def restore(self, trainer: DynamicsTrainer, found: tuple[Path, dict[str, Tensor], dict[str, Any]]) -> dict:
-        """Bring a fresh trainer exactly to a state that `go_on` found.
+        """Bring a fresh trainer exactly to a state that `go_on` found, and held to what is expected of it.
 
         Returns who wrote the state, see `Group.facts`. States from before there were several say one.
         """
-        path, tensors, document = found
-        try:
-            for part, module in (("model", trainer.model), ("average", trainer.average)):
-                module.load_state_dict(placed_as(under_prefix(part, tensors), module.state_dict()), strict=True)
-            for i, optimizer in enumerate(trainer.optimizers):
-                mine = placed_for(optimizer, under_prefix(f"optimizer{i}", tensors))
-                load_optimizer_tensors(optimizer, mine, document["optimizers"][i])
-            trainer.step, trainer.total = _number(document, "step", int), _number(document, "total", int, None)
-            trainer.elapsed, trainer.best = _number(document, "elapsed", float), _number(document, "best", float, None)
-            if "best" in self.lacking:
-                trainer.best = None  # the next preview is the best that there is
-            if "log" in tensors and trainer.group.leads:  # the sums of all; states of older versions have none
-                trainer.log.go_on(tensors["log"], document["grad_norms"])
-        except _UNFIT as error:
-            raise CheckpointError(f"{path} does not fit this run: {error}") from None
+        _, tensors, document = found
+        for part, module in (("model", trainer.model), ("average", trainer.average)):
+            module.load_state_dict(placed_as(under_prefix(part, tensors), module.state_dict()), strict=True)
+        for i, optimizer in enumerate(trainer.optimizers):
+            mine = placed_for(optimizer, under_prefix(f"optimizer{i}", tensors))
+            load_optimizer_tensors(optimizer, mine, document["optimizers"][i])
+        trainer.step, trainer.total, trainer.elapsed = document["step"], document["total"], float(document["elapsed"])
+        trainer.best = None if "best" in self.lacking else document["best"]  # lost: the next preview is the best
+        if "log" in tensors and trainer.group.leads:  # the sums of all
+            trainer.log.go_on(tensors["log"], document.get("grad_norms", []))
         return {"processes": 1, "parallel": "none"} | document
 
     def lost(self, document: dict[str, Any]) -> list[str]:
@@ -121,13 +124,3 @@ def run_goes_on(folder: Path, config: TrainConfig, facts: dict, resume: bool, ov
 
 def _asked(config: TrainConfig, facts: dict) -> Asked:
     return {"kind": "dynamics", "config": config.to_json(), "facts": facts}
-
-
-def _number(document: dict, name: str, kind: type, *or_else: None) -> Any:
-    """A number of a state's document that is not below zero where it is whole; or None where that may stand there."""
-    value = document[name]
-    if value is None and or_else:
-        return None
-    if type(value) not in (kind, int) or (kind is int and value < 0):
-        raise ValueError(f"{name} is {value!r}")
-    return value

@@ -2,7 +2,8 @@
 
 A state is `state.json` and the one tensors file it names by hash. The tensors are written first and the rename of
 `state.json` is the moment the new state counts: whatever stops the writing, the state before it can still be loaded.
-Both renames are flushed. Nothing is pickled. Optimizers are flattened to plain tensors and JSON, and restored strictly.
+Both renames are flushed. Nothing is pickled. Optimizers are flattened to plain tensors and JSON. What a run can go on
+from stands in `state_check`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ahriuwu_cli.data.documents import parse_object, read_json, to_json
-from ahriuwu_cli.data.tensors import as_any_file, read_tensors
+from ahriuwu_cli.data.tensors import as_any_file, read_header, read_tensors
 from ahriuwu_cli.disk import file_hash, sync
 from ahriuwu_cli.errors import CheckpointError, DataError
 
+if TYPE_CHECKING:
+    from ahriuwu_cli.training.state_check import Expected
+
+T = TypeVar("T")
 FORMAT = "ahriuwu-state-1"
 MAX_BYTES = 100_000_000  # of the document, which lists every tensor of the optimisers
 DOCUMENT = "state.json"
@@ -64,15 +69,33 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     missing, cut short, altered or of another format.
     """
     document, digest = read_document(folder)
-    tensors = folder / _tensors_name(digest)
+    return load_tensors(folder, document, digest), document
+
+
+def load_tensors(
+    folder: Path, document: dict[str, Any], digest: str, expected: Expected | None = None
+) -> dict[str, Tensor]:
+    """The tensors of the state in `folder`, whose document `read_document` gave. CheckpointError likewise.
+
+    expected: what they must be. Sizes come first, since a hash takes as long as its file is large, then the hash.
+    """
+    path = folder / _tensors_name(digest)
     try:
-        if file_hash(tensors) != digest:
-            raise CheckpointError(f"{tensors} was altered after it was written (its sha256 differs): use another state")
-        return read_tensors(tensors), document
+        header = read_header(path)
+        if expected is not None:
+            expected.check(document, header)
+        if file_hash(path) != digest:
+            raise CheckpointError(f"{path} was altered after it was written (its sha256 differs): use another state")
+        tensors = read_tensors(path)
+        if expected is not None:
+            expected.check_values(tensors)
+        return tensors
     except OSError as error:
-        raise CheckpointError(f"cannot read {tensors}, which {folder / DOCUMENT} names: {error.strerror}") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except DataError as error:
-        raise CheckpointError(f"{tensors} cannot be read ({error}): use another state") from None
+        raise CheckpointError(f"{folder} has no sound tensors ({error}): use another state") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is no state of this run ({error}): use another state") from None
 
 
 def read_document(folder: Path) -> tuple[dict[str, Any], str]:
@@ -118,68 +141,44 @@ def _in_order(path: Path) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's whole state as (tensors, document): the document holds its kind, group scalars and names.
+    """An optimizer's whole state as (tensors, document): the document is its description, with the tensors' names.
 
-    Tensors are "<parameter index>.<name>" (exp_avg, step, momentum_buffer, ...) and "group<i>.<name>" for a tensor
-    learning rate. They are the optimizer's own, not copies: save them before the next step.
+    Tensors are "<parameter index>.<name>" (exp_avg, step, momentum_buffer, ...). They are the optimizer's own, not
+    copies: save them before the next step.
     """
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            (tensors if isinstance(value, Tensor) else scalars)[f"{index}.{name}"] = value
-    groups = []
-    for i, group in enumerate(state["param_groups"]):
-        tensors |= {f"group{i}.{name}": value for name, value in group.items() if isinstance(value, Tensor)}
-        plain = {name: value for name, value in group.items() if not isinstance(value, Tensor)}
-        groups.append({name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()})
-    document = {
+    tensors = {
+        f"{index}.{name}": value
+        for index, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+    }
+    return tensors, describe_optimizer(optimizer) | {"tensors": sorted(tensors)}
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer is without its tensors, as JSON gives it back: kind, shapes of its parameters, groups."""
+    groups = optimizer.state_dict()["param_groups"]
+    return {
         "kind": type(optimizer).__name__,
         "shapes": [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups],
-        "groups": groups,
-        "scalars": scalars,
-        "tensors": sorted(tensors),
+        "groups": [{n: list(v) if isinstance(v, tuple) else v for n, v in group.items()} for group in groups],
+        "scalars": {},  # of the format: none of ours has any
     }
-    return tensors, document
 
 
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], document: dict[str, Any]
 ) -> None:
-    """Put back what `optimizer_tensors` gave into an optimizer over parameters of the same order and shapes.
-
-    CheckpointError when kind, groups, shapes or names differ in anything; the optimizer is then left as it was.
-    """
-    own = optimizer.state_dict()["param_groups"]
-    kind, shapes = type(optimizer).__name__, optimizer_tensors(optimizer)[1]["shapes"]
-    try:
-        saved_kind, saved_shapes, saved_groups = document["kind"], document["shapes"], document["groups"]
-        scalars, names = document["scalars"], document["tensors"]
-    except KeyError as error:
-        raise CheckpointError(f"the saved optimizer state has no field {error}: use another state") from None
-    if saved_kind != kind:
-        raise CheckpointError(f"the state is of the optimizer {saved_kind}, this run uses {kind}: resume with the same")
-    if saved_shapes != shapes:
-        raise CheckpointError(f"the saved {kind} state is of other parameters than this model's: resume the same model")
-    if sorted(tensors) != names:
-        odd = sorted(set(tensors) ^ set(names))
-        raise CheckpointError(f"the saved {kind} state lacks or adds the tensors {', '.join(odd)}: use another state")
-    groups, state = [], {}
-    for i, (mine, saved) in enumerate(zip(own, saved_groups, strict=True)):
-        group = dict(saved) | {n.partition(".")[2]: t.clone() for n, t in tensors.items() if n.startswith(f"group{i}.")}
-        if set(group) != set(mine) or group["params"] != mine["params"]:
-            odd = sorted(set(group) ^ set(mine)) or ["params"]
-            raise CheckpointError(f"group {i} of the saved {kind} state differs in {', '.join(odd)}: use another state")
-        groups.append({n: tuple(v) if isinstance(mine[n], tuple) else v for n, v in group.items()})
-    for name, value in [*tensors.items(), *scalars.items()]:
+    """Put back what `optimizer_tensors` gave into an optimizer that was made alike (`state_check` compares)."""
+    saved = zip(optimizer.state_dict()["param_groups"], document["groups"], strict=True)
+    groups = [own | {"lr": group["lr"]} for own, group in saved]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
         index, _, field = name.partition(".")
-        if not index.startswith("group"):
-            state.setdefault(int(index), {})[field] = value.clone() if isinstance(value, Tensor) else value
+        state.setdefault(int(index), {})[field] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_prefix(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
     """The tensors named "<prefix>.<name>", so that several parts share one state."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 

@@ -6,23 +6,31 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ahriuwu_cli.disk import discard, exchange, remove, sync
 from ahriuwu_cli.errors import CheckpointError
-from ahriuwu_cli.training.state import DOCUMENT, load_state, read_document, save_state
+from ahriuwu_cli.training.state import DOCUMENT, load_tensors, read_document, save_state
+
+if TYPE_CHECKING:
+    from ahriuwu_cli.training.state_check import Expected
 
 SAVE_SECONDS = 600.0  # of training between states at most: a run that dies loses no more
 _NAME = re.compile(r"step-\d{8,}")
 
 
 class States:
-    """The folder that holds them. keep: how many stay. run: the hash of what was asked for, in each; "" is any."""
+    """The folder that holds them. keep: how many stay. run: the hash of what was asked for, in each; "" is any.
 
-    def __init__(self, folder: Path, keep: int, run: str = "") -> None:
-        self.folder, self.keep, self.run = Path(folder), keep, run
+    sound: raises ValueError for a document that no such run writes.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, run: str = "", sound: Callable[[dict[str, Any]], None] = lambda document: None
+    ) -> None:
+        self.folder, self.keep, self.run, self.sound = Path(folder), keep, run, sound
 
     def newest(self) -> Path | None:
         """The newest state, or None. It is as its save left it, or was damaged since: `load` tells."""
@@ -59,18 +67,18 @@ class States:
             return None
 
     def load(
-        self, announce: Callable[[str], None], mend: bool = True
+        self, announce: Callable[[str], None], mend: bool = True, expected: Expected | None = None
     ) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
         """(its folder, tensors, document) of the newest state that is not damaged; None when none was ever saved.
 
-        mend: rename damaged ones, each with a sentence; otherwise a damaged one is an error. CheckpointError when all
-        are damaged: then they stay as they are.
+        mend: rename damaged ones, each with a sentence; otherwise a damaged one is an error. expected: what the tensors
+        must be; others are damaged too. CheckpointError when all are damaged: then they stay as they are.
         """
         damaged: list[tuple[Path, CheckpointError]] = []
         for path in reversed(self._found()):
             try:
-                tensors, document = load_state(path)
-                self._check(path, document)
+                document, digest = read_document(path)
+                tensors = load_tensors(path, self._check(path, document), digest, expected)
             except CheckpointError as error:
                 if not mend:
                     raise
@@ -108,10 +116,14 @@ class States:
         return aside
 
     def _check(self, path: Path, document: dict[str, Any]) -> dict[str, Any]:
-        """The document of a state, which says its folder's step, and this run. CheckpointError."""
+        """The document of a state, which says its folder's step, and what this run would say. CheckpointError."""
         step = document.get("step")
         if type(step) is not int or path.name != f"step-{step:08d}":
             raise CheckpointError(f"{path / DOCUMENT} says that it is of step {step!r}: use another state")
         if self.run and document.get("run", self.run) != self.run:  # states of older versions do not say it
             raise CheckpointError(f"{path} is of another run, with other settings or data: use another state")
+        try:
+            self.sound(document)
+        except ValueError as error:
+            raise CheckpointError(f"{path / DOCUMENT} makes no sense ({error}): use another state") from None
         return document

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows, enumerate_windows
-from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError
+from ahriuwu_cli.errors import DataError, Interrupted, TrainingError
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, draw_patch_mask
 from ahriuwu_cli.training.checkpoint import is_sound_tokenizer
 from ahriuwu_cli.training.finite import not_finite
@@ -28,6 +28,7 @@ from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_ra
 from ahriuwu_cli.training.run_folder import Asked, RunFolder, goes_on
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
+from ahriuwu_cli.training.state_check import Expected, held, not_negative
 from ahriuwu_cli.training.states import SAVE_SECONDS
 from ahriuwu_cli.training.tokenizer_config import TokenizerTrainConfig
 
@@ -105,6 +106,8 @@ def _train(trainer: _Trainer, stop: StopRequest, progress: Progress | None) -> N
 class _TokenizerRun(RunFolder):
     """What comes of it lies in tokenizer/."""
 
+    needed = ("total", "optimizers")
+
     def lost(self, document: dict[str, Any]) -> list[str]:
         there = document["step"] != document.get("total") or is_sound_tokenizer(self.folder / "tokenizer")
         return [] if there else ["tokenizer"]
@@ -140,9 +143,9 @@ class _Trainer:
         """Open the run folder: a new one, or the same run at its newest state, exactly."""
         if not goes_on(self.run.folder, self.run.asked, FREE, resume, overwrite):
             return self.run.begin(overwrite, announce)
-        found = self.run.go_on(announce)
+        found = self.run.go_on(announce, self.expected())
         if found is not None:
-            self.restore(*found)
+            self.restore(*found[1:])
         announce(self.run.found)
 
     def update(self) -> dict:
@@ -191,16 +194,18 @@ class _Trainer:
             document["optimizers"].append(description)
         self.run.save_state(self.step, tensors, document)
 
-    def restore(self, path: Path, tensors: dict[str, Tensor], document: dict) -> None:
-        """Bring this fresh trainer to a saved state, exactly."""
-        try:
-            self.model.load_state_dict(under_prefix("model", tensors), strict=True)
-            self.rms.load_state_dict(under_prefix("rms", tensors), strict=True)
-            for i, optimizer in enumerate(self.optimizers):
-                load_optimizer_tensors(optimizer, under_prefix(f"optimizer{i}", tensors), document["optimizers"][i])
-            self.step = int(document["step"])
-        except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} does not fit this run: {error}") from None
+    def expected(self) -> Expected:
+        """What `save` would write, but for its numbers."""
+        tensors = held("model", self.model.state_dict()) | held("rms", self.rms.state_dict(), not_negative)
+        return Expected(tensors, self.optimizers)
+
+    def restore(self, tensors: dict[str, Tensor], document: dict) -> None:
+        """Bring this fresh trainer exactly to a saved state, which was held to what is expected of it."""
+        self.model.load_state_dict(under_prefix("model", tensors), strict=True)
+        self.rms.load_state_dict(under_prefix("rms", tensors), strict=True)
+        for i, optimizer in enumerate(self.optimizers):
+            load_optimizer_tensors(optimizer, under_prefix(f"optimizer{i}", tensors), document["optimizers"][i])
+        self.step = document["step"]
 
     def scale_latents(self) -> None:
         """Measure the latents of training windows and scale them to zero mean and unit spread over all channels."""

@@ -11,14 +11,22 @@ from ahriuwu_cli.evaluation.metrics import psnr_per_frame
 from ahriuwu_cli.models.tokenizer import Tokenizer
 
 
+def check_split(store: EpisodeStore, split: str) -> None:
+    """DataError where a tokenizer could not be judged on a split, for who is about to make one."""
+    if not store.episodes(split):
+        raise DataError(f"{store.path} has no {split} episodes to judge a tokenizer by: record more episodes")
+
+
 @torch.no_grad()
 def reconstruction(tokenizer: Tokenizer, store: EpisodeStore, split: str, most: int = 16) -> dict:
-    """{"psnr_db": mean PSNR per frame, "frames": count} of decode(encode(frames)) on up to `most` episodes."""
+    """{"psnr_db": mean PSNR per frame, "frames": count} of decode(encode(frames)) on up to `most` episodes.
+
+    DataError where the split has none.
+    """
+    check_split(store, split)
     values = []
     for episode in store.episodes(split)[:most]:
         frames = torch.from_numpy(store.frames(episode.id, 0, min(episode.frames, 256)))[None]
         again = tokenizer.decode(tokenizer.encode(frames)).cpu()
         values.append(np.asarray(psnr_per_frame(again, frames)).ravel())
-    if not values:
-        raise DataError(f"{store.path} has no {split} episodes to judge a tokenizer by: record more episodes")
     return {"psnr_db": float(np.concatenate(values).mean()), "frames": int(sum(len(v) for v in values))}
