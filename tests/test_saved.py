@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 from worlds import NO_ACTIONS, breaks_at, moving_pictures, puppet_world, tiny_world
 
 from ahriuwu_cli.cli import main
+from ahriuwu_cli.data.documents import document_hash
 from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, ready
 from ahriuwu_cli.evaluation.saved import save_rollouts, score_rollouts
 from ahriuwu_cli.training.checkpoint import save_world
@@ -72,6 +73,18 @@ def test_scoring_needs_no_world_and_can_ask_for_another_delta(place, run, tmp_pa
         (place / "gone").rename(place / "world")
     assert code == 0, err
     assert set(json.loads(out)["action_delta_db"]["shuffled"]) == {"2", "5"}
+
+
+def test_rollouts_saved_before_there_was_a_choice_of_precision_are_of_float32(place, run, tmp_path):
+    run("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK)
+    index = json.loads((tmp_path / "r" / "saved.json").read_text())
+    for entry in ("world", "identity"):
+        assert index[entry].pop("precision") == "float32"
+    index.pop("checksum")
+    (tmp_path / "r" / "saved.json").write_text(json.dumps(index | {"checksum": document_hash(index)}))
+    code, out, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s", "--json")
+    assert code == 0, err
+    assert json.loads(out)["settings"]["precision"] == "float32"
 
 
 def test_a_world_without_actions_is_saved_and_scored_too(tmp_path):

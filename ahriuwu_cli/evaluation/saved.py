@@ -41,7 +41,7 @@ _NEEDED = {"format", "identity", "generation", "evaluation", "manifest", "world"
 _LIMITS = {"windows": 10**7, "context": 10_000, "horizon": 10**6, "seed": 2**64, "batch": 10**6, "delta_at": 10**6,
            "noise_seeds": 1024}  # fmt: skip
 _WORLD = {"path": (str, NoneType), "git": (str, NoneType), "tokenizer": str, "k_max": int, "fps": (int, float),
-          "frame_skip": int, "device": str}  # fmt: skip
+          "frame_skip": int, "device": str, "precision": str}  # fmt: skip
 
 
 def save_rollouts(
@@ -131,6 +131,7 @@ def _index(world, store, config, generation, manifest) -> dict[str, Any]:
             "fps": world.fps,
             "frame_skip": world.frame_skip,
             "device": str(world.device),
+            "precision": world.precision,
         },
     }
     return json.loads(json.dumps(index | {"checksum": document_hash(index)}))
@@ -140,8 +141,8 @@ def _stand_in(about: dict[str, Any], store: EpisodeStore) -> Any:
     """What `summarise` asks of a world: facts alone. The actions are the dataset's, or it would have been refused."""
     return SimpleNamespace(
         path=about["path"], facts={"git": about["git"]}, k_max=about["k_max"], fps=about["fps"],
-        frame_skip=about["frame_skip"], device=about["device"], action_space=store.action_space,
-        tokenizer=SimpleNamespace(fingerprint=lambda: about["tokenizer"]),
+        frame_skip=about["frame_skip"], device=about["device"], precision=about["precision"],
+        action_space=store.action_space, tokenizer=SimpleNamespace(fingerprint=lambda: about["tokenizer"]),
     )  # fmt: skip
 
 
@@ -154,6 +155,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         if document_hash({k: v for k, v in document.items() if k != "checksum"}) != document["checksum"]:
             raise ValueError("its checksum does not fit its content")
         _check_settings(document["evaluation"], document["generation"])
+        document["world"] = {"precision": "float32"} | document["world"]  # saved when there was no other
         if not all(isinstance(document["world"][name], kind) for name, kind in _WORLD.items()):
             raise ValueError("its entry `world` has other types")
         document["identity"]["dataset_fingerprint"], document["identity"]["checkpoint_hash"]
