@@ -1,7 +1,7 @@
 """Folders that results go to: refused early when they cannot take them, and never half one thing, half another.
 
 `check_folder` refuses before the work. `replacing` fills a sibling and puts it in place by renaming, and `whole` reads
-one that may be replaced meanwhile. `claimed` keeps a second process out of a folder that is written file by file.
+one that may be replaced meanwhile. `claimed` keeps a second process out of a folder that one works for.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ T = TypeVar("T")
 def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
     """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite.
 
-    holds: "results" of looking at a world, or a "rollout", never take the place of a dataset, a checkpoint or a run, or
-    lie among its files; anything else that is written may replace its own kind. What is put in place as one folder
-    (all but "results" and a "run") cannot be the current one, which would be gone under the user's feet.
+    holds: "results" of looking at a world, a "rollout", and "pieces" of results that are written one by one, never take
+    the place of a dataset, a checkpoint or a run, take one away, or lie among its files; anything else that is written
+    may replace its own kind. What is put in place as one folder (all but "pieces" and a "run") cannot be the current
+    one, which would be gone under the user's feet, nor one that cannot lose its name.
     """
     try:
         near = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
@@ -51,24 +52,48 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
         raise UserError(f"{near} is a file: choose a folder for --out")
     if not os.access(near, os.W_OK | os.X_OK):
         raise UserError(f"{near} cannot be written to: choose another --out")
-    if holds in ("results", "rollout"):
+    if holds in ("results", "rollout", "pieces"):
         refuse_among_others(out)
-    if holds not in ("results", "run") and out.resolve() == Path.cwd():
-        raise UserError(f"{out} is the current folder, which a {holds} would replace: choose another --out")
+    if holds not in ("pieces", "run"):
+        _refuse_irreplaceable(out, "results" if holds == "results" else f"a {holds}", exists=near == out)
     if near == out and not overwrite and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
+    if near == out and holds in ("results", "rollout"):
+        _refuse_to_take_away(out)
 
 
 def refuse_among_others(out: Path) -> None:
     """UserError when the folder `out` is a dataset, a checkpoint or a run, or lies in a part of one."""
     target = _real(out)
     for folder in (target, *target.parents):
-        lie = (kind for kind, names in KINDS.items() if all(os.path.lexists(folder / name) for name in names))
-        kind = next(lie, None)
+        kind = _kind(folder)
         if kind and folder == target:
             raise UserError(f"{out} holds a {kind}: choose another --out")
         if kind and target.relative_to(folder).parts[0] in PARTS[kind]:
             raise UserError(f"{out} lies among the files of the {kind} {folder}: choose another --out")
+
+
+def _refuse_to_take_away(out: Path) -> None:
+    """UserError when a dataset, a checkpoint or a run lies anywhere in the folder `out`, which is to be replaced."""
+    for place, _, _ in os.walk(out):
+        if kind := _kind(Path(place)):
+            raise UserError(f"--overwrite would take away the {kind} {place}: choose another --out than {out}")
+
+
+def _refuse_irreplaceable(out: Path, by: str, exists: bool) -> None:
+    """UserError when another folder cannot take the name of `out`: the current folder, or one whose parent holds it."""
+    if out.resolve() == Path.cwd():
+        raise UserError(f"{out} is the current folder, which {by} would replace: choose another --out")
+    if exists and os.path.ismount(_real(out)):
+        raise UserError(f"{out} is a disk of its own, which {by} cannot replace: choose a folder on it for --out")
+    if exists and not os.access(parent := _real(out).parent, os.W_OK | os.X_OK):
+        raise UserError(f"{parent} cannot be written to, so nothing takes the place of {out}: choose another --out")
+
+
+def _kind(folder: Path) -> str | None:
+    """Which of KINDS a folder is."""
+    lie = (kind for kind, names in KINDS.items() if all(os.path.lexists(folder / name) for name in names))
+    return next(lie, None)
 
 
 def keep_apart(out: Path, inputs: Iterable[Path]) -> None:
@@ -103,12 +128,13 @@ class replacing:
     nearest folder that exists; other parents are made at the end. Whatever stops the writing, `folder` stays as it was.
     A signal that ends the program removes the hidden folder; what a killed process left is removed by the next that
     writes the same folder: the writer holds a lock on it (`flock`) as long as it lives. overwrite False: what another
-    process put there meanwhile is kept, with a UserError. An OSError names `folder`, not what is hidden.
+    process put there meanwhile is kept, with a UserError. An OSError names `folder`, not what is hidden. then: called
+    once the folder has its name, before a signal can end the program again.
     """
 
-    def __init__(self, folder: Path, overwrite: bool = True) -> None:
+    def __init__(self, folder: Path, overwrite: bool = True, then: Callable[[], None] = lambda: None) -> None:
         folder = Path(folder)
-        self.folder, self.overwrite = folder.resolve() if folder.is_symlink() else folder, overwrite
+        self.folder, self.overwrite, self._then = folder.resolve() if folder.is_symlink() else folder, overwrite, then
         self.temporary: Path | None = None
 
     def __enter__(self) -> Path:
@@ -150,6 +176,7 @@ class replacing:
         refuse_alive(self.folder)
         with unbroken():
             put_in_place(self.temporary, self.folder, self.overwrite)
+            self._then()
         sync(self.folder.parent)
 
 
@@ -276,9 +303,11 @@ def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iter
         try:
             if not lock(held, absent=NO_FOLDER_LOCKS):
                 announce(f"{out} has no file locks: see to it that no other process writes there")
+            if not _leads_to(out, held):  # another process put its own in place just now
+                raise BlockingIOError
         except BlockingIOError:
             raise UserError(f"another process is writing to {out}: choose another --out, or wait for it") from None
-        check_folder(out, overwrite)
+        check_folder(out, overwrite, holds="pieces")
         yield
 
 

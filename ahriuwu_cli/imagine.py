@@ -57,16 +57,17 @@ def imagine(
     scale: int | None,
     progress: Progress,
     overwrite: bool = True,
+    then: Callable[[], None] = lambda: None,
 ) -> dict:
     """Generate and write everything into `out`; returns what `rollout.json` holds. given: overrides, None is unset.
 
-    overwrite False: UserError when another process filled `out` meanwhile. TrainingError names the frame from which on
-    a rollout is not finite.
+    overwrite False: UserError when another process filled `out` meanwhile. then: as of `replacing`. TrainingError names
+    the frame from which on a rollout is not finite.
     """
     config = world.generation_with(given)
     world.check_generation(config)
     prompts = read_prompts(world, request)
-    with replacing(out, overwrite) as folder:
+    with replacing(out, overwrite, then) as folder:
         with Film(world, request, prompts, folder, scale) as film:
             for first, frames in _generate(world, request, prompts, config, progress):
                 film.add(first, frames)

@@ -30,3 +30,9 @@ def begin() -> None:
         said = f"nothing half done is left, start again with: {again}"
         _stop = StopRequest(at_once=said, speaks=speaks(), heeds_ignored=False)
         _stop.__enter__()  # until the process ends
+
+
+def complete(what: object) -> None:
+    """From here on a signal says that `what` is complete, not that the same command is to be started again."""
+    if _stop is not None:
+        _stop.end_at_once(f"{what} is complete")

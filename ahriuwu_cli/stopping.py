@@ -50,7 +50,7 @@ def end(number: int, sentence: str | None) -> None:
     """End the program for a signal, saying the sentence where there is one. Returns only within `unbroken`."""
     global _asked
     if _unbroken:
-        _asked = _asked or (number, sentence)
+        _asked = (number, sentence)  # what is true at the end
         return
     for each in HANDLED:
         signal.signal(each, signal.SIG_IGN)

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutations import mutate, sealed
+from mutations import mutate, sealed, sealed_tensors
 
 SPECIAL = ("missing", "a folder", "a pipe", "a device", "a link to nothing", "a link to itself")
 ENDLESS = ("a pipe", "a device")
@@ -60,18 +60,23 @@ TRAIN_TOKENIZER = ["--kind", "transformer", "--patch", "8", "--tokens", "2", "--
 ROLLOUT = ["rollout", "world", "data", "--out", "out", "--device", "cpu", *SMALL]
 EVAL = ["eval", "world", "data", "--out", "out", "--manifest", "windows.json", *SCORED]
 RESUME = ["train", "dynamics", "data", "--out", "run", "--resume", *TRAIN]
+PLAN = ["eval", "plan", "plan.toml", "--device", "cpu", "--out"]
 SWEEP = ["sweep-tau", "world", "data", "--taus", "0,.1", "--out", "sweep", "--no-video", "--no-test", "--device", "cpu",
          *WINDOWS]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Kind:
-    """files: globs of what is damaged. commands: what reads them. needs: what is copied. writes: what may change."""
+    """files: globs of what is damaged. commands: what reads them. needs: what is copied. writes: what may change.
+
+    rank: as which of two processes of torchrun.
+    """
 
     files: tuple[str, ...]
     commands: tuple[list[str], ...]
     needs: tuple[str, ...]
     writes: tuple[str, ...] = ("out",)
+    rank: int | None = None
 
 
 KINDS = {
@@ -123,8 +128,12 @@ KINDS = {
     "plan": Kind(("plan.*",), (["eval", "plan", "FILE", "--out", "out", "--device", "cpu"],),
                  ("plan.toml", "plan.jsonl", "world", "data", "windows.json")),
     "saved rollouts": Kind(("saved/*",), (["eval", "score", "saved", "data", "--out", "out"],), ("saved", "data")),
-    "cells": Kind(("planned/cells/*",), (["eval", "merge", "planned", "--out", "out.csv"],), ("planned",),
-                  ("out.csv", "out.txt", "out.md")),
+    "cells": Kind(("planned/cells/*",), (["eval", "merge", "planned", "--out", "out.csv"], [*PLAN, "planned"]),
+                  ("planned", "plan.toml", "world", "data"), ("out.csv", "out.txt", "out.md", "planned")),
+    "own part": Kind(("parted/cells/*",), ([*PLAN, "parted"],), ("parted", "plan.toml", "world", "data"), ("parted",),
+                     0),
+    "part of another": Kind(("parted/cells/*",), ([*PLAN, "parted"],), ("parted", "plan.toml", "world", "data"),
+                            ("parted",), 1),
     "sweep cells": Kind(("sweep/cells/*",), (SWEEP,), ("sweep", "world", "data"), ("sweep",)),
     "scores": Kind(("scores/eval.json",), (["export", "world", "--evidence", "scores", "--out", "out"],),
                    ("scores", "world")),
@@ -252,7 +261,7 @@ def one(
     name, damaged = str(file.relative_to(work)), file.read_bytes() if file.is_file() else None
     did = f"{name}: {how}{', hashes made to fit' if hashes_fit else ''}; ahriuwu {' '.join(command)}"
     seen = snapshot(work)
-    code, seconds, memory = in_a_child(lambda: run(work, command), work.parent / "said", SECONDS)
+    code, seconds, memory = in_a_child(lambda: run(work, command, spec.rank), work.parent / "said", SECONDS)
     said = (work.parent / "said.err").read_text(errors="replace")
     shown = (work.parent / "said").read_text(errors="replace")
     outside = touched(seen, snapshot(work), spec.writes) + strays(work.parent)
@@ -286,7 +295,9 @@ def damage(file: Path, data: bytes, rng: random.Random, special: str = "") -> tu
         changed += b"\x00"
         how += ", a zero added"
     fit = rng.random() < 0.5
-    if fit and file.name == "model.safetensors":
+    if fit and file.suffix == ".safetensors" and (again := sealed_tensors(changed)) != changed:
+        changed = again
+    elif fit and file.name == "model.safetensors":
         config = file.with_name("config.json")
         config.write_bytes(sealed(config.name, config.read_bytes(), changed))
     elif fit and file.name.startswith("state-"):
@@ -313,9 +324,11 @@ def _name_state(file: Path, changed: bytes) -> bool:
     return True
 
 
-def run(work: Path, command: list[str]) -> None:
+def run(work: Path, command: list[str], rank: int | None = None) -> None:
     from ahriuwu_cli.cli import main as ahriuwu
 
+    if rank is not None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.chdir(work)
     sys.argv = ["ahriuwu", *command]
     ahriuwu(command)
@@ -370,6 +383,8 @@ def judge(code: int, memory: int, said: str, outside: list[str], command: list[s
         return "it wrote control characters to the terminal"
     if outside:
         return f"it wrote outside its output: {', '.join(outside[:3])}"
+    if "Warning: " in said:
+        return "it printed a warning that is for programmers"
     if code == 1 and "--check" in command and not sentences:
         return ""  # the check's answer is no
     if code == 1 and fit and command[0] in ("train", "rollout", "eval") and len(sentences) < 2:
@@ -423,6 +438,15 @@ def explain(
         if "world data" in " ".join(command) or command[0] in ("info", "export"):
             return "not read by this command"
         return described(before, now) or "" if name.endswith("dataset.json") else "an episode that was not drawn"
+    if kind in ("cells", "own part", "sweep cells"):
+        if "set aside as" in shown:
+            return "set aside, with a sentence, and measured anew"
+        if now is None:
+            return "measured anew"
+    if kind == "part of another" and now is None:
+        return "not there: its process measures it"
+    if fit and kind in ("sweep cells", "own part", "part of another"):
+        return SOUND
     if fit and kind in ("checkpoint", "tokenizer", "saved rollouts", "cells", "windows", "tokenizer state", "state"):
         return SOUND
     if kind in ("state", "tokenizer state"):
@@ -465,9 +489,6 @@ def explain(
         return "a plan that is sound and says something else"
     if kind == "scores":
         return "scores that are sound and say something else"
-    if kind == "sweep cells":
-        aside = any(".damaged-" in p.name for p in (work / "sweep" / "cells").iterdir())
-        return "set aside, with a sentence, and measured anew" if aside else "measured anew" if now is None else ""
     return ""
 
 
@@ -494,8 +515,9 @@ def described(before: bytes, now: bytes | None) -> str:
     """A dataset.json that differs only in what describes the data."""
     try:
         old, new = json.loads(before), json.loads(now or b"")
-        other = {k for k in old | new if old.get(k) != new.get(k)} - {"episodes"}
-        for a, b in zip(old["episodes"], new["episodes"], strict=False):
+        other = {k for k in old | new if old.get(k) != new.get(k)} - {"episodes", "action_space"}
+        parts = zip(*(d["action_space"]["components"] for d in (old, new)), strict=True)
+        for a, b in [*zip(old["episodes"], new["episodes"], strict=False), *parts]:
             other |= {k for k in a | b if a.get(k) != b.get(k)}
         shorter = len(new["episodes"]) < len(old["episodes"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -585,6 +607,9 @@ def build(base: Path) -> None:
         '{"defaults": {"dataset": "data"}}\n{"checkpoint": "world", "manifest": "windows.json", "tau_ctx": 0.2}\n'
     )
     ahriuwu("eval", "plan", "plan.toml", "--out", "planned", "--device", "cpu")
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "2"}
+    ahriuwu(*PLAN, "parted")  # the part of the first of two processes
+    del os.environ["RANK"], os.environ["WORLD_SIZE"]
     ahriuwu(*SWEEP)
     Path("videos").mkdir()
     for name, clip in zip("ab", clips, strict=False):

@@ -41,7 +41,8 @@ def _fitting(name: str, data: bytes) -> list[Mutation]:
     if name.endswith((".json", ".jsonl", ".journal")):
         return [*blind, json_value, json_value, json_value, json_key, json_literal, json_repeat, encoding]
     if name.endswith((".safetensors", ".partial")):
-        return [*blind, header_length, header_entry, header_entry, header_entry, header_literal, not_finite]
+        headers = [header_length, header_entry, header_entry, header_entry, header_literal]
+        return [*blind, *headers, not_finite, tensor, tensor, metadata_value, metadata_value]
     if name.endswith((".csv", ".toml", ".md")):
         return [*blind, line_value, line_value, line_order, encoding]
     return [*blind, flip_head, flip_head, lying_number, lying_number]
@@ -130,7 +131,8 @@ def json_repeat(data: bytes, rng: random.Random) -> bytes:
 
 
 def header_length(data: bytes, rng: random.Random) -> bytes:
-    length = rng.choice((0, 1, len(data), len(data) - 8, len(data) - 7, 2**31, 2**63, 2**64 - 1, 99_999_999))
+    rest = max(0, len(data) - 8)
+    length = rng.choice((0, 1, len(data), rest, rest + 1, 2**31, 2**63, 2**64 - 1, 99_999_999))
     return length.to_bytes(8, "little") + data[8:]
 
 
@@ -186,6 +188,67 @@ def not_finite(data: bytes, rng: random.Random) -> bytes:
     at = 8 + int.from_bytes(data[:8], "little")
     at += 4 * rng.randrange(max(1, (len(data) - at) // 4))
     return data[:at] + rng.choice((b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\xff\xff")) + data[at + 4 :]
+
+
+def metadata_value(data: bytes, rng: random.Random) -> bytes:
+    """Another value in JSON that stands in a header's metadata."""
+
+    def change(header: dict) -> None:
+        told = header["__metadata__"]
+        key = rng.choice(sorted(told))
+        told[key] = rng.choice((json_value, json_value, json_key))(told[key].encode(), rng).decode()
+
+    return _in_header(data, change)
+
+
+def tensor(data: bytes, rng: random.Random) -> bytes:
+    """A sound file in which one array is gone, renamed, doubled, shorter, flat, of another type or beyond measure."""
+    import numpy as np
+    from safetensors.numpy import load, save
+
+    length = int.from_bytes(data[:8], "little")
+    try:
+        arrays, told = load(data), json.loads(data[8 : 8 + length]).get("__metadata__")
+        name = rng.choice(sorted(arrays))
+        values, which = arrays.pop(name), rng.randrange(9)
+        if which == 1:
+            arrays[f"{name}x"] = values
+        elif which == 2:
+            arrays |= {name: values, rng.choice(("x", "x/y", "model/x", "a/b/c")): values}
+        elif which == 3:
+            arrays[name] = values[:-1]
+        elif which == 4:
+            arrays[name] = values[..., :1]
+        elif which == 5:
+            arrays[name] = values.reshape(rng.choice((-1, (1, *values.shape), values.shape[::-1])))
+        elif which == 6:
+            arrays[name] = values.astype(rng.choice((np.float64, np.float32, np.float16, np.int64, np.uint8, np.int8)))
+        elif which == 7 and values.dtype.kind == "f":
+            arrays[name] = np.full_like(values, rng.choice((np.inf, -np.inf, np.nan, 1e308, -1e308, 1e30, -1, 0)))
+        elif which == 8:
+            arrays[name] = np.repeat(values, 3, -1)
+        return save({n: np.ascontiguousarray(v) for n, v in arrays.items()}, told)
+    except Exception:  # damaged before
+        return data
+
+
+def sealed_tensors(data: bytes) -> bytes:
+    """A safetensors file whose metadata have a checksum, with one that fits its content; otherwise as it is."""
+    from safetensors.numpy import load, save
+
+    length = int.from_bytes(data[:8], "little")
+    try:
+        arrays, told = load(data), json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except Exception:  # damaged
+        return data
+    if "checksum" not in told:
+        return data
+    texts = [told[name] for name in ("identity", "facts", "seconds") if name in told]
+    found = hashlib.sha256(json.dumps(texts).encode())
+    for name, values in sorted(arrays.items()):
+        found.update(f"{name} {values.dtype} {values.shape}".encode())
+        found.update(values.tobytes())
+    return save(arrays, told | {"checksum": found.hexdigest()})
 
 
 def line_value(data: bytes, rng: random.Random) -> bytes:

@@ -236,6 +236,21 @@ def test_of_two_rollouts_into_one_new_folder_one_is_refused_and_the_other_is_who
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_claim_on_a_folder_that_another_process_puts_its_own_in_place_of_is_refused(tmp_path, monkeypatch):
+    locked = folders.lock
+
+    def late(held, **options):
+        monkeypatch.setattr(folders, "lock", locked)
+        with replacing(tmp_path / "out") as folder:
+            (folder / "theirs").touch()
+        return locked(held, **options)
+
+    monkeypatch.setattr(folders, "lock", late)
+    with pytest.raises(UserError, match="another process is writing to"), claimed(tmp_path / "out", True, print):
+        pass
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["theirs"]
+
+
 def test_a_claim_that_comes_to_nothing_leaves_no_folder(tmp_path):
     with pytest.raises(RuntimeError), claimed(tmp_path / "a" / "b", False, print):
         raise RuntimeError

@@ -106,7 +106,8 @@ def test_results_are_replaced_only_when_asked(places, run, tmp_path):
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
     code, _, _ = run("eval", places / "world", places / "data", "--out", out, *QUICK, "--overwrite")
     assert code == 0
-    assert (out / "mine.txt").read_text() == "keep me"
+    assert not (out / "mine.txt").exists()
+    assert (out / "eval.json").exists()
 
 
 def test_options_change_the_generation(places, run, tmp_path):

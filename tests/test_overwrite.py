@@ -150,6 +150,9 @@ def test_a_link_to_itself_is_refused_in_a_sentence(place, words, code, capsys):
         "train tokenizer {0}/data --out .",
         "record doom:basic --out .",
         "import {0}/videos --out ../empty",
+        "eval {0}/world {0}/data --out .",
+        "eval score {0}/world {0}/data --out .",
+        "sweep-tau {0}/world {0}/data --out . --taus 0,.1 --split train --windows 2 --context 3 --horizon 4 --no-test",
     ],
 )
 def test_what_is_put_in_place_as_a_whole_is_never_the_current_folder(place, words, capsys, monkeypatch):
@@ -187,6 +190,72 @@ def test_what_came_to_out_while_a_command_worked_stays_where_nothing_else_was_as
         cli.main([*words.split(), *(["--overwrite"] if overwrite else [])])
     assert (stop.value.code, (place / "x" / "mine").exists()) == ((0, False) if overwrite else (2, True))
     assert ("was filled by another process meanwhile" in capsys.readouterr().err) != overwrite
+
+
+WINDOWS = "--split train --windows 2 --context 3 --horizon 4"
+REPLACED = {
+    f"eval world data --out x --looks none {WINDOWS}": {
+        "curve.png", "eval.csv", "eval.json", "windows.csv", "windows.json",
+    },
+    "eval score saved data --out x": {"curve.png", "eval.csv", "eval.json", "windows.csv"},
+    f"sweep-tau world data --out x --taus 0,.1 --no-video --no-test --no-delta {WINDOWS}": {
+        "cells", "curves.png", "gain.png", "map.png", "sweep-windows.csv", "sweep.csv", "sweep.json", "sweep.md",
+        "windows.json",
+    },
+    "rollout world data --out x --split train --length 2 --context 2 --scale 1": {
+        "arrays.safetensors", "rollout.gif", "rollout.json", "rollout.mp4", "strip.png",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REPLACED)
+def test_overwrite_leaves_nothing_of_what_was_there(place, words, capsys):
+    if "saved" in words:
+        with pytest.raises(SystemExit):
+            cli.main(f"eval generate world data --out saved {WINDOWS}".split())
+    (place / "x" / "cells").mkdir(parents=True)
+    for name in ("report.html", "sweep.mp4", "eval.json", "cells/asked.json", "cells/0123456789abcdef.safetensors"):
+        (place / "x" / name).write_text("old")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), "--overwrite"])
+    assert stop.value.code == 0, capsys.readouterr().err
+    assert {p.name for p in (place / "x").iterdir()} == REPLACED[words]
+    assert len(list((place / "x").glob("cells/*"))) in (0, 3)
+    assert "old" not in {p.read_text() for p in (place / "x").rglob("*.json")}
+    assert not [p for p in place.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("words", REPLACED)
+@pytest.mark.parametrize("kind", ["dataset", "checkpoint", "run"])
+def test_a_folder_with_a_dataset_a_checkpoint_or_a_run_in_it_is_never_replaced_by_results(place, words, kind, capsys):
+    inside = place / "x" / "mine" / "it"
+    if kind == "run":
+        inside.mkdir(parents=True)
+        (inside / "run.json").write_text("{}")
+    else:
+        shutil.copytree("data" if kind == "dataset" else "world", inside)
+    before = contents(place)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), "--overwrite"])
+    assert stop.value.code == 2
+    assert f"--overwrite would take away the {kind} x/mine/it: choose another --out than x" in capsys.readouterr().err
+    assert contents(place) == before
+
+
+def test_a_folder_that_cannot_lose_its_name_is_refused_before_the_work(tmp_path, monkeypatch):
+    (out := tmp_path / "out").mkdir()
+    for holds in ("results", "rollout", "world"):
+        check_folder(out, overwrite=False, holds=holds)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    for holds in ("results", "rollout", "world"):
+        with pytest.raises(UserError, match=r"is a disk of its own, which .* cannot replace: choose a folder on it"):
+            check_folder(out, overwrite=False, holds=holds)
+    monkeypatch.setattr(os.path, "ismount", lambda path: False)
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path) != tmp_path)
+    with pytest.raises(UserError, match="cannot be written to, so nothing takes the place of"):
+        check_folder(out, overwrite=True)
+    for holds in ("pieces", "run"):  # written into it, file by file
+        check_folder(out, overwrite=True, holds=holds)
 
 
 def test_a_config_json_alone_makes_no_checkpoint(tmp_path):

@@ -9,20 +9,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
-from worlds import moving_pictures, tiny_world
+from worlds import NO_ACTIONS, SPACE, moving_pictures, tiny_world
 
 from ahriuwu_cli import cli
 from ahriuwu_cli.commands import eval as eval_command
 from ahriuwu_cli.commands import eval_plan
+from ahriuwu_cli.data.documents import document_hash
 from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.tensors import read_arrays
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation import cells as cells_module
+from ahriuwu_cli.evaluation import score_files
 from ahriuwu_cli.evaluation.cells import FOLDER, read_cell, run_plan, weights_hash
-from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate
+from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, measure_share, ready
+from ahriuwu_cli.evaluation.merge import read_cells
 from ahriuwu_cli.evaluation.plan import read_plan
 from ahriuwu_cli.evaluation.protocol import make_manifest
-from ahriuwu_cli.evaluation.shards import Shards, choose_device, find_shards, shard_windows
+from ahriuwu_cli.evaluation.score_files import flat, write_scores
+from ahriuwu_cli.evaluation.shards import Shards, choose_device, find_shards, read_part, shard_windows
 from ahriuwu_cli.training.checkpoint import load_world, save_world
 
 DEFAULTS = '[defaults]\ndataset = "data"\nwindows = 5\ncontext = 3\nhorizon = 4\n'
@@ -274,6 +279,63 @@ def test_a_damaged_part_of_another_process_is_never_joined_and_its_owner_redoes_
     assert run_plan(cells[:1], tmp_path, first, device="cpu")[0]["state"] == "done"
 
 
+def _drop(arrays, facts):
+    arrays.pop("model/psnr")
+
+
+def _cut(arrays, facts):
+    arrays["model/psnr"] = arrays["model/psnr"][:, :1]
+
+
+def _fact(**other):
+    return lambda arrays, facts: facts.update(other)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_drop, _cut, _fact(not_finite=[1]), _fact(not_finite={"model": "x"}), _fact(frames="x"), _fact(seconds=-1.0)],
+)
+def test_a_part_whose_hash_fits_but_not_its_content_is_damaged_as_well(plan, tmp_path, spoil):
+    cells, said = read_plan(plan(ONE)), []
+    first, second = (Shards(windows=(rank, 2)) for rank in (0, 1))
+    run_plan(cells, tmp_path, first, device="cpu")
+    (part,) = (tmp_path / FOLDER).iterdir()
+    arrays, metadata = read_arrays(part)
+    facts = json.loads(metadata["facts"])
+    spoil(arrays, facts)
+    write_scores(part, metadata["format"], arrays, json.loads(metadata["identity"]), facts)
+    with pytest.raises(DataError, match=r"part-1-of-2.safetensors is damaged .*: run the plan again"):
+        run_plan(cells, tmp_path, second, device="cpu")
+    assert run_plan(cells, tmp_path, first, device="cpu", say=said.append)[0]["state"] == "done"
+    assert f"set aside as {part.name}.damaged-1, and measured again" in said[0]
+
+
+def test_a_part_that_another_process_joins_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
+    (tmp_path / "part").touch()
+
+    def joined(path, *rest):
+        path.unlink()
+        raise DataError("gone")
+
+    monkeypatch.setattr(score_files, "read_scores", joined)
+    with pytest.raises(FileNotFoundError):
+        read_part(tmp_path / "part", {}, {})
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("space", [SPACE, NO_ACTIONS])
+def test_parts_are_held_to_the_tables_that_are_really_measured(tmp_path, seeds, space):
+    store = moving_pictures(tmp_path / "data", episodes=6, space=space)
+    world = tiny_world(store)
+    config, manifest = ready(
+        world, store, EvaluationConfig(windows=3, context=2, horizon=5, noise_seeds=seeds), world.generation
+    )
+    measured = flat(measure_share(world, store, config, world.generation, manifest).tables)
+    expected = cells_module._shapes((world, store, config, world.generation, manifest), 3)
+    assert {name: values.shape for name, values in measured.items()} == expected
+    assert {values.dtype.name for values in measured.values()} == {"float64"}
+
+
 def test_a_write_that_fails_leaves_what_was_there_and_no_temporary_file(tmp_path, monkeypatch):
     path = tmp_path / "cell.json"
     write_whole(path, b"old")
@@ -338,6 +400,52 @@ def test_a_damaged_cell_is_named_set_aside_and_done_again(plan, tmp_path, damage
     assert "set aside" in said[0]
     assert without_times(path) == good
     assert path.with_name(path.name + ".damaged-1").read_text() == bad
+
+
+def _without(*names):
+    def spoil(document):
+        for name in names[:-1]:
+            document = document[name]
+        del document[names[-1]]
+
+    return spoil
+
+
+SEALED = {  # somebody made the checksum fit: what was done to the document, and whether it is set aside or refused
+    "no result": (_without("result"), True),
+    "no status": (_without("result", "status"), True),
+    "no windows": (_without("result", "windows"), True),
+    "a list": (lambda d: d.update(result=[1]), True),
+    "another status": (lambda d: d["result"].update(status={"a": 1}), True),
+    "a huge number": (lambda d: d["result"]["windows"][0].update(psnr_4=1e308), True),
+    "no names": (_without("names"), True),
+    "no identity": (_without("identity"), False),
+    "identity is a list": (lambda d: d.update(identity=[1]), False),
+    "identity is null": (lambda d: d.update(identity=None), False),
+    "identity lacks something": (_without("identity", "generation"), False),
+}
+
+
+@pytest.mark.parametrize("what", SEALED)
+def test_a_cell_whose_hash_fits_but_not_its_content_is_set_aside_or_refused(plan, tmp_path, what):
+    (spoil, aside), cells, said = SEALED[what], read_plan(plan(ONE)), []
+    run_plan(cells, tmp_path, Shards(), device="cpu")
+    (path,) = (tmp_path / FOLDER).iterdir()
+    good, document = without_times(path), json.loads(path.read_text())
+    spoil(document)
+    document.pop("checksum")
+    path.write_text(json.dumps(document | {"checksum": document_hash(document)}))
+    with pytest.raises(DataError, match=r"is no cell of this version|than its name says"):
+        read_cells(tmp_path)
+    if not aside:
+        with pytest.raises(DataError, match=r"was measured with other settings than cell 1 .* differs\): move it away"):
+            run_plan(cells, tmp_path, Shards(), device="cpu")
+        return
+    assert run_plan(cells, tmp_path, Shards(), device="cpu", say=said.append)[0]["state"] == "done"
+    assert f"{path} is no cell of this version (" in said[0]
+    assert f"set aside as {path.name}.damaged-1, and done again" in said[0]
+    assert without_times(path) == good
+    assert [cell.name for cell in read_cells(tmp_path)[0]] == [path.stem]
 
 
 def test_a_cell_whose_stored_settings_differ_is_refused_before_anything_is_done(plan, tmp_path):

@@ -24,6 +24,10 @@ def place(tmp_path_factory) -> Path:
     """Worlds, data and videos."""
     folder = small_place(tmp_path_factory.mktemp("refusals"), {"a.mp4": 9})
     (folder / "plan.jsonl").write_text(json.dumps({"checkpoint": "world", "dataset": "data", **WINDOWS}))
+    for words in ("plan {0}/plan.jsonl --out {0}/planned", "generate {0}/world {0}/data --out {0}/saved " + FEW):
+        with pytest.raises(SystemExit) as done:
+            cli.main(["eval", *words.format(folder).split(), "--device", "cpu"])
+        assert not done.value.code
     return folder
 
 
@@ -42,7 +46,9 @@ FULL = {  # largest file in bytes, the command, the place that is named, what ma
         27000, "export {0}/world --out made --prompts {0}/data --split train --clips 1 --frames 40", "made", [],
     ),
     "tokenizer": (2000, "train tokenizer {0}/data --out made --patch 8 --latent-dim 6", "made", []),
-    "eval": (2000, "eval {0}/world {0}/data --out made --looks none " + FEW, "made/*.png", None),
+    "eval": (2000, "eval {0}/world {0}/data --out made --looks none " + FEW, "made", []),
+    "eval score": (2000, "eval score {0}/saved {0}/data --out made", "made", []),
+    "eval merge": (100, "eval merge {0}/planned --out made.csv", "made.csv", []),
     "eval generate": (
         9000, "eval generate {0}/world {0}/data --out made " + FEW, "made/part-000000-000004.safetensors",
         ["saved.json", "windows.json"],
@@ -50,12 +56,17 @@ FULL = {  # largest file in bytes, the command, the place that is named, what ma
     "sweep-tau": (
         2000, "sweep-tau {0}/world {0}/data --out made --taus 0,.1 --no-test " + FEW, "made/cells/*.safetensors", None,
     ),
+    "sweep-tau, its beginning": (
+        100, "sweep-tau {0}/world {0}/data --out made --taus 0,.1 --no-test " + FEW, "made", [],
+    ),
     "eval plan": (2000, "eval plan {0}/plan.jsonl --out made", "made/cells/*.json", None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", FULL)
-def test_a_full_disk_is_one_sentence_that_names_what_was_asked_for(start, place, tmp_path, what):
+def test_a_full_disk_is_one_sentence_that_names_what_was_asked_for_and_the_command_works_when_there_is_room(
+    start, place, tmp_path, what
+):
     largest, words, named, left = FULL[what]
     life = start(words.format(place), tmp_path, largest_file=largest)
     assert life.ends() == 1, life.said()
@@ -67,6 +78,8 @@ def test_a_full_disk_is_one_sentence_that_names_what_was_asked_for(start, place,
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
     if left is not None:
         assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == sorted([*left, "exit.txt", "output.txt"])
+    life = start(words.format(place), tmp_path)
+    assert life.ends() == 0, life.said()
 
 
 def test_an_error_names_what_people_call_a_file_and_not_a_hidden_name(tmp_path):

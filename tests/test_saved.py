@@ -9,6 +9,8 @@ from safetensors.numpy import load_file, save_file
 from worlds import NO_ACTIONS, breaks_at, moving_pictures, puppet_world, tiny_world
 
 from ahriuwu_cli.cli import main
+from ahriuwu_cli.data.documents import document_hash
+from ahriuwu_cli.data.tensors import checksum, read_arrays
 from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, ready
 from ahriuwu_cli.evaluation.saved import save_rollouts, score_rollouts
 from ahriuwu_cli.training.checkpoint import save_world
@@ -74,6 +76,18 @@ def test_scoring_needs_no_world_and_can_ask_for_another_delta(place, run, tmp_pa
     assert set(json.loads(out)["action_delta_db"]["shuffled"]) == {"2", "5"}
 
 
+def test_rollouts_saved_before_there_was_a_choice_of_precision_are_of_float32(place, run, tmp_path):
+    run("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK)
+    index = json.loads((tmp_path / "r" / "saved.json").read_text())
+    for entry in ("world", "identity"):
+        assert index[entry].pop("precision") == "float32"
+    index.pop("checksum")
+    (tmp_path / "r" / "saved.json").write_text(json.dumps(index | {"checksum": document_hash(index)}))
+    code, out, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s", "--json")
+    assert code == 0, err
+    assert json.loads(out)["settings"]["precision"] == "float32"
+
+
 def test_a_world_without_actions_is_saved_and_scored_too(tmp_path):
     store = moving_pictures(tmp_path / "data", space=NO_ACTIONS)
     world = tiny_world(store)
@@ -133,6 +147,25 @@ def _no_seconds(folder):
     save_file(load_file(file), file)
 
 
+def _seconds(value):
+    """Other seconds, under a checksum that fits."""
+
+    def spoil(folder):
+        file = sorted(folder.glob("part-*"))[0]
+        tensors, metadata = read_arrays(file)
+        seconds = json.loads(metadata["seconds"])
+        seconds["model"] = [value] if value != [] else value
+        metadata["seconds"] = json.dumps(seconds)
+        save_file(tensors, file, metadata | {"checksum": checksum(tensors, [metadata["seconds"]])})
+
+    return spoil
+
+
+def _rename(folder):
+    file = sorted(folder.glob("part-*"))[0]
+    file.rename(folder / "part-²-³.safetensors")
+
+
 def _index(text):
     return lambda folder: (folder / "saved.json").write_text(text)
 
@@ -141,7 +174,10 @@ DAMAGE = [
     (_truncate, "part-000003"), (_misshape, "model.0.frames differs"),
     (_lose, "windows 3..6"), (_no_seconds, "damaged"),
     (_index("{"), "cannot be used"), (_index("[" * 5000), "cannot be used"), (_index('{"format": 1}'), "format"),
-    (lambda folder: (folder / "windows.json").unlink(), "windows.json"),
+    (lambda folder: (folder / "windows.json").unlink(), "windows.json does not exist: run the same `ahriuwu eval gene"),
+    (lambda folder: (folder / "windows.json").write_text("{}"), "run the same `ahriuwu eval generate` again"),
+    *((_seconds(value), "is no number of seconds") for value in ("nan", "5", -1, True, None, 1e308)),
+    (_seconds([]), "damaged"), (_rename, "windows 0..6"),
     (lambda folder: (folder / "saved.json").unlink(), "holds no rollouts"),
 ]  # fmt: skip
 
@@ -155,6 +191,34 @@ def test_damaged_rollouts_are_one_sentence_and_exit_3(place, run, tmp_path, dama
     assert words in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "s").exists()
+
+
+def test_generating_again_writes_the_windows_that_who_began_was_stopped_before(place, run, tmp_path):
+    ask = ("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK)
+    run(*ask)
+    before = (tmp_path / "r" / "windows.json").read_bytes()
+    (tmp_path / "r" / "windows.json").unlink()
+    assert run(*ask)[0] == 0
+    assert (tmp_path / "r" / "windows.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("batches", [(1, 2), (2, 1), (7, 3), (1, 2, 3)])
+def test_rollouts_that_were_stopped_and_gone_on_with_by_another_batch_are_scored_the_same(
+    place, run, tmp_path, batches
+):
+    ask = ("eval", "generate", place / "world", place / "data", *QUICK)
+    for number, batch in enumerate(batches, 1):
+        assert run(*ask[:-1], batch, "--out", tmp_path / "r")[0] == 0
+        if number < len(batches):
+            for part in sorted((tmp_path / "r").glob("part-*"))[1:]:
+                part.unlink()
+    scores = []
+    run(*ask, "--out", tmp_path / "one")
+    for name in ("r", "one"):
+        code, out, err = run("eval", "score", tmp_path / name, place / "data", "--out", tmp_path / f"s{name}", "--json")
+        assert code == 0, err
+        scores.append(json.loads(out)["windows"])
+    assert scores[0] == scores[1]
 
 
 def test_a_truncated_part_is_set_aside_and_made_again(place, run, tmp_path):

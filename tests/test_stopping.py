@@ -1,6 +1,7 @@
 """Real processes that are stopped or killed anywhere: the right exit code, one sentence, and nothing is left behind."""
 
 import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from small import SPACE, small_place
 
-from ahriuwu_cli import folders, stopping
+from ahriuwu_cli import cli, folders, startup, stopping
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.validate import validate
+from ahriuwu_cli.disk import remove
+from ahriuwu_cli.evaluation import sweep_plots
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PROGRAM = [sys.executable, "-m", "ahriuwu_cli"]
@@ -83,6 +86,127 @@ def test_a_signal_in_a_writing_command_leaves_nothing_and_one_sentence(start, pl
         f"error: stopped by signal {int(number)}; nothing half done is left, start again with: ahriuwu {words}"
     ]
     assert {p.name for p in tmp_path.iterdir()} == {"output.txt", "exit.txt"}
+
+
+FEW = "--windows 3 --context 2 --horizon 2 --device cpu"
+AT_ONCE = {  # and how many changes before the last one is that which puts it all in place
+    f"eval world data --out a/made --looks none {FEW}": 1,
+    f"eval world data --out a/made --looks none {FEW} --overwrite": 1,
+    "eval score saved data --out a/made": 1,
+    "rollout world data --out a/made --length 2 --context 2 --scale 1 --device cpu": 1,
+    "eval merge planned --out made.csv": 3,
+    "eval merge planned --out made.csv --overwrite": 3,
+}
+PIECE_BY_PIECE = (
+    f"sweep-tau world data --out a/made --taus 0,.1 --no-video --no-test {FEW}",
+    f"eval generate world data --out a/made {FEW}",
+)
+
+
+@pytest.fixture(scope="module")
+def scored(place) -> Path:
+    """The same place with saved rollouts and a finished plan; and what matplotlib writes when it is first imported."""
+    importlib.import_module("matplotlib.font_manager")
+    (place / "plan.jsonl").write_text(
+        '{"checkpoint": "world", "dataset": "data", "windows": 3, "context": 2, "horizon": 2}'
+    )
+    for words in (f"eval generate world data --out saved {FEW}", "eval plan plan.jsonl --out planned --device cpu"):
+        assert _ended(words, place)[0] == 0
+    return place
+
+
+def _ended(words: str, cwd: Path, at: int = 0) -> tuple[int, str, int]:
+    """Of a command in a fork: exit code, what it said on stderr, and how often it changed what lies on the disk.
+
+    at: the change right after which it gets SIGTERM.
+    """
+    gc.collect()  # a fork that frees FFmpeg's threads hangs
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        count, code = 0, 70
+
+        def counted(real):
+            def call(*arguments, **named):
+                nonlocal count
+                result, count = real(*arguments, **named), count + 1
+                if count == at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return result
+
+            return call
+
+        try:
+            for name in ("fsync", "mkdir", "rename", "replace", "link"):
+                setattr(os, name, counted(getattr(os, name)))
+            folders.exchange, startup._stop = counted(folders.exchange), None
+            os.chdir(cwd)
+            error = os.open(cwd / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(error, 2)
+            sys.stdout, sys.stderr = open(os.devnull, "w"), open(2, "w", closefd=False)  # noqa: SIM115
+            sys.argv = ["ahriuwu", *words.split()]
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stderr.flush()
+            os.write(writes, str(count).encode())
+            os._exit(code)
+    os.close(writes)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    changes = int(os.read(reads, 99) or 0)
+    os.close(reads)
+    said = (cwd / "said").read_text()
+    (cwd / "said").unlink()
+    return code, said, changes
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def bench(scored, tmp_path, monkeypatch) -> Path:
+    """A folder with everything that is read, and no figures of sweeps, which take most of the time."""
+    for draw in ("plot_gain_by_tau", "plot_sweep_curves", "plot_gain_map"):
+        monkeypatch.setattr(sweep_plots, draw, lambda _, path: path.write_bytes(b""))
+    for name in ("world", "data", "saved", "planned"):
+        (tmp_path / name).symlink_to(scored / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", AT_ONCE)
+def test_what_is_stopped_while_it_writes_its_results_has_left_all_of_them_or_what_was_there(bench, words):
+    changes, before = _ended(words, bench)[2], AT_ONCE[words]
+    whole = _contents(bench)
+    if "--overwrite" in words:
+        changes = _ended(words, bench)[2]
+    for moment in (changes - before - 1, changes - before):
+        if "--overwrite" not in words:
+            for name in {Path(name).parts[0] for name in _contents(bench)}:
+                remove(bench / name)
+        seen = _contents(bench)
+        code, said, _ = _ended(words, bench, at=moment)
+        assert (code, said.count("error: ")) == (143, 1), said
+        assert not list(bench.rglob(".*"))
+        if moment == changes - before:
+            assert f"{words.split()[words.split().index('--out') + 1]} is complete" in said
+            assert _contents(bench).keys() == whole.keys()
+        else:
+            assert f"nothing half done is left, start again with: ahriuwu {words}" in said
+            assert _contents(bench) == seen
+
+
+@pytest.mark.parametrize("words", PIECE_BY_PIECE)
+@pytest.mark.parametrize("moment", [2, 3, 5])
+def test_what_is_stopped_as_it_begins_goes_on_by_the_command_that_it_says(bench, words, moment):
+    code, said, _ = _ended(words, bench, at=moment)
+    assert (code, said.count("error: ")) == (143, 1), said
+    assert f"nothing half done is left, start again with: ahriuwu {words}" in said
+    assert not list(bench.rglob(".*"))
+    assert _ended(words, bench)[0] == 0
+    if "generate" in words:
+        assert _ended("eval score a/made data --out a/score", bench)[0] == 0
 
 
 def _doom(here: Path) -> list[int]:

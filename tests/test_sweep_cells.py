@@ -1,23 +1,26 @@
 """A sweep can be stopped at any moment and goes on where it was; damaged files are seen, kept and made anew."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from worlds import moving_pictures, tiny_world
 
+from ahriuwu_cli.data.tensors import read_arrays
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.evaluation import sweep_run
 from ahriuwu_cli.evaluation.protocol import make_manifest
+from ahriuwu_cli.evaluation.score_files import write_scores
 from ahriuwu_cli.evaluation.sweep import Storage, SweepConfig, sweep
 from ahriuwu_cli.evaluation.sweep_cells import (
     ASKED,
     CellScores,
+    begin,
     cell_file,
     check_results,
     identity,
-    note_asked,
     read_cell,
     write_cell,
 )
@@ -40,6 +43,20 @@ def tiny(store):
 def storage(tmp_path):
     (tmp_path / "cells").mkdir()
     return Storage(tmp_path / "cells", "the weights")
+
+
+@pytest.fixture(scope="module")
+def finished(store, tiny, tmp_path_factory):
+    """(configuration, result, cells) of a sweep."""
+    config, folder = replace(CONFIG, test=False, taus=(0.0, 0.1)), tmp_path_factory.mktemp("finished")
+    return config, sweep(tiny, store, config, tiny.generation, storage=Storage(folder, "the weights")), folder
+
+
+@pytest.fixture
+def measured(finished, storage):
+    """The same, its cells in the storage of this test."""
+    shutil.copytree(finished[2], storage.folder, dirs_exist_ok=True)
+    return finished[:2]
 
 
 @pytest.fixture
@@ -160,12 +177,47 @@ def test_a_damaged_cell_is_named_set_aside_and_done_again(store, tiny, storage, 
     assert but_times(again.result) == but_times(whole.result)
 
 
-def test_redo_measures_everything_anew(store, tiny, storage, rolled):
-    config = replace(CONFIG, test=False)
-    sweep(tiny, store, config, tiny.generation, storage=storage)
-    rolled.clear()
-    sweep(tiny, store, config, tiny.generation, storage=replace(storage, redo=True))
-    assert len(rolled) == 2 * 3
+def _drop(name):
+    return lambda arrays, facts: arrays.pop(name)
+
+
+def _array(name, change):
+    return lambda arrays, facts: arrays.update({name: change(arrays[name])})
+
+
+def _fact(name, value):
+    return lambda arrays, facts: facts.update({name: value})
+
+
+HOSTILE = {  # what somebody made the checksum fit to
+    "no psnr": _drop("model/psnr"), "no ssim": _drop("model/ssim"), "no shuffled": _drop("shuffled/psnr"),
+    "no clip": _drop("clip"), "another array": lambda arrays, facts: arrays.update({"x": arrays["model/psnr"]}),
+    "fewer frames": _array("model/psnr", lambda v: v[:, :1]), "fewer axes": _array("model/psnr", lambda v: v[:, 0]),
+    "whole numbers": _array("model/psnr", lambda v: v.astype(np.int32)),
+    "infinite": _array("model/psnr", lambda v: v * np.inf), "huge": _array("model/mse", lambda v: v - 1e308),
+    "a larger clip": _array("clip", lambda v: v.repeat(2, 2)), "a shorter clip": _array("clip", lambda v: v[:, :1]),
+    "seconds as text": _fact("seconds", "x"), "negative seconds": _fact("seconds", -1), "no wall": _fact("wall", None),
+    "endless seconds": _fact("seconds", 1e308), "a list of counts": _fact("not_finite", [1]),
+    "half a frame": _fact("not_finite", 0.5), "true": _fact("not_finite", True), "another fact": _fact("x", 1),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_cell_whose_hash_fits_but_not_its_content_is_set_aside_as_well(store, tiny, storage, measured, rolled, what):
+    config, whole = measured
+    (path, *_) = sorted(storage.folder.iterdir())
+    arrays, metadata = read_arrays(path)
+    about, facts = json.loads(metadata["identity"]), json.loads(metadata["facts"])
+    HOSTILE[what](arrays, facts)
+    write_scores(path, metadata["format"], arrays, about, facts)
+    complaints = []
+    again = sweep(tiny, store, config, tiny.generation, storage=storage, complain=complaints.append)
+    (said,) = complaints
+    assert f"{path} is damaged (" in said
+    assert f"set aside as {path.name}.damaged-1, and done again" in said
+    assert len(rolled) == 2
+    assert but_times(again.result) == but_times(whole.result)
 
 
 def test_everything_that_scores_depend_on_names_another_file(store, tmp_path):
@@ -186,37 +238,39 @@ def test_everything_that_scores_depend_on_names_another_file(store, tmp_path):
 
 
 def test_a_cell_is_read_as_it_was_written_nan_included(tmp_path):
-    about = {"a": 1}
+    about, shapes = {"a": 1}, {"model/psnr": (2, 2), "clip": (2, 3, 4, 4, 3)}
     psnr = np.array([[1.0, np.nan], [3.0, 4.0]])
     clip = np.arange(2 * 3 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 4, 3)
     write_cell(tmp_path, about, CellScores({"model": {"psnr": psnr}}, clip, 1.5, 2.5, 1))
-    found = read_cell(tmp_path, about, 2)
+    found = read_cell(tmp_path, about, shapes)
     np.testing.assert_array_equal(found.tables["model"]["psnr"], psnr)
     np.testing.assert_array_equal(found.clip, clip)
     assert (found.seconds, found.wall, found.not_finite) == (1.5, 2.5, 1)
-    assert read_cell(tmp_path, {"a": 2}, 2) is None
-    with pytest.raises(DataError, match="does not hold 3 windows"):
-        read_cell(tmp_path, about, 3)
+    assert read_cell(tmp_path, {"a": 2}, shapes) is None
+    with pytest.raises(DataError, match="'model/psnr' is not what these settings give"):
+        read_cell(tmp_path, about, shapes | {"model/psnr": (3, 2)})
 
 
 def test_a_folder_is_gone_on_with_when_it_holds_the_same_sweep_and_else_only_when_asked(tmp_path):
     asked, out = {"grid": [1], "seed": 0}, tmp_path / "out"
-    check_results(out, asked, resume=False, overwrite=False)
-    check_results(out, asked, resume=True, overwrite=False)  # so that a first start may say --resume as well
-    (out / "cells").mkdir(parents=True)
-    note_asked(out, asked)
-    check_results(out, asked, resume=False, overwrite=False)
+    assert check_results(out, asked, resume=False, overwrite=False)
+    assert check_results(out, asked, resume=True, overwrite=False)  # so that a first start may say --resume as well
+    (out / "cells").mkdir(parents=True)  # of one that was stopped
+    assert check_results(out, asked, resume=False, overwrite=False)
+    begin(out, asked, overwrite=False)
+    assert [str(p.relative_to(out)) for p in sorted(out.rglob("*"))] == ["cells", f"cells/{ASKED}"]
+    assert not check_results(out, asked, resume=False, overwrite=False)
     with pytest.raises(UserError, match=r"other settings \(grid\)"):
         check_results(out, asked | {"grid": [1, 2]}, resume=False, overwrite=False)
-    check_results(out, asked | {"grid": [1, 2]}, resume=True, overwrite=False)
-    check_results(out, asked | {"grid": [1, 2]}, resume=False, overwrite=True)
+    assert not check_results(out, asked | {"grid": [1, 2]}, resume=True, overwrite=False)
+    assert check_results(out, asked | {"grid": [1, 2]}, resume=False, overwrite=True)
     with pytest.raises(UserError, match="give one of them"):
         check_results(out, asked, resume=True, overwrite=True)
     for content in ("", "[]", "{}"):
         (out / "cells" / ASKED).write_text(content)
         with pytest.raises(UserError, match="cannot be read"):
             check_results(out, asked, resume=False, overwrite=False)
-    (out / "cells" / ASKED).unlink()
+    (out / "cells" / ASKED).rename(out / "cells" / "mine")
     for resume in (False, True):
         with pytest.raises(UserError, match="is not empty"):
             check_results(out, asked, resume=resume, overwrite=False)

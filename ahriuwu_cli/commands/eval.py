@@ -25,7 +25,6 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    ctx: typer.Context,
     checkpoint: Path = typer.Argument(..., help="World: a checkpoint folder, or a run folder (its `best`)."),
     dataset: Path = typer.Argument(..., help="Dataset folder with the same actions and frame size."),
     out: Path = typer.Option(
@@ -56,7 +55,7 @@ def evaluate(
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
     precision: str = options.Precision,
     device: str = options.Device,
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out."),
+    overwrite: bool = options.Overwrite,
     as_json: bool = options.AsJson,
 ) -> None:
     """Score a world on held-out windows: gain over persistence with intervals, tokenizer ceiling, action following.
@@ -73,7 +72,8 @@ def evaluate(
     from ahriuwu_cli.evaluation.looks import look_closer, optional_looks, parse_looks
     from ahriuwu_cli.evaluation.looks_text import looks_text
     from ahriuwu_cli.evaluation.prepare import prepare
-    from ahriuwu_cli.folders import check_folder, claimed
+    from ahriuwu_cli.folders import check_folder, claimed, replacing
+    from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.checkpoint import load_world
 
     wanted = parse_looks(looks)
@@ -89,30 +89,30 @@ def evaluate(
     config = EvaluationConfig(seed=seed, batch=batch, noise_seeds=noise_seeds)
     config, stored = choose_windows(config, asked, manifest, store)
     config, stored = prepare(world, store, config, generation, stored)
-    ctx.with_resource(claimed(out, overwrite, options.say))
-    with bar("eval", "frame", quiet=as_json) as progress:
-        result = run(world, store, config, generation, stored, progress)
-    result["settings"]["checkpoint_hash"] = loaded
-    say = None if as_json else lambda name: typer.echo(f"looking closer: {name}", err=True)
-    closer = look_closer(world, store, config, generation, stored, wanted, say, extra)
-    result["timing"]["looks"] = closer.pop("look_seconds")
-    result |= closer
+    with claimed(out, overwrite, options.say), replacing(out, overwrite, then=lambda: complete(out)) as folder:
+        with bar("eval", "frame", quiet=as_json) as progress:
+            result = run(world, store, config, generation, stored, progress)
+        result["settings"]["checkpoint_hash"] = loaded
+        say = None if as_json else lambda name: typer.echo(f"looking closer: {name}", err=True)
+        closer = look_closer(world, store, config, generation, stored, wanted, say, extra)
+        result["timing"]["looks"] = closer.pop("look_seconds")
+        result |= closer
 
-    files = {name: out / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png", "windows.json")}
-    if "error" in result.get("levels", {}):
-        files |= {name: out / name for name in ("levels.png", "levels_map.png")}
-        plot_levels.plot_error_by_level(result["levels"], files["levels.png"])
-        plot_levels.plot_level_maps(result["levels"], files["levels_map.png"])
-    if report_page:
-        files["report.html"] = out / "report.html"
-    result["files"] = {name: str(path) for name, path in files.items()}
-    stored.save(files["windows.json"])
-    report.write_text(files["eval.csv"], report.as_csv(report.evaluation_rows(result)))
-    report.write_text(files["windows.csv"], report.as_csv(result["windows"]))
-    plots.plot_curve(result, files["curve.png"])
-    report.write_json(files["eval.json"], result)
-    if report_page:
-        _write_page(files, result, world, store, config, generation, stored)
+        files = {name: folder / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png", "windows.json")}
+        if "error" in result.get("levels", {}):
+            files |= {name: folder / name for name in ("levels.png", "levels_map.png")}
+            plot_levels.plot_error_by_level(result["levels"], files["levels.png"])
+            plot_levels.plot_level_maps(result["levels"], files["levels_map.png"])
+        if report_page:
+            files["report.html"] = folder / "report.html"
+        result["files"] = {name: str(out / name) for name in files}
+        stored.save(files["windows.json"])
+        report.write_text(files["eval.csv"], report.as_csv(report.evaluation_rows(result)))
+        report.write_text(files["windows.csv"], report.as_csv(result["windows"]))
+        plots.plot_curve(result, files["curve.png"])
+        report.write_json(files["eval.json"], result)
+        if report_page:
+            _write_page(files, result, world, store, config, generation, stored)
     text = "\n".join(part for part in (report.evaluation_text(result), looks_text(result), f"-> {out}") if part)
     typer.echo(json.dumps(result, allow_nan=False) if as_json else text)
     if result["status"] != "ok" and not allow_nan:

@@ -121,14 +121,14 @@ def merge(
     from ahriuwu_cli.evaluation import report
     from ahriuwu_cli.evaluation.merge import as_markdown, as_text, merged_rows, read_cells
     from ahriuwu_cli.evaluation.merge import merge as compare
+    from ahriuwu_cli.startup import complete
 
     files = _merged_files(folder, out, overwrite)
     cells, notes = read_cells(folder)
     result = compare(cells, reference, notes)
     text = as_text(result)
-    report.write_text(files["csv"], report.as_csv(merged_rows(cells)))
-    report.write_text(files["txt"], text + "\n")
-    report.write_text(files["md"], as_markdown(result))
+    texts = {"csv": report.as_csv(merged_rows(cells)), "txt": text + "\n", "md": as_markdown(result)}
+    report.write_together({files[kind]: texts[kind] for kind in texts}, then=lambda: complete(files["csv"]))
     result["files"] = {name: str(path) for name, path in files.items()}
     shown = ", ".join(path.name for path in files.values())
     typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{text}\n-> {files['csv'].parent}: {shown}")

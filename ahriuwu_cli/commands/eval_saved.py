@@ -45,7 +45,7 @@ def generate(
     from ahriuwu_cli.training.checkpoint import load_world
 
     mine = find_shards(shard, "cells", os.environ)  # here the windows are what is shared
-    check_folder(out, overwrite=True)
+    check_folder(out, overwrite=True, holds="pieces")
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, choose_device(device, mine))
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
@@ -67,7 +67,6 @@ def generate(
 
 
 def score(
-    ctx: typer.Context,
     rollouts: Path = typer.Argument(..., help="The --out of `ahriuwu eval generate`."),
     dataset: Path = typer.Argument(..., help="The dataset that the windows are of."),
     out: Path = typer.Option(..., "--out", help="Folder for eval.json, eval.csv, windows.csv, curve.png."),
@@ -75,7 +74,7 @@ def score(
         None, "--delta-at", 1, 100_000, "Generated frame of the action delta, beside the last (default: 4)."
     ),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out."),
+    overwrite: bool = options.Overwrite,
     as_json: bool = options.AsJson,
 ) -> None:
     """Score saved rollouts: the same numbers as `eval`, with neither the world nor a GPU. No closer looks."""
@@ -83,20 +82,21 @@ def score(
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.evaluation import plots, report
     from ahriuwu_cli.evaluation.saved import made_by, score_rollouts
-    from ahriuwu_cli.folders import check_folder, claimed
+    from ahriuwu_cli.folders import check_folder, claimed, replacing
+    from ahriuwu_cli.startup import complete
 
     check_folder(out, overwrite)
     store = EpisodeStore.open(dataset)
-    ctx.with_resource(claimed(out, overwrite, options.say))
-    with bar("score", "window", quiet=as_json) as progress:
-        result = score_rollouts(rollouts, store, delta_at, progress)
-    result["settings"]["checkpoint_hash"] = made_by(rollouts)
-    files = {name: out / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png")}
-    result["files"] = {name: str(path) for name, path in files.items()}
-    report.write_text(files["eval.csv"], report.as_csv(report.evaluation_rows(result)))
-    report.write_text(files["windows.csv"], report.as_csv(result["windows"]))
-    plots.plot_curve(result, files["curve.png"])
-    report.write_json(files["eval.json"], result)
+    with claimed(out, overwrite, options.say), replacing(out, overwrite, then=lambda: complete(out)) as folder:
+        with bar("score", "window", quiet=as_json) as progress:
+            result = score_rollouts(rollouts, store, delta_at, progress)
+        result["settings"]["checkpoint_hash"] = made_by(rollouts)
+        names = ("eval.json", "eval.csv", "windows.csv", "curve.png")
+        result["files"] = {name: str(out / name) for name in names}
+        report.write_text(folder / "eval.csv", report.as_csv(report.evaluation_rows(result)))
+        report.write_text(folder / "windows.csv", report.as_csv(result["windows"]))
+        plots.plot_curve(result, folder / "curve.png")
+        report.write_json(folder / "eval.json", result)
     typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{report.evaluation_text(result)}\n-> {out}")
     if result["status"] != "ok" and not allow_nan:
         raise typer.Exit(1)

@@ -63,6 +63,7 @@ def rollout(
     from ahriuwu_cli.imagine import Request, imagine
     from ahriuwu_cli.models.compiling import check_compile
     from ahriuwu_cli.prompts import IMAGES, shipped_prompt
+    from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.checkpoint import load_world
 
     check_folder(out, overwrite, holds="rollout")
@@ -83,7 +84,7 @@ def rollout(
         world.dynamics.compile_passes()
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
     with bar("rollout", "frame", quiet=as_json) as progress:
-        result = imagine(world, request, given, out, scale, progress, overwrite)
+        result = imagine(world, request, given, out, scale, progress, overwrite, then=lambda: complete(out))
     if as_json:
         typer.echo(json.dumps(result))
         return

@@ -84,7 +84,7 @@ def sweep_tau(
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
     device: str = options.Device,
     resume: bool = typer.Option(False, "--resume", help="Go on in --out also with another grid; keeps what fits."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace results in --out, finished cells as well."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in --out, finished cells as well."),
     as_json: bool = options.AsJson,
 ) -> None:
     """Sweep the noise of context frames, tau (0 clean, 1 noise), on common windows and noise.
@@ -107,7 +107,7 @@ def sweep_tau(
         seed=seed, batch=batch, delta=delta, test=not no_test,
     )  # fmt: skip
     seconds = values.seconds(budget) if budget else None
-    check_folder(out, overwrite=True)  # what may be in it, only the sweep itself can say
+    check_folder(out, overwrite=True, holds="pieces")  # what may be in it, only the sweep itself can say
     store = EpisodeStore.open(dataset)
     world = load_world(checkpoint, device)
     asked = {"split": split, "windows": windows, "context": context, "horizon": horizon}
@@ -119,11 +119,14 @@ def sweep_tau(
     identity = _identity(weights, plan, config, world)
     sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite)
     ctx.with_resource(claimed(out, True, options.say))
-    sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite)  # no one else wrote there meanwhile
+    # again, now that nobody else writes there
+    if sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite):
+        sweep_cells.begin(out, identity, overwrite)
+        ctx.with_resource(claimed(out, True, options.say))  # another folder has that name now
+    else:
+        sweep_cells.note_asked(out, identity)
 
-    storage = Storage(out / sweep_cells.FOLDER, weights, redo=overwrite)
-    storage.folder.mkdir(parents=True, exist_ok=True)
-    sweep_cells.note_asked(out, identity)
+    storage = Storage(out / sweep_cells.FOLDER, weights)
     plan.manifest.save(out / "windows.json")
     rows: list[dict[str, Any]] = []
 

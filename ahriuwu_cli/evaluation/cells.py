@@ -23,11 +23,13 @@ from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation import shards
 from ahriuwu_cli.evaluation.evaluate import measure_share, ready, summarise
-from ahriuwu_cli.evaluation.measure import Measured, Progress
+from ahriuwu_cli.evaluation.measure import CONTROLS, Measured, Progress, table_shapes
 from ahriuwu_cli.evaluation.plan import GENERATION, WINDOWS, Cell
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig, settings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
+from ahriuwu_cli.evaluation.score_files import Shapes
 from ahriuwu_cli.evaluation.shards import Shards
+from ahriuwu_cli.evaluation.summary import pick_horizons
 from ahriuwu_cli.folders import check_folder
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
@@ -37,6 +39,7 @@ FOLDER = "cells"  # inside the plan's --out
 # Where a cell was run and what its files were called there; all other settings are its identity.
 _CIRCUMSTANCES = ("checkpoint", "checkpoint_git", "dataset", "device", "torch")
 Bar = Callable[[str], AbstractContextManager[Progress | None]]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def run_plan(
     device: str = "auto",
     batch: int = 32,
     bar: Bar | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Run this process's share of a plan into out/cells; rows {"cell", "checkpoint", "state", "status"} in its order.
 
@@ -71,7 +74,7 @@ def run_plan(
     """
     folder = out / FOLDER
     for each in (out, folder):
-        check_folder(each, overwrite=True)
+        check_folder(each, overwrite=True, holds="pieces")
     files = _Files(shards.choose_device(device, split))
     mine = [prepare_cell(files, cells[i], batch) for i in split.of_cells(len(cells))]
     first: dict[str, Cell] = {}
@@ -86,7 +89,7 @@ def run_plan(
     for p in mine:
         document, state = found[p.digest], "skipped"
         if document is None:
-            document = _run(files, p, folder, split, bar)
+            document = _run(files, p, folder, split, bar, say)
             state = "done" if document else "part"
         status = document["result"]["status"] if document else None
         rows.append({"cell": p.digest, "checkpoint": p.cell.names[0], "state": state, "status": status})
@@ -101,7 +104,7 @@ def prepare_cell(files: _Files, cell: Cell, batch: int = 32) -> Prepared:
         world, weights = files.world(cell.checkpoint)
         generation = world.generation_with(cell.given(GENERATION))
         config = EvaluationConfig(batch=batch, **cell.given((*WINDOWS, "seed", "noise_seeds")))
-        stored = WindowManifest.load(cell.manifest, store) if cell.manifest else None
+        stored = cell.manifest and WindowManifest.load(cell.manifest, store, "leave out `manifest` to make new windows")
         config, manifest = ready(world, store, config, generation, stored)
     except UserError as error:
         raise type(error)(f"{cell.where}: {error}") from None
@@ -184,27 +187,31 @@ class _Files:
         return self._last[1:]
 
 
-def _look(folder: Path, p: Prepared, leads: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
+def _look(folder: Path, p: Prepared, leads: bool, say: Say) -> dict[str, Any] | None:
     """The finished cell, or None when it has to be run."""
+    from ahriuwu_cli.evaluation.merge import as_finished
+
     path = folder / f"{p.digest}.json"
     try:
         document = read_cell(path)
+        differs = _first_difference(document.get("identity"), p.identity)
+        if not differs:
+            as_finished(p.digest, document)
+            return document
     except FileNotFoundError:
         return None
-    except DataError as error:
+    except (DataError, ValueError) as error:
         if leads and (new := shards.set_aside(path)):
-            say(f"{error}: set aside as {new.name}, and done again")
+            said = error if isinstance(error, DataError) else f"{path} {error}"
+            say(f"{said}: set aside as {new.name}, and done again")
         return None
-    if document["identity"] != p.identity:
-        name = _first_difference(document["identity"], p.identity)
-        raise DataError(
-            f"{path} was measured with other settings than {p.cell.where} ({name} differs): "
-            f"move it away, or choose another --out"
-        )
-    return document
+    raise DataError(
+        f"{path} was measured with other settings than {p.cell.where} ({differs} differs): "
+        f"move it away, or choose another --out"
+    )
 
 
-def _run(files: _Files, p: Prepared, folder: Path, split: Shards, bar: Bar | None) -> dict[str, Any] | None:
+def _run(files: _Files, p: Prepared, folder: Path, split: Shards, bar: Bar | None, say: Say) -> dict[str, Any] | None:
     """Measure this process's windows; the cell's document when that made it whole, else None."""
     began = time.monotonic()
     world, weights = files.world(p.cell.checkpoint)
@@ -215,36 +222,45 @@ def _run(files: _Files, p: Prepared, folder: Path, split: Shards, bar: Bar | Non
     if len(share) == len(p.manifest.windows):
         measured: Measured | None = _measure(whole, share, p, bar)
     else:
-        measured = _with_others(whole, share, p, folder, split, bar)
+        measured = _with_others(whole, share, p, folder, split, bar, say)
     path = folder / f"{p.digest}.json"
     if measured is None:
-        return read_cell(path) if path.exists() else None
+        return _look(folder, p, False, say)
     document = write_cell(path, p, summarise(*whole, measured, time.monotonic() - began))
     for old in folder.glob(f"{p.digest}.part-*.safetensors"):
         old.unlink(missing_ok=True)
     return document
 
 
-def _with_others(whole, share: range, p: Prepared, folder: Path, split: Shards, bar: Bar | None) -> Measured | None:
+def _with_others(
+    whole, share: range, p: Prepared, folder: Path, split: Shards, bar: Bar | None, say: Say
+) -> Measured | None:
     """Write this process's part unless it is there; all parts joined, or None while some are missing (or joined)."""
     rank, world_size = split.windows
     parts = shards.part_count(p.manifest, world_size)
     files = [shards.part_file(folder, p.digest, r, parts) for r in range(parts)]
-    lengths = [len(shards.shard_windows(p.manifest, r, world_size)) for r in range(parts)]
+    shapes = [_shapes(whole, len(shards.shard_windows(p.manifest, r, world_size))) for r in range(parts)]
     if share:
         try:
-            shards.read_part(files[rank], p.identity, lengths[rank])
-        except (FileNotFoundError, DataError):
-            if files[rank].exists():
-                shards.set_aside(files[rank])
+            shards.read_part(files[rank], p.identity, shapes[rank])
+        except (FileNotFoundError, DataError) as error:
+            if isinstance(error, DataError) and (new := shards.set_aside(files[rank])):
+                say(f"{error}: set aside as {new.name}, and measured again")
             shards.write_part(files[rank], _measure(whole, share, p, bar), p.identity)
     try:
-        pieces = zip(files, lengths, strict=True)
-        return shards.join_measured([shards.read_part(file, p.identity, n) for file, n in pieces])
+        pieces = zip(files, shapes, strict=True)
+        return shards.join_measured([shards.read_part(file, p.identity, each) for file, each in pieces])
     except FileNotFoundError:
         return None
     except DataError as error:
         raise DataError(f"{error}: run the plan again in as many processes, which measures that part again") from None
+
+
+def _shapes(whole, windows: int) -> Shapes:
+    """Of the tables of so many windows."""
+    _, store, config, _, manifest = whole
+    controls = CONTROLS if store.action_space.width else ()
+    return table_shapes(windows, manifest.horizon, pick_horizons(config.horizons, manifest.horizon), controls)
 
 
 def _measure(whole, share: range, p: Prepared, bar: Bar | None) -> Measured:
@@ -252,9 +268,10 @@ def _measure(whole, share: range, p: Prepared, bar: Bar | None) -> Measured:
         return measure_share(*whole, progress, share)
 
 
-def _first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
-    for name in [*b, *a]:
-        if a.get(name) != b.get(name):
-            inner = isinstance(a.get(name), dict) and isinstance(b.get(name), dict)
-            return f"{name}.{_first_difference(a[name], b[name])}" if inner else name
-    raise AssertionError((a, b))
+def _first_difference(a: Any, b: Any, where: str = "identity") -> str:
+    """Where two JSON values differ first, as name.name; empty where they do not."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return "" if a == b else where
+    inner = "" if where == "identity" else f"{where}."
+    pairs = ((a.get(name), b.get(name), f"{inner}{name}") for name in [*b, *a])
+    return next(filter(None, (_first_difference(*pair) for pair in pairs)), "")

@@ -16,7 +16,17 @@ from ahriuwu_cli.evaluation.generate import Generated, Tick, generate, reconstru
 from ahriuwu_cli.evaluation.metrics import psnr_per_frame
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
 from ahriuwu_cli.evaluation.protocol import WindowManifest, read_actions, read_windows
-from ahriuwu_cli.evaluation.scores import Table, join, mean_frame, mean_over_seeds, references, score
+from ahriuwu_cli.evaluation.scores import (
+    BASIC,
+    FULL,
+    LOOK,
+    Table,
+    join,
+    mean_frame,
+    mean_over_seeds,
+    references,
+    score,
+)
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
@@ -177,6 +187,14 @@ class Maker:
         for name, rollouts in made.rollouts.items():
             for each in rollouts:
                 self.tally.note("teacher_forced" if name.startswith("forced_") else name, each)
+
+
+def table_shapes(windows: int, horizon: int, horizons: Sequence[int], controls: Sequence[str]) -> dict[str, tuple]:
+    """The shape of every table of `measure` for so many windows, by who/metric."""
+    tables = dict.fromkeys(("floor", "ceiling", "mean_frame", "model"), FULL) | {"truth": LOOK}
+    tables |= dict.fromkeys(controls, BASIC)
+    shapes = {f"{who}/{metric}": (windows, horizon) for who, metrics in tables.items() for metric in metrics}
+    return shapes | {f"forced_{h}/{metric}": (windows, 1) for h in horizons for metric in ("psnr", "floor")}
 
 
 def score_made(

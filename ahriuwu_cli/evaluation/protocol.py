@@ -61,20 +61,22 @@ class WindowManifest:
         write_whole(path, to_json(document, 1) + "\n")
 
     @staticmethod
-    def load(path: Path, store: EpisodeStore) -> WindowManifest:
-        """Read a manifest for this dataset. DataError when it is damaged, edited, or made from other data."""
-        manifest = _parse(path)
+    def load(
+        path: Path, store: EpisodeStore, advice: str = "leave out --manifest to make new windows"
+    ) -> WindowManifest:
+        """Read a manifest for this dataset. DataError, with advice, when it is damaged, edited, or of other data."""
+        manifest = _parse(path, advice)
         if manifest.fingerprint != store.fingerprint:
             raise DataError(
                 f"{path} was made for another dataset, or {store.path} changed since "
-                f"(fingerprint {manifest.fingerprint[:12]}, now {store.fingerprint[:12]}): make new windows"
+                f"(fingerprint {manifest.fingerprint[:12]}, now {store.fingerprint[:12]}): {advice}"
             )
         lengths = {e.id: e.frames for e in _usable(store, manifest.split)}
         for episode, start in manifest.windows:
             if not 0 <= start <= lengths.get(episode, -1) - manifest.length:
                 raise DataError(
                     f"{path} asks for {manifest.length} frames from {start} of episode {episode}, which the split "
-                    f"{manifest.split!r} of {store.path} does not have: make new windows"
+                    f"{manifest.split!r} of {store.path} does not have: {advice}"
                 )
         return manifest
 
@@ -165,7 +167,7 @@ def _usable(store: EpisodeStore, split: str) -> list:
     return [e for e in store.episodes(split) if e.labelled or not store.action_space.width]
 
 
-def _parse(path: Path) -> WindowManifest:
+def _parse(path: Path, advice: str) -> WindowManifest:
     try:
         document = read_object(path)
         if document.pop("format", None) != FORMAT:
@@ -179,14 +181,14 @@ def _parse(path: Path) -> WindowManifest:
         if len(set(windows)) != len(windows):
             raise ValueError("it lists a window twice")
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist: leave out --manifest to make new windows") from None
+        raise DataError(f"{path} does not exist: {advice}") from None
     except KeyError as error:
-        raise DataError(f"{path} is no window manifest: it lacks {error}; make new windows") from None
+        raise DataError(f"{path} is no window manifest: it lacks {error}; {advice}") from None
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no window manifest ({error}): make new windows") from None
+        raise DataError(f"{path} is no window manifest ({error}): {advice}") from None
     manifest = WindowManifest(windows=windows, **numbers, **names)
     if stated != manifest.hash:
-        raise DataError(f"{path} was edited: its hash does not fit its content; make new windows")
+        raise DataError(f"{path} was edited: its hash does not fit its content; {advice}")
     return manifest
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ahriuwu_cli.data.documents import MAX_RESULT, to_json
 from ahriuwu_cli.diffusion.tau import LABEL
-from ahriuwu_cli.disk import write_whole
+from ahriuwu_cli.disk import arriving, sync, write_whole
 from ahriuwu_cli.printing import printable
+from ahriuwu_cli.stopping import unbroken
 
 Row = dict[str, Any]
 
@@ -24,6 +27,24 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """A text file, a temporary name first."""
     write_whole(path, text)
+
+
+def write_together(texts: Mapping[Path, str], then: Callable[[], None] = lambda: None) -> None:
+    """All these files or none of them, whatever stops the writing, but a kill between two renames. OSError.
+
+    then: called once they have their names, before a signal can end the program again.
+    """
+    with ExitStack() as stack:
+        hidden = {path: stack.enter_context(arriving(path)) for path in reversed(texts)}  # errors name the first
+        for path, text in texts.items():
+            hidden[path].write_bytes(text.encode())
+            sync(hidden[path])
+        with unbroken():
+            for path in texts:
+                os.replace(hidden[path], path)
+            then()
+        for folder in {path.parent for path in texts}:
+            sync(folder)
 
 
 def as_csv(rows: Sequence[Row]) -> str:

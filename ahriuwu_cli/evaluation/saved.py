@@ -11,6 +11,8 @@ dataset, for the truth, but neither the world nor its tokenizer.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from ahriuwu_cli.evaluation.generate import Generated
 from ahriuwu_cli.evaluation.measure import CONTROLS, Made, Maker, Progress, batches
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig, settings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
+from ahriuwu_cli.evaluation.score_files import amount
 from ahriuwu_cli.evaluation.shards import join_measured, set_aside
 from ahriuwu_cli.evaluation.summary import pick_horizons
 from ahriuwu_cli.rollout import RolloutConfig
@@ -37,11 +40,13 @@ from ahriuwu_cli.world import World
 
 FORMAT = "ahriuwu-rollouts/2"
 INDEX = "saved.json"
+AGAIN = "run the same `ahriuwu eval generate` again"
+_PART = re.compile(r"part-([0-9]{6,8})-([0-9]{6,8})\.safetensors")
 _NEEDED = {"format", "identity", "generation", "evaluation", "manifest", "world", "checksum"}
 _LIMITS = {"windows": 10**7, "context": 10_000, "horizon": 10**6, "seed": 2**64, "batch": 10**6, "delta_at": 10**6,
            "noise_seeds": 1024}  # fmt: skip
 _WORLD = {"path": (str, NoneType), "git": (str, NoneType), "tokenizer": str, "k_max": int, "fps": (int, float),
-          "frame_skip": int, "device": str}  # fmt: skip
+          "frame_skip": int, "device": str, "precision": str}  # fmt: skip
 
 
 def save_rollouts(
@@ -60,10 +65,10 @@ def save_rollouts(
     """
     index = _index(world, store, config, generation, manifest)
     out.mkdir(parents=True, exist_ok=True)
-    if write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False):
-        manifest.save(out / "windows.json")
-    elif _read_index(out)["identity"] != index["identity"]:
+    began = write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False)
+    if not began and _read_index(out)["identity"] != index["identity"]:
         raise UserError(f"{out} holds rollouts of other settings: choose another --out")
+    manifest.save(out / "windows.json")  # each time: who began may have been stopped before it
     share = range(len(manifest.windows)) if share is None else share
     horizons = pick_horizons(config.horizons, manifest.horizon)
     todo = [range(i, min(i + config.batch, share.stop)) for i in range(share.start, share.stop, config.batch)]
@@ -86,9 +91,9 @@ def score_rollouts(
     index = _read_index(folder)
     if index["identity"]["dataset_fingerprint"] != store.fingerprint:
         raise DataError(f"{folder} was made from another dataset than {store.path}: name that one")
-    manifest = WindowManifest.load(folder / "windows.json", store)
+    manifest = WindowManifest.load(folder / "windows.json", store, AGAIN)
     if manifest.hash != index["manifest"]:
-        raise DataError(f"{folder / 'windows.json'} lists other windows than {INDEX} says: generate again")
+        raise DataError(f"{folder / 'windows.json'} lists other windows than {INDEX} says: {AGAIN}")
     config = EvaluationConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in index["evaluation"].items()})
     if delta_at is not None:
         if delta_at < 1:
@@ -131,6 +136,7 @@ def _index(world, store, config, generation, manifest) -> dict[str, Any]:
             "fps": world.fps,
             "frame_skip": world.frame_skip,
             "device": str(world.device),
+            "precision": world.precision,
         },
     }
     return json.loads(json.dumps(index | {"checksum": document_hash(index)}))
@@ -140,8 +146,8 @@ def _stand_in(about: dict[str, Any], store: EpisodeStore) -> Any:
     """What `summarise` asks of a world: facts alone. The actions are the dataset's, or it would have been refused."""
     return SimpleNamespace(
         path=about["path"], facts={"git": about["git"]}, k_max=about["k_max"], fps=about["fps"],
-        frame_skip=about["frame_skip"], device=about["device"], action_space=store.action_space,
-        tokenizer=SimpleNamespace(fingerprint=lambda: about["tokenizer"]),
+        frame_skip=about["frame_skip"], device=about["device"], precision=about["precision"],
+        action_space=store.action_space, tokenizer=SimpleNamespace(fingerprint=lambda: about["tokenizer"]),
     )  # fmt: skip
 
 
@@ -154,6 +160,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         if document_hash({k: v for k, v in document.items() if k != "checksum"}) != document["checksum"]:
             raise ValueError("its checksum does not fit its content")
         _check_settings(document["evaluation"], document["generation"])
+        document["world"] = {"precision": "float32"} | document["world"]  # saved when there was no other
         if not all(isinstance(document["world"][name], kind) for name, kind in _WORLD.items()):
             raise ValueError("its entry `world` has other types")
         document["identity"]["dataset_fingerprint"], document["identity"]["checkpoint_hash"]
@@ -184,20 +191,18 @@ def _part_file(folder: Path, part: range) -> Path:
 
 def _parts(folder: Path, windows: int) -> list[range]:
     """Parts that cover all windows, in order. DataError when some are missing."""
-    found = {}
-    for file in folder.glob("part-*-*.safetensors"):
-        ends = file.stem.split("-")[1:]
-        if len(ends) == 2 and all(e.isdigit() for e in ends) and int(ends[0]) < int(ends[1]):
-            found.setdefault(int(ends[0]), range(int(ends[0]), int(ends[1])))
-    at, parts = 0, []
-    while at in found:
-        parts.append(found[at])
-        at = found[at].stop
-    if at != windows:
-        raise DataError(
-            f"{folder} lacks the rollouts of windows {at}..{windows - 1}: run the same `ahriuwu eval generate` again"
-        )
-    return parts
+    found = [range(int(m[1]), int(m[2])) for m in map(_PART.fullmatch, os.listdir(folder)) if m]
+    reached: dict[int, range | None] = {0: None}  # by which part; --batch may have changed, so not every one leads on
+    for part in sorted(found, key=lambda part: (part.start, part.stop)):
+        if part.start in reached and part.start < part.stop <= windows:
+            reached.setdefault(part.stop, part)
+    if windows not in reached:
+        raise DataError(f"{folder} lacks the rollouts of windows {max(reached)}..{windows - 1}: {AGAIN}")
+    parts, at = [], windows
+    while part := reached[at]:
+        parts.append(part)
+        at = part.start
+    return parts[::-1]
 
 
 def _tensors(made: Made) -> dict[str, np.ndarray]:
@@ -253,7 +258,7 @@ def _read_part(
         seconds = parse_object(metadata["seconds"])
         rollouts = {
             name: [
-                Generated(arrays[f"{name}.{i}.frames"], arrays[f"{name}.{i}.finite"] != 0, float(seconds[name][i]))
+                Generated(arrays[f"{name}.{i}.frames"], arrays[f"{name}.{i}.finite"] != 0, amount(seconds[name][i]))
                 for i in range(seeds)
             ]
             for name in names

@@ -15,6 +15,8 @@ from ahriuwu_cli.evaluation.generate import persist, reconstruct
 from ahriuwu_cli.world import World
 
 Table = dict[str, np.ndarray]  # metric -> (W, L)
+BASIC, LOOK = ("mse", "psnr"), ("motion", "energy")  # what `score` gives, and `look`
+FULL = (*BASIC, "ssim", "colour", *LOOK, "motion_gg", "motion_gt", "motion_tt")  # `score` with full
 
 
 def score(

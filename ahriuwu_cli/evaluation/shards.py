@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from ahriuwu_cli.evaluation.measure import Measured
     from ahriuwu_cli.evaluation.protocol import WindowManifest
+    from ahriuwu_cli.evaluation.score_files import Shapes
 
 FORMAT = "ahriuwu-part/2"
 SHARES = ("windows", "cells")  # what the processes of torchrun share
@@ -116,42 +116,28 @@ def part_file(folder: Path, digest: str, rank: int, parts: int) -> Path:
 
 
 def write_part(path: Path, measured: Measured, identity: dict[str, Any]) -> None:
-    """The tables of some windows (float64) with the settings that they were measured with."""
-    from safetensors.numpy import save
+    """The tables of some windows with the settings that they were measured with."""
+    from ahriuwu_cli.evaluation.score_files import flat, write_scores
 
-    from ahriuwu_cli.data.documents import to_json
-    from ahriuwu_cli.data.tensors import checksum
-
-    tensors = {f"{who}/{name}": values for who, table in measured.tables.items() for name, values in table.items()}
     facts = {"not_finite": measured.not_finite, "frames": measured.frames, "seconds": measured.seconds}
-    metadata = {"format": FORMAT, "identity": to_json(identity), "facts": to_json(facts)}
-    metadata["checksum"] = checksum(tensors, [metadata["identity"], metadata["facts"]])
-    write_whole(path, save(tensors, metadata))
+    write_scores(path, FORMAT, flat(measured.tables), identity, facts)
 
 
-def read_part(path: Path, identity: dict[str, Any], windows: int) -> Measured:
+def read_part(path: Path, identity: dict[str, Any], expected: Shapes) -> Measured:
     """FileNotFoundError when it is not there, DataError when it is damaged or holds other settings or windows."""
-    from ahriuwu_cli.data.documents import parse_object
-    from ahriuwu_cli.data.tensors import checksum, read_arrays
     from ahriuwu_cli.evaluation.measure import Measured
+    from ahriuwu_cli.evaluation.score_files import read_scores, tables_of
 
-    tables: dict[str, dict[str, Any]] = {}
     if not path.exists():
         raise FileNotFoundError(path)
+    kinds = {"not_finite": dict, "frames": int, "seconds": float}
     try:
-        arrays, metadata = read_arrays(path)
-        for key, values in arrays.items():
-            who, name = key.split("/")
-            tables.setdefault(who, {})[name] = values
-        if metadata["checksum"] != checksum(arrays, [metadata["identity"], metadata["facts"]]):
-            raise ValueError("its checksum does not fit its content")
-        if metadata["format"] != FORMAT or parse_object(metadata["identity"]) != identity:
-            raise ValueError("it has other settings")
-        if not tables or any(len(v) != windows for table in tables.values() for v in table.values()):
-            raise ValueError(f"it does not hold {windows} windows")
-        return Measured(tables, **parse_object(metadata["facts"]))
-    except (DataError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error})") from None
+        arrays, facts = read_scores(path, FORMAT, identity, expected, kinds)
+    except DataError:
+        if path.exists():
+            raise
+        raise FileNotFoundError(path) from None  # another process joined it meanwhile
+    return Measured(tables_of(arrays), **facts)
 
 
 def join_measured(parts: Sequence[Measured]) -> Measured:

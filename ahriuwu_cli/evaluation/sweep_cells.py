@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from ahriuwu_cli import __version__
-from ahriuwu_cli.data.documents import parse_object, read_object, to_json
-from ahriuwu_cli.data.tensors import checksum, read_arrays
+from ahriuwu_cli.data.documents import read_object, to_json
 from ahriuwu_cli.disk import write_whole
-from ahriuwu_cli.errors import DataError, UserError
+from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.evaluation.metrics import CAP_DB, SSIM_WINDOW
 from ahriuwu_cli.evaluation.protocol import WindowManifest
+from ahriuwu_cli.evaluation.score_files import Shapes, flat, read_scores, tables_of, write_scores
 from ahriuwu_cli.evaluation.scores import Table
 from ahriuwu_cli.evaluation.shards import set_aside
-from ahriuwu_cli.folders import check_folder
+from ahriuwu_cli.folders import check_folder, replacing
 from ahriuwu_cli.rollout import RolloutConfig
 
 FORMAT = "ahriuwu-sweep-cell/1"
@@ -66,54 +67,35 @@ def cell_file(folder: Path, about: dict[str, Any]) -> Path:
 
 
 def write_cell(folder: Path, about: dict[str, Any], scores: CellScores) -> None:
-    """Write a finished cell, whole or not at all, with a checksum over everything in it."""
-    from safetensors.numpy import save
-
-    tensors = {f"{who}/{metric}": values for who, t in scores.tables.items() for metric, values in t.items()}
-    tensors = {key: np.ascontiguousarray(v, np.float64) for key, v in tensors.items()}
-    tensors["clip"] = np.ascontiguousarray(scores.clip)
+    """Write a finished cell, whole or not at all."""
     facts = {"seconds": scores.seconds, "wall": scores.wall, "not_finite": scores.not_finite}
-    metadata = {"format": FORMAT, "identity": to_json(about), "facts": to_json(facts)}
-    metadata["checksum"] = checksum(tensors, [metadata["identity"], metadata["facts"]])
-    write_whole(cell_file(folder, about), save(tensors, metadata))
+    write_scores(cell_file(folder, about), FORMAT, flat(scores.tables) | {"clip": scores.clip}, about, facts)
 
 
-def read_cell(folder: Path, about: dict[str, Any], windows: int) -> CellScores | None:
+def read_cell(folder: Path, about: dict[str, Any], expected: Shapes) -> CellScores | None:
     """The finished cell, or None when it is not there. DataError when its file is damaged or holds something else."""
-    path, tables = cell_file(folder, about), {}
+    path = cell_file(folder, about)
     if not path.exists():
         return None
-    try:
-        tensors, metadata = read_arrays(path)
-        stated = checksum(tensors, [metadata["identity"], metadata["facts"]])
-        if metadata["format"] != FORMAT or metadata["checksum"] != stated:
-            raise ValueError("its checksum does not fit its content")
-        if parse_object(metadata["identity"]) != about:
-            raise ValueError("it holds other settings than its name says")
-        clip = tensors.pop("clip")
-        for key, values in tensors.items():
-            who, metric = key.split("/")
-            tables.setdefault(who, {})[metric] = values
-        if "model" not in tables or any(len(v) != windows for v in tensors.values()):
-            raise ValueError(f"it does not hold {windows} windows")
-        return CellScores(tables, clip, **parse_object(metadata["facts"]))
-    except (DataError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error})") from None
+    arrays, facts = read_scores(path, FORMAT, about, expected, {"seconds": float, "wall": float, "not_finite": int})
+    clip = arrays.pop("clip")
+    return CellScores(tables_of(arrays), clip, **facts)
 
 
-def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Whether a sweep that was asked for may write into `out`: a new folder, or one with the same sweep, or --resume.
+def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
+    """Whether a sweep that was asked for begins in `out`, rather than to go on there. UserError when it may do neither.
 
-    UserError otherwise. `asked` is what `note_asked` wrote there when that sweep began.
+    It begins in a new folder, or by --overwrite, and goes on with the same sweep, or by --resume with another one.
+    `asked` is what `begin` or `note_asked` wrote there when that sweep began.
     """
     path = out / FOLDER / ASKED
     if resume and overwrite:
         raise UserError("--resume keeps what is in --out and --overwrite replaces it: give one of them")
     if overwrite or not path.is_file():
-        check_folder(out, overwrite)
-        return
+        check_folder(out, overwrite or _is_bare(out))
+        return True
     if resume:
-        return
+        return False
     try:
         before = read_object(path)
         differs = [key for key in asked if before[key] != asked[key]]
@@ -124,11 +106,30 @@ def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: 
             f"{out} holds a sweep with other settings ({', '.join(differs)}): choose another --out, or give --resume "
             f"to keep those finished cells that fit, or --overwrite to measure all of them anew"
         )
+    return False
+
+
+def begin(out: Path, asked: dict[str, Any], overwrite: bool) -> None:
+    """Put a folder in the place of `out` that holds nothing but what was asked for: a sweep that can be gone on with.
+
+    For who holds `out`, which another folder is then. UserError when something came there meanwhile, without overwrite.
+    """
+    if _is_bare(out):
+        (out / FOLDER).rmdir()
+    with replacing(out, overwrite) as folder:
+        (folder / FOLDER).mkdir()
+        note_asked(folder, asked)
 
 
 def note_asked(out: Path, asked: dict[str, Any]) -> None:
     """Remember beside the cells what was asked for, so that the same command can go on."""
     write_whole(out / FOLDER / ASKED, to_json(asked, 1) + "\n")
+
+
+def _is_bare(out: Path) -> bool:
+    """Whether a folder holds nothing but an empty one for cells: of a sweep that was stopped before it began."""
+    cells = out / FOLDER
+    return cells.is_dir() and not cells.is_symlink() and os.listdir(out) == [FOLDER] and not os.listdir(cells)
 
 
 def put_aside(folder: Path, about: dict[str, Any]) -> Path | None:

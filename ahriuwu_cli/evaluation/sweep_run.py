@@ -15,7 +15,8 @@ from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.evaluation.generate import generate
 from ahriuwu_cli.evaluation.measure import Progress, batches, wrong_actions
 from ahriuwu_cli.evaluation.protocol import WindowManifest, read_windows
-from ahriuwu_cli.evaluation.scores import Table, join, references, score
+from ahriuwu_cli.evaluation.score_files import Shapes
+from ahriuwu_cli.evaluation.scores import BASIC, FULL, Table, join, references, score
 from ahriuwu_cli.evaluation.sweep_cells import CellScores, identity, put_aside, read_cell, write_cell
 from ahriuwu_cli.evaluation.sweep_grid import SweepConfig, name, walked
 from ahriuwu_cli.rollout import RolloutConfig
@@ -28,11 +29,10 @@ NAMED = ("sampler", "ctx_mode", "ctx_label")
 
 @dataclass(frozen=True)
 class Storage:
-    """Where finished cells lie. weights: the hash of the checkpoint. redo: measure anew whatever is there."""
+    """Where finished cells lie. weights: the hash of the checkpoint."""
 
     folder: Path
     weights: str
-    redo: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,15 +143,23 @@ class Runner:
         )
 
     def _read(self, cell: RolloutConfig) -> CellScores | None:
-        if self.storage is None or self.storage.redo:
+        if self.storage is None:
             return None
         about = self._identity(cell)
         try:
-            return read_cell(self.storage.folder, about, len(self.manifest.windows))
+            return read_cell(self.storage.folder, about, self._shapes(about["shown"]))
         except DataError as error:
             if new := put_aside(self.storage.folder, about):
                 self.complain(f"{error}: set aside as {new.name}, and done again")
             return None
+
+    def _shapes(self, shown: int) -> Shapes:
+        """Of all that a cell holds."""
+        windows, frame = len(self.manifest.windows), (self.store.height, self.store.width, 3)
+        shapes = {f"model/{metric}": (windows, self.manifest.horizon) for metric in FULL}
+        if self.delta_at:
+            shapes |= {f"shuffled/{metric}": (windows, self.delta_at) for metric in BASIC}
+        return shapes | {"clip": (shown, self.manifest.length, *frame)}
 
     def _run(self, cell: RolloutConfig, done: int, total: int, progress: Progress | None) -> CellScores:
         """Roll out all windows, and as many frames as the action delta needs again with shuffled actions."""
