@@ -26,6 +26,7 @@ from ahriuwu_cli.training.signals import StopRequest
 SMALL = {  # the size "test", while these tests run
     "width": 16, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_hidden": 30, "window": 6, "time_every": 2, "k_max": 8,
 }  # fmt: skip
+PAPER = SMALL | {"conditioning": "token", "registers": 2, "linear_skip": False}  # as the sizes from medium on are
 CONFIG = TrainConfig(
     size="test", steps=6, budget=None, batch=8, frames=6, log_every=1, preview_windows=2, warmup=2, bootstrap_share=0.5
 )
@@ -41,6 +42,7 @@ RUNS = {
     "muon": CONFIG,
     "half a momentum": replace(CONFIG, optimizer_state="bfloat16"),
     "adamw": replace(CONFIG, optimizer="adamw", accumulate=2),
+    "paper": replace(CONFIG, size="paper"),
 }
 
 
@@ -52,7 +54,7 @@ def prepare(folder: Path) -> None:
 def trainer_for(folder: Path, config: TrainConfig, out: Path, group: Group, **options):
     store = EpisodeStore.open(folder / "data")
     tokenizer = fit_linear_tokenizer(store, (8, 8), 6, 0.5)
-    with patch.dict(SIZES, test=SMALL):
+    with patch.dict(SIZES, test=SMALL, paper=PAPER):
         return assemble(store, tokenizer, config, out, "train", device=group.device, group=group, **options)
 
 

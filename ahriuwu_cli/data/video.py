@@ -309,7 +309,7 @@ def _opened(path: Path):
             f"{path} cannot be read as video ({error.strerror}): give an mp4, mkv, webm, avi, mov or gif"
         ) from None
     with container:
-        if not container.streams.video:
+        if not container.streams.video or container.streams.video[0].codec_context is None:  # or of no known codec
             raise DataError(f"{path} holds no video stream: give an mp4, mkv, webm, avi, mov or gif")
         yield container, container.streams.video[0]
 

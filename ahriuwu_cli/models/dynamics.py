@@ -211,6 +211,12 @@ class Dynamics(nn.Module):
         self.head.weight.data.mul_(0.1)
         nn.init.zeros_(self.head.bias)
 
+    def let_train(self) -> None:
+        """Ask for the gradient of every weight that has a say. DDP would wait for ever for that of another one."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.numel() > 0)
+        self.channel_scale.requires_grad_(self.config.linear_skip)
+
     def compile_blocks(self) -> None:
         """torch.compile every block in place. Blocks of one kind share code: it starts sooner than the whole would.
 

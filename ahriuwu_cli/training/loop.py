@@ -51,8 +51,7 @@ class DynamicsTrainer:
         self.config, self.group = run.config, group or Group(world.device)
         self.average: Dynamics = world.dynamics
         self.model = copy.deepcopy(world.dynamics).train()
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(parameter.numel() > 0)  # DDP waits for the gradient of an empty one for ever
+        self.model.let_train()
         self.model.checkpoint_activations = self.config.checkpoint_activations
         if self.group.sharded:
             self.model = shard(self.model, self.group)

@@ -175,8 +175,7 @@ class Shadow:
         with self.ledger.fake:
             self.average = Dynamics(architecture).requires_grad_(False)
             self.model = Dynamics(architecture).train()
-            for p in self.model.parameters():
-                p.requires_grad_(p.numel() > 0)
+            self.model.let_train()
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.optimizers = build_optimizers(self.model, config)
             for p in trained:
