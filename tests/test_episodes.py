@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -229,6 +230,14 @@ def test_drawn_windows_are_different_inside_spread_and_the_same_for_a_seed():
     with pytest.raises(IndexError):
         everything[len(everything)]
     assert sorted(draw_windows(lengths, 10, len(everything), 0)) == sorted(everything)
+
+
+def test_windows_are_drawn_from_many_episodes_in_little_time():
+    begun = time.process_time()
+    assert len(set(draw_windows(dict.fromkeys(map(str, range(30_000)), 9), 9, 20_000, seed=0))) == 20_000
+    many = {"long": 30_000, **dict.fromkeys(map(str, range(3000)), 9)}
+    assert len(set(draw_windows(many, 9, 20_000, seed=0))) == 20_000
+    assert time.process_time() - begun < 2  # 0.1; in time that grew with the square it was 9
 
 
 def test_windows_that_cannot_be_had_are_refused_with_the_lengths():

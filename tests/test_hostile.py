@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from small import small_dataset, small_world
 import ahriuwu_cli
 from ahriuwu_cli.cli import main
 from ahriuwu_cli.data import mp4_index
-from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
 from ahriuwu_cli.data.documents import MAX_DEPTH, parse_object, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
@@ -382,6 +383,23 @@ def test_an_action_space_of_more_columns_or_buttons_than_its_limit_is_refused_at
         ActionSpace.from_json({"components": parts})
     with pytest.raises(DataError, match="size 513"):  # random actions draw among all pairs of buttons
         ActionSpace.from_json({"components": [{"name": "b", "kind": "binary", "size": 513}]})
+    parts = [{"name": f"b{i}", "kind": "binary", "size": 512} for i in range(3000)]
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="1536000 columns"):
+            ActionSpace.from_json({"components": parts})
+        assert (
+            tracemalloc.get_traced_memory()[1] < 1e7
+        )  # no column has a name yet, which took a thousand times the file
+    finally:
+        tracemalloc.stop()
+
+
+def test_random_actions_of_buttons_with_endless_names_take_no_time():
+    names = tuple(f"{i}_" + "LEFT_" * 1000 for i in range(300))
+    begun = time.process_time()
+    ActionSpace((ActionComponent("b", "binary", 300, names),)).random(10, (2, 2), np.random.default_rng(0))
+    assert time.process_time() - begun < 1  # 0.05; it was 5 where each pair took its names apart
 
 
 @pytest.mark.parametrize("field", ["tokenizer", "source"])

@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 
+from ahriuwu_cli.data import whole_video
 from ahriuwu_cli.data.importer import ImportConfig, import_videos, plan_import
 from ahriuwu_cli.data.video import iter_video, write_gif, write_mp4
 from ahriuwu_cli.errors import DataError
@@ -116,3 +117,16 @@ def test_a_prompt_of_the_first_frames_may_come_from_a_video_that_was_cut(tmp_pat
     (tmp_path / "a.mkv").write_bytes(whole[: len(whole) * 2 // 3])
     frames = iter_video(tmp_path / "a.mkv")
     assert [next(frames).shape for _ in range(8)] == [(64, 64, 3)] * 8
+
+
+@pytest.mark.parametrize("content", [
+    b"GIF89a" + bytes(7) + b"\x21\xfe\0" * 100 + b"\x3b",
+    b"GIF89a" + bytes(7) + b"\x21\xfe" + b"\1x" * 100 + b"\0\x3b",
+    b"RIFF\4\0\0\0AVI " * 100,
+    b"RIFF\x24\3\0\0AVI " + b"JUNK\0\0\0\0" * 100,
+    b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67\xff" + b"\xec\x80" * 100,
+])  # fmt: skip
+def test_parts_without_content_are_counted_too(tmp_path, monkeypatch, content):
+    (tmp_path / "v").write_bytes(content)
+    monkeypatch.setattr(whole_video, "MOST_PARTS", 50)
+    assert whole_video.broken(tmp_path / "v") == "it has more than 50 parts"

@@ -82,9 +82,10 @@ class ActionSpace:
     column_names: tuple[str, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        width = sum(c.width for c in self.components)  # names take memory, so they are counted before there are any
+        if width > MAX_SIZE:
+            raise DataError(f"the action space has {width} columns, above the limit of {MAX_SIZE}")
         names = tuple(name for c in self.components for name in c.column_names)
-        if len(names) > MAX_SIZE:
-            raise DataError(f"the action space has {len(names)} columns, above the limit of {MAX_SIZE}")
         repeated = sorted(n for n, count in Counter(names).items() if count > 1)
         if repeated:
             raise DataError(f"the action space names the column {repeated[0]!r} twice: rename one")
@@ -312,11 +313,8 @@ def _component_from_json(document: Any, where: str) -> ActionComponent:
 def _button_choices(labels: tuple[str, ...], size: int) -> list[tuple[int, ...]]:
     """Nothing, every single button, and every pair that does not pull both ways."""
     choices: list[tuple[int, ...]] = [(), *((i,) for i in range(size))]
+    names = [label.upper() for label in labels] or [""] * size
+    opposites = ["_".join(_OPPOSITES.get(word, word) for word in name.split("_")) for name in names]
     for i in range(size):
-        choices += [(i, j) for j in range(i + 1, size) if not labels or not _are_opposite(labels[i], labels[j])]
+        choices += [(i, j) for j in range(i + 1, size) if opposites[i] == names[i] or opposites[i] != names[j]]
     return choices
-
-
-def _are_opposite(a: str, b: str) -> bool:
-    words, others = a.upper().split("_"), b.upper().split("_")
-    return words != others and [_OPPOSITES.get(w, w) for w in words] == others

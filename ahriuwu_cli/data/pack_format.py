@@ -199,6 +199,8 @@ def _shapes_problem(tensors: dict[str, TensorInfo], facts: dict) -> str:
     found = {name: (t.dtype, len(t.shape)) for name, t in tensors.items()}
     if found != {"latents": ("F16", 3), "actions": ("F32", 2)}:
         return f"it holds {', '.join(sorted(tensors)) or 'nothing'} in other forms than latents and actions"
+    if not all(tensors["latents"].shape):
+        return "its latents have no numbers"
     frames = sum(e["frames"] for e in facts["episodes"])
     lengths = {t.shape[0] for t in tensors.values()}
     return "" if lengths == {frames} else f"it holds {max(lengths)} frames and lists {frames}"

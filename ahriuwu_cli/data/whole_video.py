@@ -106,6 +106,7 @@ def _gif(file: BinaryIO, size: int) -> None:
     head = _take(file, 13)
     _skip_colours(file, head[10])
     while (kind := _take(file, 1)[0]) != 0x3B:
+        count()
         if kind == 0x2C:  # an image
             _skip_colours(file, _take(file, 9)[8])
         elif kind != 0x21:
@@ -125,6 +126,7 @@ def _riff(file: BinaryIO, size: int) -> None:
     """Chunks with their lengths, some of which are lists of chunks; one RIFF after the other to the end of the file."""
     count = _counter()
     while file.tell() < size and file.read(4) == b"RIFF":  # what is no RIFF after the first is not looked at
+        count()
         end = _number(file) + file.tell()
         if end > size:
             raise _Broken(f"it says that it has {end} bytes and has {size}")

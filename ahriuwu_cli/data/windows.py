@@ -48,18 +48,21 @@ def draw_windows(lengths: Mapping[str, int], length: int, count: int, seed: int)
             "ask for fewer, or record more"
         )
     rng = np.random.default_rng(seed)
-    order = [list(room)[i] for i in rng.permutation(len(room))]
+    names = list(room)
+    order = [names[i] for i in rng.permutation(len(names))]
     quota = dict.fromkeys(order, 0)
-    while sum(quota.values()) < count:
-        for name in order:
-            if quota[name] < room[name] and sum(quota.values()) < count:
-                quota[name] += 1
+    turns, free = [], order  # free: those that have another window
+    while len(turns) < count:
+        for name in free[: count - len(turns)]:
+            turns.append((name, quota[name]))
+            quota[name] += 1
+        free = [name for name in free if quota[name] < room[name]]
     starts = {}
     for name, n in quota.items():  # one from each of n equal parts of the episode
         edges = [room[name] * i // n for i in range(n + 1)] if n else [0]
         drawn = [int(rng.integers(a, b)) for a, b in itertools.pairwise(edges)]
         starts[name] = [drawn[i] for i in rng.permutation(n)]
-    return [(name, starts[name][turn]) for turn in range(max(quota.values())) for name in order if turn < quota[name]]
+    return [(name, starts[name][turn]) for name, turn in turns]
 
 
 def _require_room(lengths: Mapping[str, int], length: int) -> None:
