@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -254,3 +255,14 @@ def test_area_resize_is_the_exact_mean_of_what_each_pixel_covers():
     fine = np.kron(frame.astype(float), np.ones((8, 8, 1)))  # a common multiple, then plain block means
     expected = fine.reshape(8, 12, 16, 10, 3).mean((1, 3))
     assert np.abs(area_resize(frame, 8, 16) - expected).max() <= 0.501
+
+
+def test_a_large_picture_is_resized_in_little_memory_and_as_its_parts_are():
+    frame = np.random.default_rng(0).integers(0, 256, (1536, 1100, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        whole = area_resize(frame, 64, 48)
+        assert tracemalloc.get_traced_memory()[1] < frame.nbytes  # half of it; it was 8 times
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(whole[:16], area_resize(frame[:384], 16, 48))

@@ -302,6 +302,20 @@ def test_an_import_holds_the_actions_of_one_file_at_a_time(tmp_path, monkeypatch
     assert len(tables) == 4 + 4 + 4 + 4
 
 
+def test_an_import_holds_the_frames_of_one_video_and_once(tmp_path, run):
+    (tmp_path / "films").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_mp4(tmp_path / "films" / name, np.zeros((300, 128, 128, 3), np.uint8), 10)
+    import_ = ("import", tmp_path / "films", "--size", 128, "--out")
+    assert run(*import_, tmp_path / "first")[0] == 0  # what is imported for it is in memory now
+    tracemalloc.start()
+    try:
+        assert run(*import_, tmp_path / "second")[0] == 0
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * 300 * 128 * 128 * 3
+    finally:
+        tracemalloc.stop()
+
+
 def _timed(path, times, rate, codec="ffv1"):
     """A frame at each of the times, in ms, as bright as its number."""
     with av.open(str(path), "w") as out:

@@ -64,8 +64,9 @@ def import_(
         overwrite=overwrite,
     )
     with tqdm(total=len(plan.videos), unit="video", disable=as_json or None) as bar, writer:
-        for frames, actions, name in import_videos(plan):
-            writer.add(frames, actions, name)
+        for episode in import_videos(plan):
+            writer.add(*episode)
+            del episode  # before the next video is decoded
             bar.update()
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)

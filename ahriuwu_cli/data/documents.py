@@ -74,10 +74,13 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
 
     A pipe is not opened, since that would wait for its writer; a file that grows meanwhile is read to the limit only.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
         raise ValueError("it is no regular file")
     with open(path, "rb") as file:
-        data = file.read(most + 1)
+        data = file.read(min(about.st_size, most) + 1)  # room for all of it is taken at once
+        if about.st_size < len(data) <= most:
+            data += file.read(most + 1 - len(data))
     if len(data) > most:
         raise ValueError(f"it is larger than {most / 1e6:g} MB")
     return data

@@ -116,6 +116,7 @@ def import_videos(plan: ImportPlan) -> Iterator[tuple[np.ndarray, np.ndarray | N
                 )
             plan.action_space.validate(actions, str(file))
         yield frames, actions, as_text(video.name)
+        del frames, actions  # before the next video is decoded: they may be gigabytes
 
 
 def _files(folder: Path) -> list[Path]:
@@ -183,7 +184,7 @@ def _read_frames(video: Path, plan: ImportPlan) -> np.ndarray:
     config = plan.config
     rate = video_fps(video)
     thin = abs(rate - plan.fps) > SAME_RATE * plan.fps
-    frames: list[np.ndarray] = []
+    pixels = bytearray()  # one piece from the start: arrays in a list would be there twice in the end
     times: list[float] = []  # of the frames that are kept, seconds from the first
     begin, wanted = 0.0, 0  # wanted: counts the times at the plan's rate that a frame was found for
     for i, (time, frame) in enumerate(timed_frames(video, config.max_pixels)):
@@ -193,18 +194,19 @@ def _read_frames(video: Path, plan: ImportPlan) -> np.ndarray:
         begin = begin if i else time
         due = int((time - begin + EARLY / rate) * plan.fps) + 1
         if not thin or due > wanted:
-            frames.append(area_resize(centre_crop(frame, config.height, config.width), config.height, config.width))
+            frame = centre_crop(frame, config.height, config.width)
+            pixels += area_resize(frame, config.height, config.width).tobytes()
             times.append(time - begin)
             wanted = due
-        if len(frames) * config.height * config.width * 3 > MAX_EPISODE_BYTES:
+        if len(pixels) > MAX_EPISODE_BYTES:
             raise DataError(
                 f"{video} takes more than {MAX_EPISODE_BYTES / 1e9:g} GB as one episode: cut it, or lower --size"
             )
-    if len(frames) < 2:
-        raise DataError(f"{video} has {len(frames)} frame(s) at {plan.fps:g} frames per second: at least 2 are needed")
+    if len(times) < 2:
+        raise DataError(f"{video} has {len(times)} frame(s) at {plan.fps:g} frames per second: at least 2 are needed")
     if uneven := _uneven(times, plan.fps):
         plan.notes.append(f"{video.name} {uneven}: bring it to one rate first, or give a lower --fps")
-    return np.stack(frames)
+    return np.frombuffer(pixels, np.uint8).reshape(-1, config.height, config.width, 3)
 
 
 def _uneven(times: list[float], fps: float) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MIN_SIDE, MAX_SIDE = 8, 1024
+AT_ONCE = 1 << 20  # numbers that are laid beside each other at a time, which fits a cache
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -33,7 +34,7 @@ def area_resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     h, w = frame.shape[:2]
     if (h, w) == (height, width):
         return np.array(frame)
-    rows = _area_mean(frame.reshape(h, w * 3).astype(np.float32), height)  # height, w*3
+    rows = _area_mean(frame.reshape(h, w * 3), height)  # height, w*3
     turned = rows.reshape(height, w, 3).transpose(1, 0, 2).reshape(w, height * 3)
     both = _area_mean(turned, width).reshape(width, height, 3).transpose(1, 0, 2)  # height, width, 3
     return np.ascontiguousarray(both + 0.5).clip(0, 255).astype(np.uint8)
@@ -48,11 +49,19 @@ def centre_crop(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _area_mean(x: np.ndarray, target: int) -> np.ndarray:
-    """(size, n) -> (target, n), from the few inputs under each output (a matrix product wakes BLAS: far slower)."""
+    """(size, n) -> (target, n) float32 from the few inputs under each output (a matrix product wakes BLAS: far slower).
+
+    Some outputs at a time: their inputs are laid beside each other, half a gigabyte of them for a large picture.
+    """
     import numpy as np
 
     taps, shares = _area_taps(len(x), target)
-    return np.einsum("ok,okn->on", shares, x[taps])
+    out = np.empty((target, x.shape[1]), np.float32)
+    step = max(1, AT_ONCE // (taps.shape[1] * x.shape[1]))
+    for i in range(0, target, step):
+        some = slice(i, i + step)
+        np.einsum("ok,okn->on", shares[some], x[taps[some]], out=out[some])
+    return out
 
 
 @functools.lru_cache(maxsize=32)
