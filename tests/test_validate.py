@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+import tracemalloc
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
+from ahriuwu_cli.data import episodes
+from ahriuwu_cli.data import validate as validation
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.describe import describe
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.validate import validate
 
@@ -93,3 +98,31 @@ def test_black_and_frozen_episodes_are_warnings(tmp_path):
     assert _warned(_store(tmp_path / "b", clips)) == {"motion"}
     assert not _failed(EpisodeStore.open(tmp_path / "b"))
     assert _warned(_store(tmp_path / "c", clips[2:4])) == {"splits"}
+
+
+def test_a_long_episode_is_looked_at_in_little_memory_and_as_a_short_one_is(tmp_path, monkeypatch):
+    space = ActionSpace((ActionComponent("a", "continuous", 200, (), (-1,) * 200, (1,) * 200),))
+    with EpisodeWriter(tmp_path / "d", height=1, width=2, fps=10, action_space=space) as writer:
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            frames, actions = rng.integers(0, 256, (3000, 1, 2, 3), np.uint8), rng.random((2999, 200), np.float32)
+            frames[100:120] = frames[119]  # which stands still
+            writer.add(frames, actions)
+    store = EpisodeStore.open(tmp_path / "d")
+    actions = store.actions("000001")
+    actions[2000, 3] = 2
+    _rewrite(store, "000001", actions=actions)
+    at_once = describe(tmp_path / "d", check=True)
+    monkeypatch.setattr(episodes, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(validation, "BLOCK_FRAMES", 7)
+    tracemalloc.start()
+    try:
+        in_blocks = describe(tmp_path / "d", check=True)
+        assert tracemalloc.get_traced_memory()[1] < actions.nbytes  # a half; it was 5 times
+    finally:
+        tracemalloc.stop()
+    assert in_blocks["checks"] == at_once["checks"]
+    assert "at step 2000, column 'a3' is 2" in str(in_blocks["checks"])
+    assert in_blocks["actions_outside"] == 1
+    for one, other in zip(at_once["actions"]["a"], in_blocks["actions"]["a"], strict=True):
+        assert (one["mean"], one["std"]) == pytest.approx((other["mean"], other["std"]), rel=1e-9)

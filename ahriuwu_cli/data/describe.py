@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,7 @@ def _histogram(store: EpisodeStore) -> tuple[dict[str, list[dict[str, Any]]], in
     space, steps, outside = store.action_space, 0, 0
     total, squares, origin = np.zeros(space.width), np.zeros(space.width), None
     counts = [np.zeros(part.size, np.int64) for part, _ in space.slices()]
-    for episode in labelled:  # one after the other: actions of a large dataset do not fit into memory either
-        values = store.actions(episode)
+    for _, values in chain.from_iterable(map(store.action_blocks, labelled)):  # all together may not fit into memory
         allowed = space.allows(values).all(1)
         values, outside = values[allowed].astype(np.float64), outside + int((~allowed).sum())
         if not len(values):

@@ -7,7 +7,7 @@ Train, val and test are split by episode; episodes with identical content never 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from ahriuwu_cli.folders import check_folder, replacing, whole
 
 if TYPE_CHECKING:
     import numpy as np
+
+BLOCK_BYTES = 16 << 20  # of actions that are taken into memory at a time where all are looked at
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,13 @@ class EpisodeStore:
         if self._believed is not None:
             self.action_space.validate(actions, str(self.file(episode_id)), start)
         return actions
+
+    def action_blocks(self, episode_id: str) -> Iterator[tuple[int, np.ndarray]]:
+        """All actions of a labelled episode, some megabytes at a time, each with the step that it begins at."""
+        steps = self.episode(episode_id).frames - 1
+        some = max(1, BLOCK_BYTES // (4 * max(1, self.action_space.width)))
+        for start in range(0, steps, some):
+            yield start, self.actions(episode_id, start, min(start + some, steps))
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return EpisodeStore.open, (self.path,)  # a worker process checks the files itself

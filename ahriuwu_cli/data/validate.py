@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 RUN = 16  # so many changing frames in a row that two splits share are no coincidence
-BLOCK_BYTES = 16 << 20  # bytes of frames taken into memory at a time
+BLOCK_BYTES = 16 << 20  # bytes of frames taken into memory at a time,
+BLOCK_FRAMES = 4096  # and most frames: of tiny ones the hashes take more than the pixels
 OWN = ("dataset.json", "episodes", "latents")  # names in a dataset's folder
 MOSTLY = 0.95  # an episode is black or frozen when this share of its frames is
 
@@ -98,7 +99,8 @@ def _action_problem(store: EpisodeStore, episode: Episode) -> str | None:
     if not episode.labelled:
         return None
     try:
-        store.action_space.validate(store.actions(episode.id), f"episode {episode.id}")
+        for start, actions in store.action_blocks(episode.id):
+            store.action_space.validate(actions, f"episode {episode.id}", start)
     except DataError as error:
         return str(error)
     return None
@@ -112,12 +114,12 @@ def _blocks(store: EpisodeStore, episode: Episode) -> Iterator[tuple[np.ndarray,
     import numpy as np
 
     pixels, before = store.height * store.width, None
-    most = max(1, BLOCK_BYTES // (3 * pixels))
+    most = max(1, min(BLOCK_FRAMES, BLOCK_BYTES // (3 * pixels)))
     for start in range(0, episode.frames, most):
         flat = store.frames(episode.id, start, min(start + most, episode.frames)).reshape(-1, pixels, 3)
         still = (flat == flat[:, :1]).all((1, 2))
-        earlier = [before, *flat[:-1]]
-        still |= np.array([b is not None and np.array_equal(a, b) for a, b in zip(flat, earlier, strict=True)], bool)
+        still[1:] |= (flat[1:] == flat[:-1]).all((1, 2))
+        still[0] |= before is not None and np.array_equal(flat[0], before)
         before = flat[-1].copy()
         yield flat, still
 
