@@ -25,7 +25,7 @@ import ahriuwu_cli
 from ahriuwu_cli.cli import main
 from ahriuwu_cli.data import mp4_index
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
-from ahriuwu_cli.data.documents import MAX_DEPTH, parse_object, read_object
+from ahriuwu_cli.data.documents import MAX_DEPTH, parse_object, read_bytes, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.data.pack_check import check_packs
@@ -155,6 +155,17 @@ def test_json_of_ours_is_read_as_it_was_written_and_a_pipe_or_a_large_file_is_no
     for other in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(ValueError, match="no regular file"):
             read_object(other)
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_to_the_limit(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"1")
+    about = os.stat(tmp_path / "a")
+    (tmp_path / "a").write_bytes(b"1" * 10)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(os, "stat", lambda path: about)
+        assert read_bytes(tmp_path / "a", 10) == b"1" * 10
+        with pytest.raises(ValueError, match="larger than"):
+            read_bytes(tmp_path / "a", 9)
 
 
 def test_whole_tensors_are_read_as_safetensors_reads_them(tmp_path):
