@@ -129,7 +129,7 @@ def measure_rollout(model: Dynamics, a: argparse.Namespace, found: dict) -> dict
     """Milliseconds a frame by K and form of the model, once the context is full; frame 2,000 against frame 100."""
     forms, k, compile_seconds = {}, a.steps, {}
     for kind in ("float32", "bfloat16"):
-        for compiled in (False, True)[: 1 if a.eager else 2]:
+        for compiled in (False,) if a.eager else (False, True):
             name = f"{kind}, compiled" if compiled else kind
             forms[name] = form = build_model(a).requires_grad_(False)
             form.load_state_dict(model.state_dict())
@@ -137,9 +137,7 @@ def measure_rollout(model: Dynamics, a: argparse.Namespace, found: dict) -> dict
                 form.multiply_in(torch.bfloat16)
             if compiled:
                 form.compile_passes()
-                began = time.perf_counter()
-                list(frame_seconds(form, a, k, 2))
-                compile_seconds[kind] = round(time.perf_counter() - began, 1)
+                compile_seconds[kind] = round(seconds_of(partial(list, frame_seconds(form, a, k, 2))), 1)
     rows = {(name, steps): 0.0 for name in forms for steps in sorted({1, 4, 16, k})}
     for name, steps in rows:
         seconds = list(frame_seconds(forms[name], a, steps, a.context + 4 * a.repeats))[a.context :]

@@ -133,19 +133,12 @@ def step(trainer) -> None:
 
 def count_flops(work) -> int:
     """FLOPs of one call by FlopCounterMode, which is lent formulas for attention on CPUs and for oneDNN's products."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+    from torch.utils.flop_counter import FlopCounterMode
 
-    from ahriuwu_cli.training.shadow import product_flop
+    from ahriuwu_cli.training.shadow import FORMULAS
 
-    aten = torch.ops.aten
-    lent = {
-        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-        torch.ops.mkldnn._linear_pointwise: product_flop,
-    }
     counter = FlopCounterMode(display=False)
-    counter.flop_registry |= lent
+    counter.flop_registry |= FORMULAS
     with counter:
         work()
     return counter.get_total_flops()

@@ -139,6 +139,15 @@ def test_muon_makes_the_same_matrices_orthogonal_by_both(monkeypatch, shape):
     torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("shape", "ours"), [((1, 256, 704), True), ((64, 16, 16), False)])
+def test_muon_chooses_by_the_size_of_one_matrix_not_by_how_many_there_are(monkeypatch, shape, ours):
+    called = []
+    monkeypatch.setattr(products, "ONEDNN", True)
+    monkeypatch.setattr(muon, "product", lambda a, b: (called.append(0), products.product(a, b))[1])
+    muon.orthogonalise(torch.randn(shape))
+    assert bool(called) is ours
+
+
 @pytest.mark.slow
 def test_compiled_gradients_by_both_libraries(library):
     """The training path of torch.compile: products in a graph keep their values, gradients and layouts."""

@@ -42,7 +42,7 @@ def export(
     notes: Path = typer.Option(
         None, help="Text file with the first words of the model card: limits, licence of the art."
     ),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in --out."),
+    overwrite: bool = options.Overwrite,
     as_json: bool = options.AsJson,
 ) -> None:
     """Write a world ready to ship: weights in 16 bits, prompts, and a model card. `ahriuwu rollout` runs it alone."""

@@ -54,7 +54,7 @@ def rollout(
     ),
     precision: str = options.Precision,
     device: str = options.Device,
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in --out."),
+    overwrite: bool = options.Overwrite,
     as_json: bool = options.AsJson,
 ) -> None:
     """Imagine video: writes rollout.mp4 (truth | rollout | difference), a GIF, a PNG strip and the raw arrays."""

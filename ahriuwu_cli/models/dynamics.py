@@ -253,9 +253,8 @@ class Dynamics(nn.Module):
         so there all but the spread of the latents is in that format. Latents come and go in float32 either way.
         """
         on_cpu = self.embed.weight.device.type == "cpu"
-        for module in self.modules() if on_cpu else [self]:
-            if isinstance(module, Linear) or not on_cpu:
-                module.to(kind)
+        for module in [m for m in self.modules() if isinstance(m, Linear)] if on_cpu else [self]:
+            module.to(kind)
         self.channel_scale.data = self.channel_scale.data.float()
 
     @property

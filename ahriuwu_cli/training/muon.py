@@ -47,7 +47,7 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 def _through_quintics(x: Tensor) -> Tensor:
     """QUINTICS of the singular values of each matrix of x (M, rows, columns), rows <= columns, none above 1."""
-    if multiplies(x, x):  # in oneDNN, which takes one matrix at a time
+    if multiplies(x[0], x[0]):  # in oneDNN, which takes one matrix at a time
         return torch.stack([_one_through_quintics(each) for each in x])
     for a, b, c in QUINTICS:
         s = x @ x.mT

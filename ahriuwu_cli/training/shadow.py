@@ -41,7 +41,7 @@ def product_flop(x, weight, *args, out_val=None, **kwargs) -> int:
     return 2 * math.prod(x.shape) * weight.shape[0]
 
 
-FORMULAS = {  # PyTorch's own, which leave out its attention kernel for CPUs, and oneDNN's products
+FORMULAS = {  # PyTorch's own, which leave out its attention kernel for CPUs and oneDNN's products
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
