@@ -95,6 +95,10 @@ AT_ONCE = {  # and how many changes before the last one is that which puts it al
     "eval score saved data --out a/made": 1,
     "rollout world data --out a/made --length 2 --context 2 --scale 1 --device cpu": 1,
     "eval merge planned --out made.csv": 3,
+    "export world --out a/made --prompts data --split train --clips 1 --frames 4": 1,
+    "import films --out a/made --size 16": 1,
+    "record doom:basic --out a/made --episodes 2 --size 16": 1,
+    "train tokenizer data --out a/made --patch 4 --latent-dim 4 --device cpu": 1,
     "eval merge planned --out made.csv --overwrite": 3,
 }
 PIECE_BY_PIECE = (
@@ -170,13 +174,15 @@ def bench(scored, tmp_path, monkeypatch) -> Path:
     """A folder with everything that is read, and no figures of sweeps, which take most of the time."""
     for draw in ("plot_gain_by_tau", "plot_sweep_curves", "plot_gain_map"):
         monkeypatch.setattr(sweep_plots, draw, lambda _, path: path.write_bytes(b""))
-    for name in ("world", "data", "saved", "planned"):
+    for name in ("world", "data", "films", "saved", "planned"):
         (tmp_path / name).symlink_to(scored / name)
     return tmp_path
 
 
 @pytest.mark.parametrize("words", AT_ONCE)
 def test_what_is_stopped_while_it_writes_its_results_has_left_all_of_them_or_what_was_there(bench, words):
+    if "doom" in words:
+        pytest.importorskip("vizdoom")
     changes, before = _ended(words, bench)[2], AT_ONCE[words]
     whole = _contents(bench)
     if "--overwrite" in words:

@@ -50,6 +50,7 @@ def export(
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.errors import UserError
     from ahriuwu_cli.folders import check_folder
+    from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.checkpoint import load_world
     from ahriuwu_cli.training.export import export as write
 
@@ -64,7 +65,7 @@ def export(
     facts = write(
         load_world(checkpoint, "cpu"), out, weights=weights, prompts=store, clips=clips, frames=frames, split=split,
         pick=pick, seed=seed, generation={"steps": steps, "sampler": sampler}, evidence=evidence, notes=words,
-        overwrite=overwrite,
+        overwrite=overwrite, then=lambda: complete(out),
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts))

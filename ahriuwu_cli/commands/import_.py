@@ -47,6 +47,7 @@ def import_(
     from ahriuwu_cli.data.episodes import EpisodeWriter, check_target, parse_fractions
     from ahriuwu_cli.data.importer import ImportConfig, import_videos, plan_import
     from ahriuwu_cli.data.resize import parse_size
+    from ahriuwu_cli.startup import complete
 
     height, width = parse_size(size)
     fractions = parse_fractions(splits)
@@ -62,6 +63,7 @@ def import_(
         seed=seed,
         fractions=fractions,
         overwrite=overwrite,
+        then=lambda: complete(out),
     )
     with tqdm(total=len(plan.videos), unit="video", disable=as_json or None) as bar, writer:
         for episode in import_videos(plan):

@@ -47,6 +47,7 @@ def record(
     from ahriuwu_cli.data.recording import RecordConfig, Shortfall, record_episodes
     from ahriuwu_cli.data.resize import parse_size
     from ahriuwu_cli.data.sources import open_world
+    from ahriuwu_cli.startup import complete
 
     height, width = parse_size(size)
     fractions = parse_fractions(splits)
@@ -67,6 +68,7 @@ def record(
             seed=seed,
             fractions=fractions,
             overwrite=overwrite,
+            then=lambda: complete(out),
         )
         bar = tqdm(total=frames or episodes, unit="frame" if frames else "episode", disable=as_json or None)
         with bar, writer:

@@ -58,22 +58,21 @@ def train_tokenizer(
         options.only_for(ctx, "is for --kind linear", "whitening")
     if resume:
         options.only_for(ctx, "contradicts --resume, which keeps what is in --out", "overwrite")
-    from ahriuwu_cli.training.restart import stoppable
-
     settings = {
         "tokens": tokens, "steps": steps, "batch": batch, "frames": frames, "lr": lr, "seed": seed,
         "lpips_weights": str(lpips_weights) if lpips_weights else None,
         "log_every": log_every, "save_every": save_every, "keep": keep,
     }  # fmt: skip
-    with stoppable() as stop:
-        from ahriuwu_cli.training.distributed import refuse_several
+    from ahriuwu_cli.training.distributed import refuse_several
+    from ahriuwu_cli.training.restart import stoppable
 
-        refuse_several("train tokenizer")
-        if kind == "linear":
-            tokenizer, quality, folder = _linear(
-                dataset, out, patch or "16", latent_dim or 64, whitening, device, overwrite, quiet=as_json
-            )
-        else:
+    refuse_several("train tokenizer")
+    if kind == "linear":
+        tokenizer, quality, folder = _linear(
+            dataset, out, patch or "16", latent_dim or 64, whitening, device, overwrite, quiet=as_json
+        )
+    else:
+        with stoppable() as stop:
             tokenizer, quality, folder = _transformer(
                 dataset, out, patch or "8", latent_dim or 32, settings, device, stop, resume, overwrite, quiet=as_json
             )
@@ -101,6 +100,7 @@ def _linear(
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.folders import check_folder
+    from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.checkpoint import pick_device
     from ahriuwu_cli.training.tokenizer_quality import check_split
@@ -111,7 +111,7 @@ def _linear(
     check_split(store, "val")
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:
         tokenizer = fit_linear_tokenizer(store, values.pair(patch), latent_dim, whitening, progress)
-    return tokenizer, _write_tokenizer(tokenizer, store, out, overwrite), out
+    return tokenizer, _write_tokenizer(tokenizer, store, out, overwrite, then=lambda: complete(out)), out
 
 
 def _transformer(
@@ -154,7 +154,7 @@ def _transformer(
     return *written, folder
 
 
-def _write_tokenizer(tokenizer, store, folder: Path, overwrite: bool = True) -> dict:
+def _write_tokenizer(tokenizer, store, folder: Path, overwrite: bool = True, then=lambda: None) -> dict:
     """Save a tokenizer with its reconstruction on the val split, which comes back."""
     from ahriuwu_cli.training.checkpoint import save_tokenizer
     from ahriuwu_cli.training.run_folder import versions
@@ -162,7 +162,7 @@ def _write_tokenizer(tokenizer, store, folder: Path, overwrite: bool = True) -> 
 
     quality = reconstruction(tokenizer, store, "val")
     facts = {**versions(), "dataset": store.name, "dataset_fingerprint": store.fingerprint, "val": quality}
-    save_tokenizer(tokenizer.cpu(), folder, facts, overwrite)
+    save_tokenizer(tokenizer.cpu(), folder, facts, overwrite, then)
     return quality
 
 

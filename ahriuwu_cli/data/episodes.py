@@ -187,6 +187,7 @@ class EpisodeWriter:
 
     fps is the rate of the stored frames; frame_skip how many steps of the world one stored frame takes. Refuses
     (UserError) a folder that is not empty, unless overwrite is set and the folder is a dataset.
+    then: as of `replacing`.
     """
 
     def __init__(
@@ -203,12 +204,13 @@ class EpisodeWriter:
         seed: int = 0,
         fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
         overwrite: bool = False,
+        then: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = Path(path).absolute()
         self.action_space = action_space
         self._shape = (height, width, 3)
         self._fractions = fractions
-        self._overwrite = overwrite
+        self._overwrite, self._then = overwrite, then
         self._facts = {
             "format": FORMAT,
             "name": name or as_text(self.path.name),
@@ -234,7 +236,7 @@ class EpisodeWriter:
 
     def __enter__(self) -> EpisodeWriter:
         with ExitStack() as stack:
-            self._staging = stack.enter_context(replacing(self.path, self._overwrite))
+            self._staging = stack.enter_context(replacing(self.path, self._overwrite, self._then))
             (self._staging / "episodes").mkdir()
             self._place = stack.pop_all()
         return self

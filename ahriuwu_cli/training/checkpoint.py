@@ -164,9 +164,14 @@ def _is_sealed(folder: Path, kind: str, names: set[str]) -> bool:
     return True
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, facts: dict, overwrite: bool = True) -> None:
-    """Write a tokenizer folder, temporary name first. overwrite False: UserError where something came meanwhile."""
-    with replacing(folder, overwrite) as temporary:
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path, facts: dict, overwrite: bool = True, then: Callable[[], None] = lambda: None
+) -> None:
+    """Write a tokenizer folder, temporary name first. overwrite False: UserError where something came meanwhile.
+
+    then: as of `replacing`.
+    """
+    with replacing(folder, overwrite, then) as temporary:
         _write_module(temporary, tokenizer, _tokenizer_document(tokenizer, facts))
 
 

@@ -7,6 +7,7 @@ world/            a checkpoint as `training.checkpoint` writes it, weights in bf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -47,13 +48,14 @@ def export(
     evidence: Path | None = None,
     notes: str = "",
     overwrite: bool = True,
+    then: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write the folder, whole or not at all, and return its facts. The tokenizer stays in float32: it is small.
 
     prompts: a dataset from which `clips` clips of `frames` frames of a split are taken, at random or those with most
     edges in view (`busiest`). generation: other defaults for rollouts, such as {"sampler": "shortcut"}. evidence: a
     folder of `ahriuwu eval`, whose table goes into the card. notes: the card's first words. overwrite False: what
-    came to `out` meanwhile stays. UserError or DataError.
+    came to `out` meanwhile stays. then: as of `replacing`. UserError or DataError.
     """
     if weights not in FORMATS:
         raise UserError(f"unknown --weights {weights!r}: {did_you_mean(weights, tuple(FORMATS))}")
@@ -66,7 +68,7 @@ def export(
     )
     _check_held(slim, weights)
     scores = None if evidence is None else _scores(evidence, world, slim)
-    with replacing(out, overwrite) as folder:
+    with replacing(out, overwrite, then) as folder:
         fill_with_world(slim, folder)
         if windows:
             _write_prompts(folder / PROMPT, prompts, windows, frames)
