@@ -14,7 +14,7 @@ from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.diffusion.samplers import told_step_size
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.models.dynamics import Dynamics
-from ahriuwu_cli.models.products import has_bfloat16_units
+from ahriuwu_cli.models.products import warn_of_bfloat16
 from ahriuwu_cli.models.tokenizer import Tokenizer
 from ahriuwu_cli.rollout import CTX_LABELS, CTX_MODES, SAMPLERS, RolloutConfig
 
@@ -53,9 +53,8 @@ class World:
 
         say: told when that is no gain on this machine.
         """
+        warn_of_bfloat16(precision, self.device, say)
         if precision == "bfloat16":
-            if self.device.type == "cpu" and not has_bfloat16_units():
-                say("this CPU has no units for bfloat16: --precision float32 is as good and faster")
             self.dynamics.multiply_in(torch.bfloat16)
             self.precision = precision
 

@@ -97,11 +97,19 @@ def test_a_world_in_bfloat16_is_another_world_to_nobody_else(place):
     assert world.dynamics.embed.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("units", "said"), [(True, 0), (False, 1)])
-def test_a_cpu_without_units_for_it_is_named(place, monkeypatch, units, said):
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("command", ["rollout", "train"])
+def test_a_cpu_without_units_for_it_is_named(capfd, place, monkeypatch, tmp_path, command, units):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    told = []
-    load_world(place / "world", "cpu").multiply_in("bfloat16", told.append)
-    assert len(told) == said
+    words = {
+        "rollout": ("rollout", place / "world", place / "data", "--length", 1),
+        "train": ("train", "dynamics", place / "data", "--tokenizer", place / "world", "--steps", 1, "--batch", 2,
+                  "--preview-windows", 2),
+    }[command]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in (*words, "--out", tmp_path / "out", "--precision", "bfloat16")])
+    err = capfd.readouterr().err
+    assert stop.value.code == 0, err
+    assert err.count("no units for bfloat16") == (not units), err

@@ -206,6 +206,7 @@ def _train(
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.errors import CheckpointError
     from ahriuwu_cli.models.compiling import check_compile
+    from ahriuwu_cli.models.products import warn_of_bfloat16
     from ahriuwu_cli.training.assemble import assemble, fit_for_all
     from ahriuwu_cli.training.batches import check_shares
     from ahriuwu_cli.training.checkpoint import load_tokenizer
@@ -224,6 +225,8 @@ def _train(
         return store, load_tokenizer(tokenizer or kept) if tokenizer or kept else None
 
     store, encoder = group.together(opened)
+    if group.leads:
+        warn_of_bfloat16(config.precision, group.device, lambda sentence: typer.echo(sentence, err=True))
     if fitted := encoder is None:
         with bar("fit tokenizer", "episode", quiet=quiet) as progress:
             encoder = fit_for_all(group, store, progress)

@@ -8,7 +8,7 @@ compute alike. Everywhere else, under autocast and in other formats, torch's own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -50,6 +50,12 @@ def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 by itself, so that it is faster than float32. Other than x86 is believed."""
     known = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2", "AVX512")
     return not known or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def warn_of_bfloat16(precision: str, device: torch.device, say: Callable[[str], None]) -> None:
+    """Say where the number format "bfloat16" is no gain on this machine."""
+    if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16_units():
+        say("this CPU has no units for bfloat16: --precision float32 is as good and faster")
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
