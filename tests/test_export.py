@@ -52,6 +52,30 @@ def test_weights_beyond_a_number_format_are_refused_and_what_was_there_stays(tmp
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
+def test_the_tokenizer_is_rounded_with_them_and_gives_the_same_pictures_but_for_that(place, run, weights):
+    assert run("export", place / "world", "--out", place / "small", "--weights", weights)[0] == 0
+    stored = read_tensors(place / "small" / "tokenizer" / "model.safetensors")
+    matrices = {name: t.dtype for name, t in stored.items() if t.dim() > 1}
+    assert set(matrices.values()) == {torch.float32 if weights == "float32" else torch.float16}
+    assert {t.dtype for t in stored.values() if t.dim() < 2} == {torch.float32}
+    exact, shipped = load_world(place / "world").tokenizer, load_world(place / "small").tokenizer
+    assert (shipped.fingerprint() == exact.fingerprint()) == (weights == "float32")
+    frames = EpisodeStore.open(place / "data").frames("000000")[None]
+    pictures, latents = torch.from_numpy(frames), exact.encode(torch.from_numpy(frames))
+    assert float((shipped.encode(pictures) - latents).abs().max()) < 2e-3 * float(latents.abs().max())
+    assert float((shipped.decode(latents) - exact.decode(latents)).abs().max()) < 1 / 255
+
+
+def test_a_tokenizer_beyond_float16_is_refused(tmp_path, run):
+    world = small_world()
+    world.tokenizer.components[0, 0] = 1e5
+    save_world(world, tmp_path / "world")
+    code, _, err = run("export", tmp_path / "world", "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "components holds numbers beyond float16: choose --weights float32" in err
+
+
 def test_the_world_that_was_exported_is_not_changed(place, run):
     before = read_tensors(place / "world" / "model.safetensors")
     run("export", place / "world", "--out", place / "small")

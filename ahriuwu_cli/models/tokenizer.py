@@ -45,10 +45,14 @@ class Tokenizer(nn.Module):
         """How many numbers a checkpoint of this architecture holds, before any is made. TypeError, ValueError."""
 
     def fingerprint(self) -> str:
-        """sha256 over kind, architecture and every weight: two tokenizers with equal shapes are told apart."""
+        """sha256 over kind, architecture and every weight: two tokenizers with equal shapes are told apart.
+
+        Of the weights as they compute, in float32, whatever format they are stored in.
+        """
         digest = hashlib.sha256(json.dumps([self.kind, self.to_json()], sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

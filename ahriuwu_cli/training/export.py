@@ -1,6 +1,6 @@
 """A world made ready to ship: weights in 16 bits, a few prompts to start from, and a model card, in one small folder.
 
-world/            a checkpoint as `training.checkpoint` writes it, weights in bfloat16 (read back as float32)
+world/            a checkpoint as `training.checkpoint` writes it, weights in 16 bits (read back as float32)
   prompt/         a dataset of a few short clips, all of the split `test`; `ahriuwu rollout WORLD` starts from them
   README.md       the model card: what it is, how it was made, what it scores, what it cannot do
 """
@@ -24,6 +24,7 @@ from ahriuwu_cli.evaluation.metrics import gradient_energy
 from ahriuwu_cli.evaluation.report import in_markdown
 from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.models.dynamics import count_parameters
+from ahriuwu_cli.models.tokenizer import Tokenizer
 from ahriuwu_cli.prompts import CANDIDATES, PICKS
 from ahriuwu_cli.training.checkpoint import fill_with_world, load_world
 from ahriuwu_cli.training.finite import first_not_finite
@@ -50,7 +51,10 @@ def export(
     overwrite: bool = True,
     then: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Write the folder, whole or not at all, and return its facts. The tokenizer stays in float32: it is small.
+    """Write the folder, whole or not at all, and return its facts.
+
+    With weights in 16 bits the tokenizer's matrices are float16: small numbers, kept three bits finer than by bfloat16.
+    It is another tokenizer then, by its hash, than the one that the world was trained with.
 
     prompts: a dataset from which `clips` clips of `frames` frames of a split are taken, at random or those with most
     edges in view (`busiest`). generation: other defaults for rollouts, such as {"sampler": "shortcut"}. evidence: a
@@ -64,7 +68,10 @@ def export(
     windows = [] if prompts is None else _windows(world, prompts, clips, frames, split, pick, seed)
     before = {name: tensor.cpu().clone() for name, tensor in world.dynamics.state_dict().items()}
     slim = replace(
-        world, dynamics=deepcopy(world.dynamics).to(FORMATS[weights]), facts=world.facts | {"weights": weights}
+        world,
+        dynamics=deepcopy(world.dynamics).to(FORMATS[weights]),
+        tokenizer=world.tokenizer if weights == "float32" else _halved(world.tokenizer),
+        facts=world.facts | {"weights": weights},
     )
     _check_held(slim, weights)
     scores = None if evidence is None else _scores(evidence, world, slim)
@@ -88,8 +95,20 @@ def export(
     }
 
 
+def _halved(tokenizer: Tokenizer) -> Tokenizer:
+    """The same with its matrices in float16; what is divided by or added stays as it is."""
+    half = deepcopy(tokenizer)
+    for tensor in (*half.parameters(), *half.buffers()):
+        if tensor.dim() > 1:
+            tensor.data = tensor.data.to(torch.float16)
+    return half
+
+
 def _check_held(slim: World, weights: str) -> None:
     """UserError where a number format ends before the weights do: they became infinite in it."""
+    bad = first_not_finite(slim.tokenizer.state_dict())
+    if bad is not None:
+        raise UserError(f"the tokenizer's {bad} holds numbers beyond float16: choose --weights float32")
     bad = first_not_finite(slim.dynamics.state_dict())
     if bad is not None:
         most, wider = torch.finfo(FORMATS[weights]).max, "bfloat16" if weights == "float16" else "float32"
@@ -167,7 +186,9 @@ def _scores(folder: Path, *measured: World) -> dict[str, Any]:
         raise DataError(f"there is no {file}: give a folder that `ahriuwu eval` wrote") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} cannot be used ({error}): give a folder that `ahriuwu eval` wrote") from None
-    rounded = (replace(w, dynamics=deepcopy(w.dynamics).float()) for w in measured)
+    rounded = (
+        replace(w, dynamics=deepcopy(w.dynamics).float(), tokenizer=deepcopy(w.tokenizer).float()) for w in measured
+    )
     if of not in map(weights_hash, rounded):
         raise DataError(f"{file} was measured with another world, or by an older version: evaluate this one")
     return scores
