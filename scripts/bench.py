@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -275,13 +276,10 @@ def measure_training(model: Dynamics, a: argparse.Namespace, found: dict) -> dic
             by_form[f"{kind}{', compiled' if compiled else ''}, {name}"] = round(ms, 1)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    optimizers = build_optimizers(model, config)
-
-    def update() -> None:
-        for optimizer in optimizers:
-            optimizer.step()
-
-    optimiser = 1e3 * median(update, max(3, a.repeats // 2))
+    optimiser = {}
+    for kind in ("float32", "bfloat16"):
+        optimizers = build_optimizers(model, replace(config, precision=kind))
+        optimiser[kind] = 1e3 * median(lambda o=optimizers: [each.step() for each in o], max(3, a.repeats // 2))
     apply(optimizers)
     model.eval().requires_grad_(False)
     floor = 1e3 * operations / (found["peak_gflops_best"] * 1e9)
@@ -289,7 +287,8 @@ def measure_training(model: Dynamics, a: argparse.Namespace, found: dict) -> dic
     return {
         "plain_ms": round(1e3 * plain, 1),
         "shortcut_ms": round(1e3 * shortcut, 1),
-        "optimiser_ms": round(optimiser, 1),
+        "optimiser_ms": round(optimiser["float32"], 1),
+        "optimiser_bfloat16_ms": round(optimiser["bfloat16"], 1),
         "bootstrap_rows": rows,
         "floor_ms": round(floor, 1),
         "by_form": by_form,
@@ -412,6 +411,7 @@ def as_table(r: dict) -> str:
         (f"training, {t['bootstrap_rows']} rows bootstrapped, ms", *shortcut),
         *((f"training, {name}, ms", ms, "", "") for name, ms in t["by_form"].items()),
         ("training, optimiser, ms", t["optimiser_ms"], "", ""),
+        ("training, optimiser, --precision bfloat16, ms", t["optimiser_bfloat16_ms"], "", ""),
         ("tokenizer, encode and decode, ms a frame", f"{k['encode_ms']} {k['decode_ms']}", k["floor_ms"], ""),
         ("windows a second, warm (cold), and needed", windows, r["windows_needed_per_second"], ""),
     ]

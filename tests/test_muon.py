@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.models import products
 from ahriuwu_cli.training import muon as muon_module
 from ahriuwu_cli.training.muon import Muon, orthogonalise
+from ahriuwu_cli.training.optimiser import build_optimizers
 
 
 def polynomial(x):
@@ -48,6 +51,31 @@ def test_rounding_to_bfloat16_leads_no_singular_value_astray():
     g[1, 1:] *= 1e-4  # one large singular value, at the very end of the interval
     x = muon_module._through_quintics((g / g.norm(dim=(-2, -1), keepdim=True)).bfloat16())
     assert torch.linalg.svdvals(x.float()).max() < 1.4
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 60), (60, 24)])
+def test_products_in_bfloat16_give_the_same_directions_up_to_its_rounding(shape):
+    g = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+    exact, rounded = orthogonalise(g), orthogonalise(g, torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    error = (rounded - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
+    assert bool(((error > 1e-4) & (error < 0.03)).all()), error
+
+
+@pytest.mark.parametrize(("precision", "units", "kind"), [
+    ("bfloat16", True, torch.bfloat16), ("bfloat16", False, torch.float32), ("float32", True, torch.float32),
+])  # fmt: skip
+def test_it_multiplies_in_bfloat16_where_that_was_asked_for_and_is_faster(monkeypatch, precision, units, kind):
+    monkeypatch.setattr(products, "has_bfloat16_units", lambda: units)
+    used = []
+    monkeypatch.setattr(muon_module, "orthogonalise", lambda g, kind: (used.append(kind), g)[1])
+    model = torch.nn.Module()
+    model.blocks = torch.nn.Linear(4, 4)
+    muon, _ = build_optimizers(model, TrainConfig(steps=1, budget=None, precision=precision))
+    model.blocks(torch.ones(4)).sum().backward()
+    muon.step()
+    assert used == [kind]
+    assert products.library(precision).endswith("and bfloat16 units") == (kind == torch.bfloat16)
 
 
 def test_the_update_keeps_the_singular_vectors_of_the_gradient():

@@ -41,15 +41,20 @@ ONEDNN = _onednn_wins()
 LEAST = 1 << 20  # multiplications from which oneDNN's call, 9 us dearer, pays: 16 rows by 256 x 256
 
 
-def library() -> str:
-    """Who multiplies float32 matrices here: what a training state says, since the last bits go with it."""
-    return "oneDNN" if ONEDNN else "torch"
+def library(precision: str = "float32") -> str:
+    """Who multiplies matrices here: what a training state says, since the last bits go with it."""
+    return ("oneDNN" if ONEDNN else "torch") + (" and bfloat16 units" if at_best(precision) != torch.float32 else "")
 
 
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 by itself, so that it is faster than float32. Other than x86 is believed."""
     known = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2", "AVX512")
     return not known or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def at_best(precision: str) -> torch.dtype:
+    """The number format for products that bear 16 bits, outside of autocast: float32 unless asked for and faster."""
+    return torch.bfloat16 if precision == "bfloat16" and has_bfloat16_units() else torch.float32
 
 
 def warn_of_bfloat16(precision: str, device: torch.device, say: Callable[[str], None]) -> None:

@@ -113,7 +113,7 @@ class Group:
         said = {"processes": self.world, "parallel": self.parallel if self.world > 1 else "none"}
         said["accumulate"] = config.accumulate
         if self.device.type == "cpu":
-            said |= {"threads": torch.get_num_threads(), "products": products.library()}
+            said |= {"threads": torch.get_num_threads(), "products": products.library(config.precision)}
         return said
 
     def _reduce(self, tensor: Tensor, operation: str) -> None:

@@ -3,7 +3,8 @@
 The method is Keller Jordan's (2024) with the scale of Liu et al. (arXiv 2502.16982), and with four optimal polynomials
 instead of five equal Newton-Schulz steps: two thirds of the time for the same loss (docs/performance.md). PyTorch's own
 `torch.optim.Muon` works in bfloat16 only, which costs 30 times a training step on a CPU without bfloat16 units
-(measured: docs/log.md). This one works in float32 on a CPU and bfloat16 on a GPU, and stacks matrices of one shape.
+(measured: docs/log.md). This one works in bfloat16 on a GPU and in what it is told on a CPU, and stacks matrices of one
+shape.
 Its momentum can be kept in bfloat16: a step moves it by a twentieth of the way, well above bfloat16's 1/256.
 
 An orthogonal update needs the whole matrix. Where weights are sharded, momentum stays sharded, every process gathers
@@ -35,9 +36,12 @@ QUINTICS = (
 )
 
 
-def orthogonalise(g: Tensor) -> Tensor:
-    """U V^T, roughly, of each matrix of g (M, rows, columns): its singular vectors, with singular values near 1."""
-    x = g.bfloat16() if g.is_cuda else g.float()
+def orthogonalise(g: Tensor, products: torch.dtype = torch.float32) -> Tensor:
+    """U V^T, roughly, of each matrix of g (M, rows, columns): its singular vectors, with singular values near 1.
+
+    products: number format of the matrix products on a CPU. On a GPU it is bfloat16.
+    """
+    x = g.bfloat16() if g.is_cuda else g.to(products)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -70,7 +74,8 @@ def _one_through_quintics(x: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon over 2-D parameters with Nesterov momentum and decoupled weight decay. Update RMS is 0.2, as AdamW's.
 
-    state: number format of the momentum, float32 or bfloat16; None: that of the parameters.
+    state: number format of the momentum, float32 or bfloat16; None: that of the parameters. products: see
+    `orthogonalise`.
     """
 
     def __init__(
@@ -80,9 +85,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         state: torch.dtype | None = None,
+        products: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.state_dtype = state
+        self.state_dtype, self.products = state, products
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -112,7 +118,7 @@ class Muon(torch.optim.Optimizer):
             mine.copy_(mine.to(p.dtype).lerp_(local(p.grad), 1 - group["momentum"]))
             directions.append(whole(torch.lerp(p.grad, buffer.to(p.dtype), group["momentum"])))
         scale = 0.2 * max(matrices[0].shape) ** 0.5
-        updates = orthogonalise(torch.stack(directions))
+        updates = orthogonalise(torch.stack(directions), self.products)
         for p, update in zip(matrices, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(placed(update, p), alpha=-group["lr"] * scale)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.models.products import at_best
 from ahriuwu_cli.training.muon import Muon
 from ahriuwu_cli.training.sharding import is_sharded, local
 
@@ -27,9 +28,10 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     adamw = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    kind = getattr(torch, config.optimizer_state)
-    muon = [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, state=kind)] if matrices else []
-    return [*muon, adamw]
+    if not matrices:
+        return [adamw]
+    formats = {"state": getattr(torch, config.optimizer_state), "products": at_best(config.precision)}
+    return [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, **formats), adamw]
 
 
 def set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
