@@ -1,7 +1,7 @@
-"""Folders that results go to: refused early when they cannot take them, and never half one thing, half another.
+"""Folders that results go to, never half one thing, half another.
 
-`check_folder` refuses before the work. `replacing` fills a sibling and puts it in place by renaming, and `whole` reads
-one that may be replaced meanwhile. `claimed` keeps a second process out of a folder that one works for.
+`replacing` fills a sibling and puts it in place by renaming, and `whole` reads one that may be replaced meanwhile.
+`claimed` keeps a second process out of a folder that one works for. What may go where: `places`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -19,106 +19,13 @@ from typing import TypeVar
 from ahriuwu_cli.disk import NO_LOCKS, call_it, exchange, lock, random_digits, sync
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.lock import refuse_alive
+from ahriuwu_cli.places import check_folder
 from ahriuwu_cli.stopping import unbroken, undoing
 
 NO_FOLDER_LOCKS = NO_LOCKS | {errno.EBADF}  # some disks lock files alone
 PATIENCE, PAUSE = 10.0, 0.001  # seconds: how long a reader waits for a folder that is being replaced, between looks
-KINDS = {  # by what lies in them; many a project has a config.json
-    "dataset": ("dataset.json",), "checkpoint": ("config.json", "model.safetensors"), "run": ("run.json",),
-}  # fmt: skip
-PARTS = {  # of our folders, by what they are
-    "dataset": ("episodes", "latents"),
-    "checkpoint": ("tokenizer", "prompt"),
-    "run": ("best", "last", "tokenizer", "state"),
-    "results": ("cells",),
-}
 MISSING = 3  # looks by which a folder that is not there, with no old one beside it, counts as missing
 T = TypeVar("T")
-
-
-def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
-    """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite.
-
-    holds: "results" of looking at a world, a "rollout", and "pieces" of results that are written one by one, never take
-    the place of a dataset, a checkpoint or a run, take one away, or lie among its files; anything else that is written
-    may replace its own kind. What is put in place as one folder (all but "pieces" and a "run") cannot be the current
-    one, which would be gone under the user's feet, nor one that cannot lose its name.
-    """
-    try:
-        near = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
-    except OSError as error:
-        raise UserError(f"{out} cannot be a folder ({error.strerror}): choose another --out") from None
-    if not near.is_dir():
-        raise UserError(f"{near} is a file: choose a folder for --out")
-    if not os.access(near, os.W_OK | os.X_OK):
-        raise UserError(f"{near} cannot be written to: choose another --out")
-    if holds in ("results", "rollout", "pieces"):
-        refuse_among_others(out)
-    if holds not in ("pieces", "run"):
-        _refuse_irreplaceable(out, "results" if holds == "results" else f"a {holds}", exists=near == out)
-    if near == out and not overwrite and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
-    if near == out and holds in ("results", "rollout"):
-        _refuse_to_take_away(out)
-
-
-def refuse_among_others(out: Path) -> None:
-    """UserError when the folder `out` is a dataset, a checkpoint or a run, or lies in a part of one."""
-    target = _real(out)
-    for folder in (target, *target.parents):
-        kind = _kind(folder)
-        if kind and folder == target:
-            raise UserError(f"{out} holds a {kind}: choose another --out")
-        if kind and target.relative_to(folder).parts[0] in PARTS[kind]:
-            raise UserError(f"{out} lies among the files of the {kind} {folder}: choose another --out")
-
-
-def _refuse_to_take_away(out: Path) -> None:
-    """UserError when a dataset, a checkpoint or a run lies anywhere in the folder `out`, which is to be replaced."""
-    for place, _, _ in os.walk(out):
-        if kind := _kind(Path(place)):
-            raise UserError(f"--overwrite would take away the {kind} {place}: choose another --out than {out}")
-
-
-def _refuse_irreplaceable(out: Path, by: str, exists: bool) -> None:
-    """UserError when another folder cannot take the name of `out`: the current folder, or one whose parent holds it."""
-    if out.resolve() == Path.cwd():
-        raise UserError(f"{out} is the current folder, which {by} would replace: choose another --out")
-    if exists and os.path.ismount(_real(out)):
-        raise UserError(f"{out} is a disk of its own, which {by} cannot replace: choose a folder on it for --out")
-    if exists and not os.access(parent := _real(out).parent, os.W_OK | os.X_OK):
-        raise UserError(f"{parent} cannot be written to, so nothing takes the place of {out}: choose another --out")
-
-
-def _kind(folder: Path) -> str | None:
-    """Which of KINDS a folder is."""
-    lie = (kind for kind, names in KINDS.items() if all(os.path.lexists(folder / name) for name in names))
-    return next(lie, None)
-
-
-def keep_apart(out: Path, inputs: Iterable[Path]) -> None:
-    """UserError when replacing `out` would take away what is read, or the folder that the user stands in.
-
-    Results may lie inside of what is read (`runs/mine/eval`), but not where it keeps its own parts.
-    """
-    target = _real(out)
-    parts = {part for each in PARTS.values() for part in each}
-    for read in inputs:
-        source = _real(read)
-        own = target.is_relative_to(source) and target != source and target.relative_to(source).parts[0] in parts
-        if source.is_relative_to(target) or own:
-            raise UserError(f"--overwrite would replace {read}, which is read: choose another --out than {out}")
-    places = {"the current folder": Path.cwd()}
-    with suppress(RuntimeError):  # a user whom the system does not know has none
-        places["the home folder"] = Path.home()
-    for what, place in places.items():
-        if _real(place).is_relative_to(target):
-            raise UserError(f"--overwrite would replace {what} ({out}): choose another --out")
-
-
-def _real(path: Path) -> Path:
-    """Without links. A circle of links stays as it is, where `Path.resolve` raises."""
-    return Path(os.path.realpath(path))
 
 
 class replacing:

@@ -8,7 +8,7 @@ import pytest
 from small import small_place
 
 from ahriuwu_cli.errors import UserError
-from ahriuwu_cli.folders import keep_apart
+from ahriuwu_cli.places import keep_apart
 from ahriuwu_cli.training import restart
 from ahriuwu_cli.training.restart import launcher, stoppable
 

@@ -12,7 +12,7 @@ from typer.main import get_command
 from ahriuwu_cli import cli
 from ahriuwu_cli.commands.guard import guarded
 from ahriuwu_cli.errors import UserError
-from ahriuwu_cli.folders import check_folder, keep_apart
+from ahriuwu_cli.places import check_folder, keep_apart
 from ahriuwu_cli.training.checkpoint import save_tokenizer, save_world
 
 TRAIN = "--steps 1 --batch 1 --frames 2 --preview-windows 1 --device cpu"

@@ -17,10 +17,12 @@ from small import small_dataset
 
 from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
 from ahriuwu_cli.folders import replacing
+from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.clock import TrainingClock
-from ahriuwu_cli.training.run_folder import RunFolder, _revision, goes_on, versions
+from ahriuwu_cli.training.run_folder import RunFolder, goes_on
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.states import States
+from ahriuwu_cli.training.versions import _revision, versions
 
 ASKED = {"kind": "dynamics", "config": {"lr": 0.1, "keep": 2, "size": "nano"}, "facts": {"dataset": "bar"}}
 FREE = ("keep",)
@@ -148,11 +150,11 @@ def test_a_log_that_is_too_large_is_refused_and_one_of_millions_of_lines_takes_n
     log.write_bytes(b'{"step": 3}\n' + b'{"a": 1}\n' * 500_000 + b'["step": 3}\n{"step": 3\n{"a": 1, "step": 3}\n')
     tracemalloc.start()
     try:
-        run._cut_log(3, 0, print)
+        run_log.cut(run.log_file, 3, 0, print)
         assert log.read_bytes() == b'{"step": 3}\n{"a": 1, "step": 3}\n'
         os.truncate(log, 3 << 30)
         with pytest.raises(CheckpointError, match=r"metrics.jsonl is larger than 100 MB: move it away, a new log"):
-            run._cut_log(3, 0, print)
+            run_log.cut(run.log_file, 3, 0, print)
         assert tracemalloc.get_traced_memory()[1] < 1e6
     finally:
         tracemalloc.stop()

@@ -72,7 +72,8 @@ def evaluate(
     from ahriuwu_cli.evaluation.looks import look_closer, optional_looks, parse_looks
     from ahriuwu_cli.evaluation.looks_text import looks_text
     from ahriuwu_cli.evaluation.prepare import prepare
-    from ahriuwu_cli.folders import check_folder, claimed, replacing
+    from ahriuwu_cli.folders import claimed, replacing
+    from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.checkpoint import load_world
 

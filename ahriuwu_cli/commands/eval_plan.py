@@ -19,7 +19,7 @@ from ahriuwu_cli.commands import eval_saved, options
 from ahriuwu_cli.commands.values import listed
 from ahriuwu_cli.commands.values import shard as parse_shard
 from ahriuwu_cli.errors import UserError
-from ahriuwu_cli.folders import refuse_among_others
+from ahriuwu_cli.places import refuse_among_others
 
 
 class DefaultGroup(TyperGroup):

@@ -41,7 +41,7 @@ def generate(
     from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, ready
     from ahriuwu_cli.evaluation.saved import save_rollouts
     from ahriuwu_cli.evaluation.shards import choose_device, find_shards, shard_windows
-    from ahriuwu_cli.folders import check_folder
+    from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.training.checkpoint import load_world
 
     mine = find_shards(shard, "cells", os.environ)  # here the windows are what is shared
@@ -82,7 +82,8 @@ def score(
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.evaluation import plots, report
     from ahriuwu_cli.evaluation.saved import made_by, score_rollouts
-    from ahriuwu_cli.folders import check_folder, claimed, replacing
+    from ahriuwu_cli.folders import claimed, replacing
+    from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.startup import complete
 
     check_folder(out, overwrite)

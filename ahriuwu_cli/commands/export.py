@@ -49,7 +49,7 @@ def export(
     from ahriuwu_cli.data.documents import decode, read_bytes
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.errors import UserError
-    from ahriuwu_cli.folders import check_folder
+    from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.checkpoint import load_world
     from ahriuwu_cli.training.export import export as write

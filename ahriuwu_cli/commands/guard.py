@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ahriuwu_cli.folders import keep_apart
+from ahriuwu_cli.places import keep_apart
 
 
 def guarded(command: Any) -> Any:

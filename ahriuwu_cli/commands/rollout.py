@@ -59,9 +59,9 @@ def rollout(
 ) -> None:
     """Imagine video: writes rollout.mp4 (truth | rollout | difference), a GIF, a PNG strip and the raw arrays."""
     from ahriuwu_cli.commands.progress import bar
-    from ahriuwu_cli.folders import check_folder
     from ahriuwu_cli.imagine import Request, imagine
     from ahriuwu_cli.models.compiling import check_compile
+    from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.prompts import IMAGES, shipped_prompt
     from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.checkpoint import load_world

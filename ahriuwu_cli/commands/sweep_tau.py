@@ -98,7 +98,8 @@ def sweep_tau(
     from ahriuwu_cli.evaluation import report, sweep_cells, sweep_report
     from ahriuwu_cli.evaluation.cells import weights_hash
     from ahriuwu_cli.evaluation.sweep import Storage, SweepConfig, ready, sweep
-    from ahriuwu_cli.folders import check_folder, claimed
+    from ahriuwu_cli.folders import claimed
+    from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.training.checkpoint import load_world
 
     config = SweepConfig(

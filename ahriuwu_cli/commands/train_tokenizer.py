@@ -99,7 +99,7 @@ def _linear(
     """(tokenizer, its quality, its folder): fitted in closed form and written."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
-    from ahriuwu_cli.folders import check_folder
+    from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.checkpoint import pick_device
@@ -157,8 +157,8 @@ def _transformer(
 def _write_tokenizer(tokenizer, store, folder: Path, overwrite: bool = True, then=lambda: None) -> dict:
     """Save a tokenizer with its reconstruction on the val split, which comes back."""
     from ahriuwu_cli.training.checkpoint import save_tokenizer
-    from ahriuwu_cli.training.run_folder import versions
     from ahriuwu_cli.training.tokenizer_quality import reconstruction
+    from ahriuwu_cli.training.versions import versions
 
     quality = reconstruction(tokenizer, store, "val")
     facts = {**versions(), "dataset": store.name, "dataset_fingerprint": store.fingerprint, "val": quality}

@@ -20,7 +20,8 @@ from ahriuwu_cli.data.metadata import FORMAT, MAX_BYTES, SPLITS, check_document,
 from ahriuwu_cli.data.tensors import TensorInfo, as_any_file, read_header, read_rows
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
-from ahriuwu_cli.folders import check_folder, replacing, whole
+from ahriuwu_cli.folders import replacing, whole
+from ahriuwu_cli.places import check_folder
 
 if TYPE_CHECKING:
     import numpy as np

@@ -30,7 +30,7 @@ from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.score_files import Shapes
 from ahriuwu_cli.evaluation.shards import Shards
 from ahriuwu_cli.evaluation.summary import pick_horizons
-from ahriuwu_cli.folders import check_folder
+from ahriuwu_cli.places import check_folder
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 

@@ -24,7 +24,8 @@ from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.score_files import Shapes, flat, read_scores, tables_of, write_scores
 from ahriuwu_cli.evaluation.scores import Table
 from ahriuwu_cli.evaluation.shards import set_aside
-from ahriuwu_cli.folders import check_folder, replacing
+from ahriuwu_cli.folders import replacing
+from ahriuwu_cli.places import check_folder
 from ahriuwu_cli.rollout import RolloutConfig
 
 FORMAT = "ahriuwu-sweep-cell/1"

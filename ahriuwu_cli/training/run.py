@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.training.checkpoint import is_sound, save_tokenizer, save_world
-from ahriuwu_cli.training.run_folder import Asked, RunFolder, goes_on, versions
+from ahriuwu_cli.training.run_folder import Asked, RunFolder, goes_on
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from ahriuwu_cli.training.state_check import Expected, Held, held
 from ahriuwu_cli.training.states import States
+from ahriuwu_cli.training.versions import versions
 
 if TYPE_CHECKING:
     from ahriuwu_cli.models.tokenizer import Tokenizer

@@ -10,34 +10,29 @@ The same command again goes on with a run; other settings are refused by name; w
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import platform
 import re
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from torch import Tensor
 
-from ahriuwu_cli import __version__, memory
+from ahriuwu_cli import memory
 from ahriuwu_cli.data.documents import document_hash, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
-from ahriuwu_cli.folders import check_folder
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
+from ahriuwu_cli.places import check_folder
+from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.state_check import Expected, check_document
 from ahriuwu_cli.training.states import States
+from ahriuwu_cli.training.versions import versions
 
-WRITTEN = ("run.json", "metrics.jsonl", "best", "last", "tokenizer", "state")  # under hidden names first
-MAX_LOG = 100_000_000  # bytes: some 300,000 lines
-_LOGGED = re.compile(rb'\{.*?"step": (\d{1,18})[,}]')
+WRITTEN = ("run.json", run_log.NAME, "best", "last", "tokenizer", "state")  # under hidden names first
 _HIDDEN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.\d+\.(tmp|old)")
 
 Announce = Callable[[str], None]
@@ -57,7 +52,7 @@ class RunFolder:
         self, folder: Path, asked: Asked, command: str, keep: int, free: tuple[str, ...], writes: bool = True
     ) -> None:
         self.folder, self.asked, self.command = Path(folder), _plain(asked), command
-        self.writes = writes
+        self.log_file, self.writes = self.folder / run_log.NAME, writes
         config = {name: value for name, value in self.asked["config"].items() if name not in free}
         self.states = States(
             self.folder / "state", keep, document_hash(self.asked | {"config": config}),
@@ -103,7 +98,7 @@ class RunFolder:
                 if found is None:
                     self._begin(more)
                 else:
-                    self._cut_log(found[2]["step"], found[2].get("logged", 0), announce)
+                    run_log.cut(self.log_file, found[2]["step"], found[2].get("logged", 0), announce)
                     for name in self.lacking:
                         self._set_aside(name)
         self.found = f"{self.folder} holds this run, stopped before its first saved state: starting again from step 0"
@@ -140,7 +135,7 @@ class RunFolder:
         """Append one line to metrics.jsonl; NaN never gets in."""
         if self.writes:
             with self.writing():
-                _append(self.folder / "metrics.jsonl", to_json(line) + "\n")
+                run_log.append(self.log_file, to_json(line) + "\n")
         self._logged = line["step"] if "loss" in line else self._logged
         return line
 
@@ -148,8 +143,8 @@ class RunFolder:
         """Save all that the next step depends on; the log up to here is on the disk before it counts."""
         check_finite(tensors, step, self.states.newest())
         with self.writing():
-            if (self.folder / "metrics.jsonl").exists():
-                sync(self.folder / "metrics.jsonl")
+            if self.log_file.exists():
+                sync(self.log_file)
             saved = self.states.save(step, tensors, document | {"logged": self._logged})
             if not self._is_ours():  # it became another run's folder while this was written
                 discard(saved)
@@ -229,27 +224,6 @@ class RunFolder:
         if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
             path.rename(path.with_name(f"{name}.damaged"))
 
-    def _cut_log(self, step: int, logged: int, announce: Announce) -> None:
-        """Drop the lines of metrics.jsonl after `step`, and one that a kill cut short; say what is missing before."""
-        file = self.folder / "metrics.jsonl"
-        if file.is_symlink() or (file.exists() and not file.is_file()):
-            raise CheckpointError(f"{file} is no regular file: move it away, a log is written there")
-        size = file.stat().st_size if file.exists() else 0
-        if size > MAX_LOG:
-            raise CheckpointError(f"{file} is larger than {MAX_LOG / 1e6:g} MB: move it away, a new log is begun there")
-        kept, last = bytearray(), 0
-        if size:
-            with open(file, "rb") as lines:
-                for line in lines:
-                    at = _step_of(line)
-                    if at is not None and at <= step:
-                        kept += line
-                        last = max(last, at)
-        if len(kept) < size:
-            write_whole(file, kept)
-        if last < logged:
-            announce(f"{file} was cut short: it holds no line of steps {last + 1} to {logged}, which were trained")
-
 
 def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, overwrite: bool) -> bool:
     """Whether a run that is asked for goes on with the one in the folder. Facts may still be missing in `asked`.
@@ -304,27 +278,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     return document
 
 
-def versions() -> dict:
-    """What this ran with: ahriuwu, torch, Python, and the git revision of the code where it is a checkout."""
-    return {
-        "ahriuwu": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "git": _revision(),
-    }
-
-
-@cache
-def _revision() -> str | None:
-    """None where the code is no checkout, or where there is no git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        git = subprocess.run(command, capture_output=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return git.stdout.decode("ascii", "replace").strip() or None
-
-
 def _content(folder: Path) -> list[str]:
     """Names in a folder, without the lock and what a killed start left under hidden names."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -341,27 +294,6 @@ def _differences(before: dict[str, Any], asked: Asked, free: tuple[str, ...]) ->
     return [f"{n} {a!r} -> {b!r}" if len(repr(a) + repr(b)) < 80 else f"{n} differs" for n, a, b in pairs if a != b]
 
 
-def _append(file: Path, line: str) -> None:
-    """Write a line at the end of a file, all of it or nothing. OSError, with the file's name."""
-    with open(file, "ab", buffering=0) as stream:
-        end = stream.tell()
-        try:
-            if stream.write(line.encode()) < len(line.encode()):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            stream.truncate(end)
-            raise OSError(error.errno, error.strerror, str(file)) from None
-
-
 def _plain(asked: Asked) -> Asked:
     """As JSON gives it back."""
     return json.loads(json.dumps(asked))
-
-
-def _step_of(line: bytes) -> int | None:
-    """The step of a line of metrics by the form in which `log` writes it; None for one that is cut short, or no such.
-
-    It is not read as JSON: that takes 5 microseconds a line, and a hostile log has millions.
-    """
-    found = _LOGGED.match(line)
-    return int(found[1]) if found and line.endswith(b"}\n") else None
