@@ -1,37 +1,108 @@
-"""The training clock: steps are counted, a machine's standstill is not."""
+"""The training clock: a process that stands still spends nothing, one that is slow does."""
 
-from ahriuwu_cli.training.clock import TrainingClock
+import os
+import signal
+import subprocess
+import sys
+import threading
 
+import pytest
 
-def clock(laps, elapsed=0.0):
-    times = [0.0]
-    for lap in laps:
-        times.append(times[-1] + lap)
-    pauses = []
-    ticking = TrainingClock(elapsed, pauses.append, iter(times).__next__)
-    return [ticking.lap() for _ in laps][-1], pauses
-
-
-def test_ordinary_laps_add_up_to_the_wall_clock_and_earlier_parts_count():
-    assert clock([0.5, 0.25, 0.75], elapsed=10.0) == (11.5, [])
+from ahriuwu_cli.training.clock import SHORTEST, TICK, TrainingClock, Watch
 
 
-def test_a_standstill_counts_as_one_usual_lap_and_is_announced():
-    total, pauses = clock([0.5] * 10 + [1000.0] + [0.5] * 10)
-    assert total == 21 * 0.5
-    assert pauses == [999.5]
+class Hands:
+    """A clock that is moved by hand."""
+
+    def __init__(self):
+        self.at = 0.0
+
+    def __call__(self):
+        return self.at
 
 
-def test_a_slow_model_and_a_slow_first_step_are_no_standstill():
-    assert clock([30.0, 31.0, 29.0, 40.0])[1] == []
-    assert clock([60.0, 0.2, 0.2])[1] == []  # compilation
-    assert clock([0.2] * 10 + [5.0])[1] == []  # a hiccup counts as it was
+@pytest.fixture
+def moved():
+    """(hands, watch, clock, what was announced); the watch's own thread is not started."""
+    hands, said = Hands(), []
+    watch = Watch(hands)
+    return hands, watch, TrainingClock(10.0, said.append, hands, watch.taken), said
 
 
-def test_the_work_between_laps_counts_however_long():
-    times = iter([0.0, 1.0, 101.0, 102.0])
-    ticking = TrainingClock(0.0, lambda s: None, times.__next__)
-    ticking.lap()
-    ticking.rest()
-    assert ticking.elapsed == 101.0
-    assert ticking.lap() == 102.0
+def pass_by(hands, watch, seconds):
+    """Time in which the process runs, so that its watch looks every second."""
+    for _ in range(round(seconds / TICK)):
+        hands.at += TICK
+        watch.look(ticks=True)
+
+
+def test_time_that_the_process_ran_counts_however_long_a_step_or_what_is_between_took(moved):
+    hands, watch, clock, said = moved
+    pass_by(hands, watch, 60)  # compilation, or a large batch
+    assert clock.lap() == 70
+    pass_by(hands, watch, 100)  # a preview
+    clock.rest()
+    pass_by(hands, watch, 1)
+    assert clock.lap() == 171
+    assert said == []
+
+
+@pytest.mark.parametrize("laps_before", [0, 1, 20])
+@pytest.mark.parametrize("in_a_preview", [False, True])
+def test_a_standstill_is_left_out_and_announced_from_the_first_step_on(moved, laps_before, in_a_preview):
+    hands, watch, clock, said = moved
+    for _ in range(laps_before):
+        pass_by(hands, watch, 1)
+        clock.lap()
+    pass_by(hands, watch, 2)
+    hands.at += 1000
+    if laps_before == 1:
+        watch.look(ticks=True)  # its thread was awake first
+    (clock.rest if in_a_preview else clock.lap)()
+    assert said == [1000 - TICK]
+    assert clock.elapsed == 10 + laps_before + 2 + TICK
+    pass_by(hands, watch, 5)
+    assert clock.lap() == 10 + laps_before + 2 + TICK + 5
+
+
+def test_a_hiccup_counts_as_it_was(moved):
+    hands, _, clock, said = moved
+    hands.at += SHORTEST
+    assert clock.lap() == 10 + SHORTEST
+    assert said == []
+
+
+def test_earlier_parts_count_and_no_more_is_left_out_than_a_lap_took():
+    hands = Hands()
+    clock = TrainingClock(5.0, lambda s: None, hands, lambda: 99.0)
+    hands.at = 3
+    assert clock.lap() == 5.0
+
+
+STANDS = """
+import time
+from ahriuwu_cli.training import clock
+clock.TICK, clock.SHORTEST = 0.02, 0.5
+with clock.Watch() as watch:
+    print("here", flush=True)
+    until = time.monotonic() + 60
+    stood = 0
+    while not stood and time.monotonic() < until:
+        stood = watch.taken()
+print(stood)
+"""
+
+
+def test_a_process_that_is_stopped_knows_for_how_long():
+    process = subprocess.Popen([sys.executable, "-c", STANDS], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Event().wait(1.5)
+    os.kill(process.pid, signal.SIGCONT)
+    assert 1.3 < float(process.communicate(timeout=60)[0]) < 10
+
+
+def test_the_watch_ends_with_its_run():
+    with Watch():
+        assert "standstill" in {thread.name for thread in threading.enumerate()}
+    assert "standstill" not in {thread.name for thread in threading.enumerate()}

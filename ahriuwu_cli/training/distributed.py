@@ -71,12 +71,15 @@ class Group:
         return result
 
     def agree(self, seconds: float, signal_number: int) -> tuple[float, int]:
-        """(the lead's seconds, the number of a signal that any process got or 0), the same on every process."""
+        """(the fewest seconds, the number of a signal that any process got or 0), the same on every process.
+
+        Where one stood still the others waited, and only its own clock knows.
+        """
         if self.world == 1:
             return seconds, signal_number
-        told = torch.tensor([seconds if self.leads else 0.0, signal_number], dtype=torch.float64)
+        told = torch.tensor([-seconds, signal_number], dtype=torch.float64)
         self._reduce(told, "MAX")
-        return told[0].item(), int(told[1])
+        return -told[0].item(), int(told[1])
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a CPU tensor over all processes."""

@@ -23,7 +23,7 @@ from ahriuwu_cli.errors import Interrupted, TrainingError
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of
 from ahriuwu_cli.training.clip_loss import ClipLoss
-from ahriuwu_cli.training.clock import TrainingClock
+from ahriuwu_cli.training.clock import TrainingClock, Watch
 from ahriuwu_cli.training.distributed import Group
 from ahriuwu_cli.training.finite import not_finite
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate, update_average
@@ -77,15 +77,17 @@ class DynamicsTrainer:
         went away under the run, Interrupted after a signal. The run's folder is free for others afterwards.
         """
         stop.wait_for_step()
-        with self.run.training():
-            self._train(report, stop, stop_at)
+        with self.run.training(), Watch() as watch:
+            self._train(report, stop, stop_at, watch)
         return self.world
 
-    def _train(self, report: Report, stop: StopRequest, stop_at: int | None) -> None:
+    def _train(self, report: Report, stop: StopRequest, stop_at: int | None, watch: Watch) -> None:
         manifest = preview_manifest(self.store, self.config.preview_windows, self.config.seed)
+        wall = self.now is time.monotonic  # CPU seconds stand still by themselves
         clock = TrainingClock(
-            self.elapsed, lambda s: report(self.run.log({"step": self.step, "stood_still_s": round(s)})), self.now
-        )
+            self.elapsed, lambda s: report(self.run.log({"step": self.step, "stood_still_s": round(s)})), self.now,
+            *([watch.taken] if wall else []),
+        )  # fmt: skip
         saved_at, self.log.since = self.elapsed, time.monotonic()
         report = report if self.group.leads else lambda line: None
         if self.step == self.total and self.group.sum(torch.tensor(len(self.run.lacking))):  # its worlds were lost
