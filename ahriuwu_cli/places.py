@@ -23,10 +23,10 @@ PARTS = {  # of our folders, by what they are
 def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
     """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite.
 
-    holds: "results" of looking at a world, a "rollout", and "pieces" of results that are written one by one, never take
-    the place of a dataset, a checkpoint or a run, take one away, or lie among its files; anything else that is written
-    may replace its own kind. What is put in place as one folder (all but "pieces" and a "run") cannot be the current
-    one, which would be gone under the user's feet, nor one that cannot lose its name.
+    Nothing goes among the files of a dataset, a checkpoint or a run. holds: "results" of looking at a world, a
+    "rollout", and "pieces" of results that are written one by one, never take the place of one, or take one away;
+    anything else that is written may replace its own kind. What is put in place as one folder (all but "pieces" and a
+    "run") cannot be the current one, which would be gone under the user's feet, nor one that cannot lose its name.
     """
     try:
         near = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
@@ -36,8 +36,7 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
         raise UserError(f"{near} is a file: choose a folder for --out")
     if not os.access(near, os.W_OK | os.X_OK):
         raise UserError(f"{near} cannot be written to: choose another --out")
-    if holds in ("results", "rollout", "pieces"):
-        refuse_among_others(out)
+    refuse_among_others(out, itself=holds in ("results", "rollout", "pieces"))
     if holds not in ("pieces", "run"):
         _refuse_irreplaceable(out, "results" if holds == "results" else f"a {holds}", exists=near == out)
     if near == out and not overwrite and any(out.iterdir()):
@@ -46,13 +45,15 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
         _refuse_to_take_away(out)
 
 
-def refuse_among_others(out: Path) -> None:
-    """UserError when the folder `out` is a dataset, a checkpoint or a run, or lies in a part of one."""
+def refuse_among_others(out: Path, itself: bool = True) -> None:
+    """UserError when the folder `out` lies in a part of a dataset, a checkpoint or a run, or, with itself, is one."""
     target = _real(out)
     for folder in (target, *target.parents):
         kind = _kind(folder)
         if kind and folder == target:
-            raise UserError(f"{out} holds a {kind}: choose another --out")
+            if itself:
+                raise UserError(f"{out} holds a {kind}: choose another --out")
+            continue
         if kind and target.relative_to(folder).parts[0] in PARTS[kind]:
             raise UserError(f"{out} lies among the files of the {kind} {folder}: choose another --out")
 

@@ -104,6 +104,14 @@ def test_results_never_lie_among_the_files_of_another_kind(place, words, kind, c
         ("eval plan plan.toml --out run/last", "among the files of the run"),
         ("eval merge run --out data/dataset.csv", "data holds a dataset"),
         ("eval merge run --out run/state/x.csv", "among the files of the run"),
+        (f"train dynamics data --tokenizer tok --out data/episodes/x {TRAIN}", "among the files of the dataset"),
+        (f"train dynamics data --tokenizer tok --out run/best {TRAIN}", "among the files of the run"),
+        ("train tokenizer data --out data/latents/tok --patch 8 --latent-dim 4", "among the files of the dataset"),
+        ("train tokenizer data --kind transformer --steps 1 --out run/tokenizer", "among the files of the run"),
+        ("export world --out run/best/shipped", "among the files of the run"),
+        ("export world --out world/tokenizer/w", "among the files of the checkpoint"),
+        ("import videos --out run/state/d", "among the files of the run"),
+        ("record doom:basic --out data/episodes/d", "among the files of the dataset"),
     ],
 )
 def test_results_never_lie_in_a_part_of_another_kind(place, words, said, capsys):

@@ -76,9 +76,9 @@ def export(
     _check_held(slim, weights)
     scores = None if evidence is None else _scores(evidence, world, slim)
     with replacing(out, overwrite, then) as folder:
-        fill_with_world(slim, folder)
-        if windows:
+        if windows:  # before the folder is a checkpoint, among whose files nobody else may write
             _write_prompts(folder / PROMPT, prompts, windows, frames)
+        fill_with_world(slim, folder)
         text = card(as_text(out.absolute().name), world, weights, scores, notes)
         (folder / CARD).write_text(text, encoding="utf-8")
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
