@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["MPLBACKEND"] = "Agg"  # figures go to files; matplotlib dies of a name that it does not know
     arguments = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in arguments or bool(os.environ.get("AHRIUWU_DEBUG"))
+    debug = "--debug" in arguments or os.environ.get("AHRIUWU_DEBUG", "") not in ("", "0")
     arguments = [a for a in arguments if a != "--debug"]
     with only_text():
         code = _run(arguments, debug)
@@ -88,6 +89,7 @@ def _run(arguments: list[str], debug: bool) -> object:
 def _outcome(arguments: list[str], debug: bool) -> object:
     try:
         check_words(arguments)
+        _check_variables()
         code = guarded(get_command(app)).main(args=arguments, prog_name="ahriuwu", standalone_mode=False)
         if code == INTERRUPTED:  # Typer's answer to a KeyboardInterrupt, which is raised within another program alone
             _complain("interrupted")
@@ -103,6 +105,22 @@ def _outcome(arguments: list[str], debug: bool) -> object:
         if debug:
             raise
         return _explain(error, arguments)
+
+
+def _check_variables() -> None:
+    """UserError where a variable for one of the libraries that make up a command line is one that it dies of."""
+    if bars := sorted(name for name in os.environ if name.startswith("TQDM_")):
+        try:
+            from tqdm import tqdm
+
+            with open(os.devnull, "w") as nowhere, tqdm(total=1, disable=False, file=nowhere) as bar:
+                bar.update()
+        except Exception as error:
+            raise UserError(f"{', '.join(bars)} cannot be used for progress bars ({error}): unset it") from None
+    if asked := os.environ.get("_AHRIUWU_COMPLETE"):
+        words = {"COMP_WORDS", "_TYPER_COMPLETE_ARGS"} & os.environ.keys()
+        if not re.fullmatch(r"(source|complete)_\w+", asked) or (asked.startswith("complete") and not words):
+            raise UserError("_AHRIUWU_COMPLETE is for a shell that completes a command: unset it")
 
 
 def _explain(error: Exception, arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """What a shell or a cluster leaves around a command: variables, a folder that is gone, no home, no compiler."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -51,6 +52,61 @@ def test_how_a_run_is_started_again_is_told_whatever_the_variables_are(variables
         monkeypatch.setenv(*each.split("="))
     with stoppable():
         assert launcher().startswith("torchrun") == ("RANK=0" in variables)
+
+
+def test_the_command_to_type_starts_this_very_program(monkeypatch, tmp_path):
+    words = ["train", "dynamics", "data"]
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ahriuwu").write_text("#!/bin/sh\n")
+        (tmp_path / name / "ahriuwu").chmod(0o755)
+    program = str(tmp_path / "mine" / "ahriuwu")
+    ways = {
+        "ahriuwu": ("mine", ["python", program], program),
+        program: ("other", ["python", program], program),
+        "./ahriuwu": ("nothing", ["python", "./ahriuwu"], "./ahriuwu"),
+        "/bin/python -m ahriuwu_cli": ("other", ["/bin/python", "-m", "ahriuwu_cli"], "/x/__main__.py"),
+        "python -u -X dev -m ahriuwu_cli": (
+            "mine",
+            ["python", "-u", "-X", "dev", "-m", "ahriuwu_cli"],
+            "/x/__main__.py",
+        ),
+    }
+    monkeypatch.chdir(tmp_path / "mine")
+    for typed, (found, started, named) in ways.items():
+        monkeypatch.setenv("PATH", str(tmp_path / found))
+        monkeypatch.setattr(sys, "orig_argv", [*started, *words])
+        monkeypatch.setattr(sys, "argv", [named, *words])
+        assert restart.command_line() == f"{typed} train dynamics data"
+
+
+@pytest.mark.parametrize(("typed", "goes_on"), [
+    ("train dynamics data --out r", "train dynamics data --out r --resume"),
+    ("train dynamics --resume --out r -- -odd", "train dynamics --out r --resume -- -odd"),
+    ("train dynamics --out 'a b' -- '--resume'", "train dynamics --out 'a b' --resume -- --resume"),
+    ("train dynamics --out 'a -- b' data", "train dynamics --out 'a -- b' data --resume"),
+])  # fmt: skip
+def test_resume_stands_before_the_end_of_options(monkeypatch, typed, goes_on):
+    monkeypatch.setattr(sys, "argv", ["ahriuwu", *shlex.split(typed)])
+    monkeypatch.setattr(sys, "orig_argv", ["python", *sys.argv])
+    assert restart.resuming(restart.command_line()) == f"ahriuwu {goes_on}"
+
+
+@pytest.mark.parametrize("variable", [
+    "TQDM_MININTERVAL=abc", "TQDM_NCOLS=wide", "TQDM_BAR_FORMAT={nope}", "_AHRIUWU_COMPLETE=complete_bash",
+    "_AHRIUWU_COMPLETE=bogus",
+])  # fmt: skip
+def test_variables_that_a_library_dies_of_are_named(place, variable):
+    code, said = ahriuwu(f"export {variable};", f"info {place}/data", place)
+    assert (code, said.count("\n"), said.count("error: ")) == (2, 1, 1), said
+    assert variable.partition("=")[0] in said
+
+
+def test_variables_that_say_no_and_a_shell_that_completes_are_served(place):
+    code, said = ahriuwu("AHRIUWU_DEBUG=0 TQDM_NCOLS=60", f"info {place}/nowhere", place)
+    assert (code, said.count("\n")) == (3, 1), said
+    code, said = ahriuwu("_AHRIUWU_COMPLETE=complete_bash COMP_WORDS='ahriuwu ev' COMP_CWORD=1", "", place)
+    assert (code, said.split()) == (0, ["eval"])
 
 
 def test_a_current_folder_that_is_gone_is_one_sentence(place):

@@ -318,7 +318,20 @@ def test_a_signal_before_the_loop_ends_at_once_and_one_in_it_waits(capfd):
     assert stopped(capfd, [signal.SIGTERM], waits=True, after="nearly done", **once) == (143, said)
     code, said = stopped(capfd, [signal.SIGINT, signal.SIGTERM], waits=True)
     assert code == 130
-    assert said.startswith("error: stopped by signal 2; asked twice")
+    assert said == "error: stopped by signal 2; asked twice\n"
+
+
+def test_who_asks_twice_is_told_what_is_saved_and_what_to_type(tmp_path):
+    run = RunFolder(tmp_path / "run", {"kind": "dynamics", "config": {}, "facts": {}}, "ahriuwu train", 2, ())
+    run.begin(False, print)
+    assert run.asked_twice() == (
+        "asked twice, so this step was not saved: no state is saved yet, start again with: ahriuwu train"
+    )
+    run.save_state(3, {"x": torch.zeros(1)}, {"total": 9})
+    assert run.asked_twice() == (
+        f"asked twice, so this step was not saved: the last good state is {run.states.newest()}, "
+        "go on with: ahriuwu train --resume"
+    )
 
 
 def test_a_time_budget_decides_its_steps_once_and_a_kill_cannot_undo_it(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ class DynamicsTrainer:
         Raises TrainingError on a loss or gradient that is not finite or a disk that is full, DataError where the data
         went away under the run, Interrupted after a signal. The run's folder is free for others afterwards.
         """
-        stop.wait_for_step()
+        stop.wait_for_step(self.run.asked_twice)
         with self.run.training(), Watch() as watch:
             self._train(report, stop, stop_at, watch)
         return self.world

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -40,17 +41,42 @@ def speaks() -> bool:
 
 def command_line() -> str:
     """This program's command line without --resume and --overwrite."""
-    return as_text(f"{launcher()} {shlex.join(a for a in sys.argv[1:] if a not in _OF_THIS_TIME)}")
+    options, rest = _split(sys.argv[1:])
+    return as_text(f"{launcher()} {shlex.join([*(a for a in options if a not in _OF_THIS_TIME), *rest])}")
+
+
+def resuming(command: str) -> str:
+    """A command line with --resume, before a `--` that ends its options."""
+    if " -- " not in command:
+        return f"{command} --resume"
+    options, rest = _split(shlex.split(command))
+    return shlex.join([*options, "--resume", *rest])
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Words before `--`, and from there on."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at:]
 
 
 def launcher() -> str:
     """How this program was started, as the beginning of a command line."""
     if not _several():
-        given = sys.orig_argv
-        return shlex.join(given[:3]) if given[1:3] == ["-m", "ahriuwu_cli"] else "ahriuwu"
+        started = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+        if started[-2:] == ["-m", "ahriuwu_cli"]:
+            return shlex.join(started)
+        program = sys.argv[0]
+        by_name = os.path.basename(program) != "ahriuwu" or _found_as("ahriuwu", program)
+        return "ahriuwu" if by_name else shlex.quote(program)
     nodes, each = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     where = "--standalone" if nodes == "1" else f"--nnodes {shlex.quote(nodes)}"
     return f"torchrun {where} --nproc-per-node {shlex.quote(each)} {TORCHRUN} -m ahriuwu_cli"
+
+
+def _found_as(name: str, program: str) -> bool:
+    """Whether a shell that is given the name alone starts this program."""
+    found = shutil.which(name)
+    return found is not None and os.path.exists(program) and os.path.samefile(found, program)
 
 
 def _several() -> bool:

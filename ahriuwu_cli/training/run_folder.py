@@ -28,6 +28,7 @@ from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
 from ahriuwu_cli.places import check_folder
 from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.finite import check_finite
+from ahriuwu_cli.training.restart import resuming
 from ahriuwu_cli.training.state_check import Expected, check_document
 from ahriuwu_cli.training.states import States
 from ahriuwu_cli.training.versions import versions
@@ -58,7 +59,7 @@ class RunFolder:
             self.folder / "state", keep, document_hash(self.asked | {"config": config}),
             lambda document: check_document(document, self.needed, config.get("steps")),
         )  # fmt: skip
-        self.again = f"{command} --resume"  # what the user is told to type
+        self.again = resuming(command)  # what the user is told to type
         self.found: str | None = None  # one sentence on what was there, where there was something
         self.lacking: list[str] = []  # what was lost of it
         self._logged = 0  # the step of the last line with a loss
@@ -189,6 +190,12 @@ class RunFolder:
         """What is saved, and how to go on from there, for the end of a sentence."""
         newest = self.states.newest()
         return f"the last good state is {newest}, go on with: {self.again}" if newest else "no state is saved yet"
+
+    def asked_twice(self) -> str:
+        """What is to be said to who does not wait until a step is done and saved."""
+        saved = self.states.newest()
+        ways = self.where_it_stands() if saved else f"no state is saved yet, start again with: {self.command}"
+        return f"asked twice, so this step was not saved: {ways}"
 
     def _is_ours(self) -> bool:
         return self._lock is None or still_held(self.folder, self._lock)

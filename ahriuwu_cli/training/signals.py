@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from ahriuwu_cli import stopping
 from ahriuwu_cli.stopping import HANDLED
-
-TWICE = "asked twice, so nothing was saved: the state before stands, go on with --resume"
 
 
 class StopRequest:
@@ -37,11 +36,15 @@ class StopRequest:
             for number in HANDLED
             if signal.getsignal(number) is not signal.SIG_IGN or (heeds_ignored and number != signal.SIGHUP)
         ]
+        self._twice: Callable[[], str] = lambda: "asked twice"
         self._before: dict[int, object] = {}
 
-    def wait_for_step(self) -> None:
-        """From here on a request waits until the loop asks. One that came before stands."""
-        self._at_once = None
+    def wait_for_step(self, twice: Callable[[], str] = lambda: "asked twice") -> None:
+        """From here on a request waits until the loop asks. One that came before stands.
+
+        twice: gives the sentence for a second request, which ends the program where it stands.
+        """
+        self._at_once, self._twice = None, twice
 
     def end_at_once(self, sentence: str) -> None:
         """From here on a request ends the program where it stands; so does one that came before."""
@@ -68,5 +71,5 @@ class StopRequest:
             self._end()
 
     def _end(self) -> None:
-        said = f"stopped by signal {self.number}; {self._at_once or TWICE}"
+        said = f"stopped by signal {self.number}; {self._at_once or self._twice()}"
         stopping.end(self.number, said if self._speaks else None)

@@ -65,7 +65,7 @@ def train_transformer_tokenizer(
     with trainer.run.training():
         trainer.begin(resume, overwrite, announce)
         announce(f"training on {trainer.loss_name}")
-        stop.wait_for_step()
+        stop.wait_for_step(trainer.run.asked_twice)
         _train(trainer, stop, progress)
         stop.end_at_once(f"all {trainer.step} steps are done and saved, the tokenizer comes of: {trainer.run.again}")
         trainer.scale_latents()
