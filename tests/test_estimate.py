@@ -180,7 +180,7 @@ def test_a_number_format_of_the_state_that_only_muon_has_is_refused_elsewhere():
 def dry(tmp_path, monkeypatch, capfd):
     small_dataset(tmp_path / "data")
     tiny = {k: v for k, v in TINY.items() if k not in ("tokens", "latent_dim", "action_space")}
-    for name in list(SIZES):
+    for name in reversed(list(SIZES)):  # put back in reverse, that is in order
         monkeypatch.delitem(SIZES, name)
     monkeypatch.setitem(SIZES, "test", tiny)
 
@@ -227,6 +227,18 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(dry):
     code, _, err = dry("--size", "tset")
     assert code == 2
     assert "did you mean 'test'?" in err
+    before = files(dry.folder)
+    for options, code, said in (
+        (("--frames", 400), 3, "no training episode of"),
+        (("--init-from", dry.folder / "nowhere"), 4, "there is no checkpoint at"),
+        (("--init-from", dry.folder / "data"), 4, "is not a checkpoint"),
+        (("--resume",), 2, "holds no run to resume"),
+        (("--out", dry.folder / "data"), 2, "choose another --out"),
+    ):
+        ended, _, err = dry(*options)
+        assert (ended, err.count("error: ")) == (code, 1), err
+        assert said in err
+    assert files(dry.folder) == before
 
 
 @pytest.mark.slow

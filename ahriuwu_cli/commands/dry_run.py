@@ -10,23 +10,28 @@ import typer
 
 if TYPE_CHECKING:
     from ahriuwu_cli.config import TrainConfig
-
-
-def dry_run(dataset: Path, tokenizer: Path | None, config: TrainConfig, device: str, as_json: bool) -> None:
-    """Print the forecast. Of the dataset only frame size and actions are asked; without a tokenizer, its default's."""
-    from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.models.tokenizer import Tokenizer
+
+
+def dry_run(
+    store: EpisodeStore, tokenizer: Tokenizer | None, config: TrainConfig, device: str, init_from: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Print the forecast, of what the same command would train. Without a tokenizer, of its default's sizes."""
+    from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
     from ahriuwu_cli.models.sizes import SIZES
     from ahriuwu_cli.training import cards, estimate
-    from ahriuwu_cli.training.assemble import architecture_for
-    from ahriuwu_cli.training.batches import check_shares
-    from ahriuwu_cli.training.checkpoint import load_tokenizer, pick_device
+    from ahriuwu_cli.training.assemble import architecture_for, check_fits, start_from
+    from ahriuwu_cli.training.checkpoint import pick_device
 
-    check_shares(config, 1)
-    store, where = EpisodeStore.open(dataset), pick_device(device)
-    encoder = load_tokenizer(tokenizer) if tokenizer else LinearTokenizer(store.height, store.width, 16, 16, 64)
+    where = pick_device(device)
+    encoder = tokenizer or LinearTokenizer(store.height, store.width, 16, 16, 64)
     architecture = architecture_for(config.size, encoder, store, config.predicts)
+    check_fits(store, encoder, config)
+    if init_from is not None:
+        start_from(init_from, architecture, tokenizer)
     forecast = estimate.estimate(config, architecture, where.type)
     if not as_json:
         typer.echo(f"{config.size}, {config.precision}, {config.optimizer}, as on {where.type}; nothing is written")

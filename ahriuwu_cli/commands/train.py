@@ -169,10 +169,12 @@ def _with_options(settings: dict, stop) -> dict | None:
         config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
     except ValueError as error:
         raise UserError(f"bad training option: {error}") from None
+    given = {name: settings[name] for name in ("dataset", "out", "tokenizer", "resume", "overwrite", "init_from")}
     if settings["forecast"]:
         from ahriuwu_cli.commands.dry_run import dry_run
 
-        return dry_run(settings["dataset"], settings["tokenizer"], config, settings["device"], settings["as_json"])
+        store, encoder = _opened(config, **given)
+        return dry_run(store, encoder, config, settings["device"], settings["init_from"], settings["as_json"])
 
     from ahriuwu_cli.training.distributed import join
 
@@ -183,9 +185,34 @@ def _with_options(settings: dict, stop) -> dict | None:
     with join(settings["device"], settings["parallel"]) as group:
         if settings["parallel"] == "fsdp" and group.world == 1:
             typer.echo("one process: --parallel fsdp has nothing to share out", err=True)
-        given = {name: settings[name] for name in ("dataset", "out", "tokenizer", "resume", "overwrite", "init_from")}
         result = _train(group, config, stop, **given, quiet=settings["as_json"] or not group.leads)
     return result if group.leads else None
+
+
+def _opened(
+    config,
+    dataset: Path,
+    out: Path,
+    tokenizer: Path | None,
+    resume: bool,
+    overwrite: bool,
+    init_from: Path | None,
+    processes: int = 1,
+) -> tuple:
+    """(dataset, tokenizer or None) of a run that may be begun, or gone on with; nothing is written."""
+    from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.errors import CheckpointError
+    from ahriuwu_cli.training.batches import check_shares
+    from ahriuwu_cli.training.checkpoint import load_tokenizer
+    from ahriuwu_cli.training.run import has_state, run_goes_on
+
+    check_shares(config, processes)
+    store = EpisodeStore.open(dataset)
+    there = run_goes_on(out, config, {}, resume, overwrite)
+    if init_from is not None and not init_from.exists() and not (there and has_state(out)):
+        raise CheckpointError(f"there is no checkpoint at {init_from}")
+    kept = out / "tokenizer" if there and (out / "tokenizer" / "config.json").is_file() else None
+    return store, load_tokenizer(tokenizer or kept) if tokenizer or kept else None
 
 
 def _train(
@@ -203,28 +230,15 @@ def _train(
 ) -> dict:
     """What every process of the group does, from the dataset to the end of the run."""
     from ahriuwu_cli.commands.progress import bar, training_bar
-    from ahriuwu_cli.data.episodes import EpisodeStore
-    from ahriuwu_cli.errors import CheckpointError
     from ahriuwu_cli.models.compiling import check_compile
     from ahriuwu_cli.models.products import warn_of_bfloat16
     from ahriuwu_cli.training.assemble import assemble, fit_for_all
-    from ahriuwu_cli.training.batches import check_shares
-    from ahriuwu_cli.training.checkpoint import load_tokenizer
     from ahriuwu_cli.training.restart import command_line
-    from ahriuwu_cli.training.run import has_state, run_goes_on
 
-    def opened():
-        check_shares(config, group.world)
-        if config.compile:
-            check_compile(group.device)
-        store = EpisodeStore.open(dataset)
-        there = run_goes_on(out, config, {}, resume, overwrite)
-        if init_from is not None and not init_from.exists() and not (there and has_state(out)):
-            raise CheckpointError(f"there is no checkpoint at {init_from}")
-        kept = out / "tokenizer" if there and (out / "tokenizer" / "config.json").is_file() else None
-        return store, load_tokenizer(tokenizer or kept) if tokenizer or kept else None
-
-    store, encoder = group.together(opened)
+    if config.compile:
+        group.together(lambda: check_compile(group.device))
+    given = {"tokenizer": tokenizer, "resume": resume, "overwrite": overwrite, "init_from": init_from}
+    store, encoder = group.together(lambda: _opened(config, dataset, out, **given, processes=group.world))
     if group.leads:
         warn_of_bfloat16(config.precision, group.device, lambda sentence: typer.echo(sentence, err=True))
     if fitted := encoder is None:

@@ -102,7 +102,8 @@ def assemble(
     world = group.together(lambda: _new_world(store, tokenizer, config, group))
     dynamics, run, found = world.dynamics, Run(out, config, facts, command, writes=group.leads), None
     if init_from is not None and not (there and run.states.newest()):
-        group.together(lambda: _initialise_from(dynamics, tokenizer, init_from))
+        start = group.together(lambda: start_from(init_from, dynamics.config, tokenizer))
+        dynamics.load_state_dict(start.dynamics.state_dict(), strict=True)
     pack = group.together(lambda: open_pack(store, tokenizer, "train", progress), lead_first=True)
     if init_from is None:
         dynamics.channel_scale.copy_(pack.spread())
@@ -150,15 +151,14 @@ def _facts(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, init_
     }
 
 
-def _new_world(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, group: Group) -> World:
-    """An untrained world for this dataset, once all that was asked for fits."""
-    architecture = architecture_for(config.size, tokenizer, store, config.predicts)
+def check_fits(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, processes: int = 1) -> None:
+    """UserError, DataError or CheckpointError where dataset, tokenizer and what is asked for do not go together."""
     if (tokenizer.height, tokenizer.width) != (store.height, store.width):
         raise CheckpointError(
             f"the tokenizer is for frames of {tokenizer.height}x{tokenizer.width}, {store.path} has "
             f"{store.height}x{store.width}: train a tokenizer on this dataset"
         )
-    check_shares(config, group.world)
+    check_shares(config, processes)
     preview_manifest(store, config.preview_windows, config.seed)  # a dataset too small for previews is refused now
     longest = max((e.frames for e in store.episodes("train")), default=0)
     if longest < max(config.frames, config.long_frames):
@@ -166,6 +166,12 @@ def _new_world(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, g
             f"no training episode of {store.path} has {max(config.frames, config.long_frames)} frames (longest: "
             f"{longest}): train with fewer --frames or record longer episodes"
         )
+
+
+def _new_world(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, group: Group) -> World:
+    """An untrained world for this dataset, once all that was asked for fits."""
+    architecture = architecture_for(config.size, tokenizer, store, config.predicts)
+    check_fits(store, tokenizer, config, group.world)
     torch.manual_seed(config.seed)
     dynamics = Dynamics(architecture)
     every_d = config.bootstrap_share > 0 and config.forcing not in ONE_STEP_SIZE
@@ -196,16 +202,16 @@ def architecture_for(size: str, tokenizer: Tokenizer, store: EpisodeStore, predi
     )
 
 
-def _initialise_from(dynamics: Dynamics, tokenizer: Tokenizer, path: Path) -> None:
-    """Weights of another world with the same architecture, trained on the same latents; nothing else of it."""
+def start_from(path: Path, architecture: DynamicsConfig, tokenizer: Tokenizer | None) -> World:
+    """A world whose weights can start one of this architecture on this tokenizer's latents (None: not known yet)."""
     world = load_world(path, "cpu")
-    other = world.dynamics
-    if other.config != dynamics.config:
-        mine, its = dynamics.config.to_json(), other.config.to_json()
+    if world.dynamics.config != architecture:
+        mine, its = architecture.to_json(), world.dynamics.config.to_json()
         differs = ", ".join(f"{k} {its[k]!r}" for k in mine if mine[k] != its[k])
         raise CheckpointError(f"{path} has another architecture ({differs}): --init-from needs the same")
-    if world.tokenizer.fingerprint() != tokenizer.fingerprint():  # of one shape, and every number means something else
+    # another one of the same shape: every number means something else
+    if tokenizer is not None and world.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise CheckpointError(
             f"{path} was trained on the latents of another tokenizer: give --tokenizer {world.path / 'tokenizer'}"
         )
-    dynamics.load_state_dict(other.state_dict(), strict=True)
+    return world
