@@ -32,6 +32,9 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
         near = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
     except OSError as error:
         raise UserError(f"{out} cannot be a folder ({error.strerror}): choose another --out") from None
+    for i, part in enumerate(out.parts):  # making the folder would make what it goes back out of as well
+        if part == ".." and not os.path.lexists(back := Path(*out.parts[:i] or ["."])):
+            raise UserError(f"{out} leads through {back}, which does not exist: choose another --out")
     if not near.is_dir():
         raise UserError(f"{near} is a file: choose a folder for --out")
     if not os.access(near, os.W_OK | os.X_OK):

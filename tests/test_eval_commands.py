@@ -198,6 +198,7 @@ def test_sweep_prints_a_table_and_can_leave_out_the_video(places, run, tmp_path)
         (["eval", "WORLD", "DATA", "--noise-seeds", "0"], 2, "--noise-seeds must be at least 1"),
         (["eval", "WORLD", "DATA", "--manifest", "nowhere.json"], 3, "nowhere.json does not exist"),
         (["eval", "WORLD", "DATA", "--device", "tpu9"], 2, "device 'tpu9' cannot be used"),
+        (["eval", "WORLD", "DATA", "--device", "xpu"], 2, "): try --device cpu"),
         (["sweep-tau", "WORLD", "DATA", "--taus", "0,x"], 2, "--taus 'x' is not a number"),
         (["sweep-tau", "WORLD", "DATA", "--taus", ""], 2, "nothing after '--taus'"),
         (["sweep-tau", "WORLD", "DATA", "--taus", "0,nan"], 2, "nan is not in [0, 1)"),
@@ -251,6 +252,11 @@ def test_looks_are_chosen_by_name_and_one_that_cannot_be_taken_says_why(places, 
     code, printed, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "f", *FEW, *looks)
     assert "spread ratio over" in printed
     assert "distances: skipped, distances between clips need a horizon" in printed
+    code, _, err = run(
+        "eval", places / "world", places / "data", "--out", tmp_path / "g", *FEW, "--looks", "none,spread"
+    )
+    assert code == 2
+    assert "'none' stands alone" in err
     code, _, err = run("eval", places / "world", places / "data", "--out", tmp_path / "g", *FEW, "--looks", "spred")
     assert code == 2
     assert "did you mean 'spread'?" in err

@@ -266,6 +266,16 @@ def test_a_folder_that_cannot_lose_its_name_is_refused_before_the_work(tmp_path,
         check_folder(out, overwrite=True, holds=holds)
 
 
+def test_no_folder_is_made_only_to_go_back_out_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for out in ("../x", "here/../x", "new/x", "here/../../x/y"):
+        check_folder(Path(out), overwrite=False)
+    for out in ("gone/../x", "here/gone/../../x", "new/.."):
+        with pytest.raises(UserError, match="which does not exist"):
+            check_folder(Path(out), overwrite=False)
+
+
 def test_a_config_json_alone_makes_no_checkpoint(tmp_path):
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "config.json").write_text("{}")

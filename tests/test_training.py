@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from small import small_dataset
 
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.evaluation.cells import weights_hash
@@ -123,6 +125,19 @@ def test_a_preview_that_is_not_finite_says_the_step_and_what_is_saved(data, tmp_
     monkeypatch.setattr("ahriuwu_cli.training.preview.quick_gain", broken)
     with pytest.raises(TrainingError, match=r"after step 2 the rollouts .* not finite; no state is saved yet"):
         run(data, tmp_path / "r")
+
+
+def test_weights_to_start_from_are_the_same_by_whatever_path(data, tmp_path, monkeypatch):
+    run(data, tmp_path / "r", stop_at=3)
+    run(data, tmp_path / "again", stop_at=1, init_from=tmp_path / "r" / "best")
+    monkeypatch.chdir(tmp_path / "r")
+    assert run(data, tmp_path / "again", stop_at=2, init_from=Path("best")).step == 2
+    document = read_object(tmp_path / "again" / "run.json")
+    document["facts"]["init_from"] = "best"  # as runs of older versions say it
+    (tmp_path / "again" / "run.json").write_text(json.dumps(document))
+    assert run(data, tmp_path / "again", stop_at=3, init_from=tmp_path / "r" / "best").step == 3
+    with pytest.raises(UserError, match="other settings"):
+        run(data, tmp_path / "again", init_from=tmp_path / "r" / "last")
 
 
 def test_weights_to_start_from_are_not_missed_once_a_state_is_saved(data, tmp_path):

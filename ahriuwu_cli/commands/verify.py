@@ -48,17 +48,13 @@ def verify(
 
         world = load_world(checkpoint, device)
         store = None if dataset is None else EpisodeStore.open(dataset)
-    checks = verify_mathematics()
-    controls = None
-    if metrics:
-        from ahriuwu_cli.evaluation import selftest
+    from ahriuwu_cli.evaluation import selftest
 
-        controls = selftest.self_test()
-        checks += controls.checks
-    if world is not None:
-        checks += verify_world(world, store)
-        if metrics and store is not None:
-            checks += selftest.question_metrics(world, store)
+    of_world = [] if world is None else verify_world(world, store)  # first: a dataset may be too short for it
+    if metrics and store is not None:
+        of_world += selftest.question_metrics(world, store)
+    checks, controls = verify_mathematics(), selftest.self_test() if metrics else None
+    checks += (controls.checks if controls else []) + of_world
     failed = sum(not c.ok for c in checks)
     if as_json:
         lines = [{**vars(c), "measured": c.measured if c.measured == c.measured else None} for c in checks]

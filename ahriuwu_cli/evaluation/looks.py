@@ -65,6 +65,8 @@ def parse_looks(text: str) -> tuple[str, ...]:
         return tuple(LOOKS) if text == "all" else ()
     names = tuple(text.split(","))
     for name in names:
+        if name in ("all", "none"):
+            raise UserError(f"looks {text!r}: {name!r} stands alone, or give names by commas")
         if name not in LOOKS:
             raise UserError(f"unknown look {name!r}: {did_you_mean(name, ('all', 'none', *LOOKS))}")
     return tuple(name for name in LOOKS if name in names)

@@ -147,7 +147,7 @@ def _facts(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, init_
         "dataset_fingerprint": store.fingerprint,
         "tokenizer_hash": tokenizer.fingerprint(),
         "architecture": architecture | {"action_space": store.action_space.to_json()},
-        "init_from": str(init_from) if init_from else None,
+        "init_from": str(init_from.resolve()) if init_from else None,
     }
 
 

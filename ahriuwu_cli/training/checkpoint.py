@@ -13,6 +13,7 @@ tensor is an error, never a default. Sizes are compared before memory is taken, 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -53,9 +54,9 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = re.split(r"\n|\. ", str(error))[0]  # after that torch lists what it knows
         raise UserError(f"device {name!r} cannot be used ({reason}): try --device cpu") from None
     return device
 

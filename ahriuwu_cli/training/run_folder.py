@@ -297,7 +297,11 @@ def _differences(before: dict[str, Any], asked: Asked, free: tuple[str, ...]) ->
         return [f"train {before['kind']} -> train {asked['kind']}"]
     old, new = before["config"], asked["config"]
     pairs = [(name, old.get(name), new.get(name)) for name in [*new, *(old.keys() - new.keys())] if name not in free]
-    pairs += [(name, before["facts"].get(name), value) for name, value in asked.get("facts", {}).items()]
+    facts = {name: (before["facts"].get(name), value) for name, value in asked.get("facts", {}).items()}
+    start = facts.get("init_from", (None, None))
+    if all(start) and os.path.realpath(start[0]) == os.path.realpath(start[1]):  # one path, typed in another way
+        del facts["init_from"]
+    pairs += [(name, *both) for name, both in facts.items()]
     return [f"{n} {a!r} -> {b!r}" if len(repr(a) + repr(b)) < 80 else f"{n} differs" for n, a, b in pairs if a != b]
 
 
