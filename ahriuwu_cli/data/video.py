@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -341,9 +342,8 @@ def _renamed(path: Path) -> Iterator[str]:
 
 
 def _fit(text: str, width: int, font) -> str:
-    """The text, cut with dots where it is wider than width pixels."""
-    if font.getlength(text) <= width:
+    """The text, cut with dots where it is wider than width pixels. No more letters than pixels are ever measured."""
+    if len(text) <= width and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "..") > width:
-        text = text[:-1]
-    return text + ".."
+    fitting = bisect_right(range(min(len(text), width)), width, key=lambda n: font.getlength(text[:n] + ".."))
+    return text[: max(0, fitting - 1)] + ".."
