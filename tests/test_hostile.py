@@ -402,6 +402,9 @@ def test_an_action_space_of_more_columns_or_buttons_than_its_limit_is_refused_at
         ActionSpace.from_json({"components": parts})
     with pytest.raises(DataError, match="size 513"):  # random actions draw among all pairs of buttons
         ActionSpace.from_json({"components": [{"name": "b", "kind": "binary", "size": 513}]})
+    parts = [{"name": f"a{i}", "kind": "discrete", "size": 4096} for i in range(17)]
+    with pytest.raises(DataError, match="69632 values"):  # `info` has a share for each
+        ActionSpace.from_json({"components": parts})
     parts = [{"name": f"b{i}", "kind": "binary", "size": 512} for i in range(3000)]
     tracemalloc.start()
     try:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 KINDS = ("discrete", "binary", "continuous")
 MAX_SIZE, MAX_BUTTONS = 4096, 512  # of a component and of all columns; of buttons, since pairs of them are drawn
+MAX_VALUES = 65_536  # of all components together: each value of a discrete one has a share, and a row in a model
 MAX_NAME = 200  # characters of a name or a label
 CAPTION = 400  # characters of a described row, more than a picture is wide
 _OPPOSITES = {"LEFT": "RIGHT", "FORWARD": "BACKWARD", "UP": "DOWN", "NEXT": "PREV"}
@@ -90,6 +91,9 @@ class ActionSpace:
         width = sum(c.width for c in self.components)  # names take memory, so they are counted before there are any
         if width > MAX_SIZE:
             raise DataError(f"the action space has {width} columns, above the limit of {MAX_SIZE}")
+        values = sum(c.size for c in self.components)
+        if values > MAX_VALUES:
+            raise DataError(f"the action space has {values} values in all, above the limit of {MAX_VALUES}")
         names = tuple(name for c in self.components for name in c.column_names)
         for what, given in (("component", [c.name for c in self.components]), ("column", names)):
             repeated = sorted(n for n, count in Counter(given).items() if count > 1)
