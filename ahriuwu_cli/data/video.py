@@ -76,7 +76,7 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
                 if size != picture.shape[:2]:
                     raise DataError(f"{path} changes its size from {size} to {picture.shape[:2]}: convert it first")
                 yield None if untimed else frame.time, picture
-            if fault := broken(Path(path)) or clock.fault():
+            if fault := clock.fault() or broken(Path(path)):
                 raise DataError(f"{path} is damaged ({fault}): restore it, or convert what is left of it first")
         except av.error.FFmpegError as error:
             raise DataError(
