@@ -128,7 +128,7 @@ def test_a_prompt_of_the_first_frames_may_come_from_a_video_that_was_cut(tmp_pat
 ])  # fmt: skip
 def test_parts_without_content_are_counted_too(tmp_path, monkeypatch, content):
     (tmp_path / "v").write_bytes(content)
-    monkeypatch.setattr(whole_video, "FEW_PARTS", 50)
+    monkeypatch.setattr(whole_video, "MOST_PARTS", 50)
     assert whole_video.broken(tmp_path / "v") == f"it has more than 50 parts in {len(content)} bytes"
 
 

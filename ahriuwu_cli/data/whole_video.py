@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import av
 
 MOST_PARTS = 2_000_000  # of one file: packets, blocks; ten times those of the longest film of 1920 x 1080 that is read
-FEW_PARTS, PART = 500_000, 24  # that any file may have; bytes a part of one that has more, whose pictures are not empty
+FEW_PARTS = 500_000  # that any file may have
+PART = 16  # bytes a part of a file that has more: a picture that stands still takes 22
 SLACK = 1.5  # frame times that the last frame may end before the stated end: rounding, and a cut between two frames
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675  # of Matroska
 
