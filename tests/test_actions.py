@@ -103,6 +103,40 @@ def test_a_space_that_makes_no_sense_is_refused(document):
 
 
 @pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        ([{"labels": ["LEFT"]}, {"labels": ["RIGHT"]}], "the component 'k' twice"),  # shares and presses go by name
+        ([{"labels": ["LEFT"]}, {"kind": "discrete"}], "the component 'k' twice"),
+        ([{"labels": ["LEFT"]}, {"name": "l", "labels": ["LEFT"]}], "the column 'LEFT' twice"),
+        ([{"name": "n" * 201}], "'nn.* of 201 characters: give at most 200"),
+        ([{"labels": ["l" * 10_000]}], "'ll.* of 10000 characters: give at most 200"),
+    ],
+)
+def test_names_that_are_taken_or_endless_are_refused(parts, sentence):
+    with pytest.raises(DataError, match=sentence):
+        ActionSpace.from_json({"components": [{"name": "k", "kind": "binary", "size": 1} | part for part in parts]})
+
+
+def test_names_of_the_most_letters_are_taken():
+    space = ActionSpace((ActionComponent("n" * 200, "binary", 1, ("l" * 200,)),))
+    assert ActionSpace.from_json(space.to_json()) == space
+
+
+def test_buttons_that_differ_in_case_alone_are_pressed_as_they_are_written():
+    space = ActionSpace(
+        (ActionComponent("a", "binary", 2, ("fire", "Fire")), ActionComponent("b", "binary", 1, ("FIRE",)))
+    )
+    rows = {text: space.parse(text).tolist() for text in ("fire", "Fire", "FIRE", "fIRE")}
+    assert rows == {"fire": [1, 0, 0], "Fire": [0, 1, 0], "FIRE": [0, 0, 1], "fIRE": [1, 0, 0]}
+
+
+def test_a_row_of_thousands_of_columns_is_described_in_a_line():
+    space = ActionSpace((ActionComponent("axes", "continuous", 4096, low=(-1.0,) * 4096, high=(1.0,) * 4096),))
+    text = space.describe(np.zeros(4096, np.float32))
+    assert (len(text), text[:24], text[-2:]) == (402, "axes0=0.00+axes1=0.00+ax", "..")
+
+
+@pytest.mark.parametrize(
     ("low", "high"), [(-1.7e308, 1.7e308), (-3e38, 3e38), (-1e38, 1e38), (1, 1 + 1e-10), (0, 1e-46), (0, 1e39), (2, 1)]
 )
 def test_a_range_that_float32_cannot_hold_or_scale_by_is_refused(low, high):

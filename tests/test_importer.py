@@ -151,6 +151,11 @@ def test_a_wide_video_is_cropped_in_the_middle_not_squeezed(tmp_path):
         ({"a.mp4": 10, "a.jsonl": f"{[1] * 513}\n"}, "513 columns: give 1 to 512"),
         ({"a.mp4": 10, "a.jsonl": "[]\n"}, "0 columns"),
         ({"a.mp4": 10, "a.csv": ",".join(f"x{i}" for i in range(513))}, "513 columns: give 1 to 512"),
+        (
+            {"a.mp4": 10, "a.csv": f"x,{'n' * 201}\n1,2\n"},
+            r"a\.csv has the name 'nn.* of 201 characters: give at most 200",
+        ),
+        ({"a.mp4": 10, "a.jsonl": f'{{"{"n" * 10_000}": 1}}\n'}, r"a\.jsonl has the name 'nn.* of 10000 characters"),
         ({"a.mp4": 10, "a.csv": 'x,y\n1,2\n\n1,"2\n3,4\n'}, "line 4: a quoted text does not end"),
         ({"a.mp4": 10, "a.csv": 'x,y\n1,2\n1,"2'}, "line 3: a quoted text does not end"),
         ({"a.mp4": 10, "a.csv": "x\n" + "1" * 65_537}, "line 2: longer than"),

@@ -24,7 +24,7 @@ from ahriuwu_cli.data import pack_encode, pack_format, pack_journal, packing
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.data.pack_check import check_packs
-from ahriuwu_cli.errors import DataError, DiskError
+from ahriuwu_cli.errors import CheckpointError, DataError, DiskError
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
 from ahriuwu_cli.training.assemble import fit_linear_tokenizer
 from ahriuwu_cli.training.checkpoint import save_tokenizer
@@ -313,6 +313,14 @@ def test_an_episode_that_changed_since_it_was_recorded_is_not_packed(store, toke
     file.write_bytes(data)
     with pytest.raises(DataError, match=f"{file.name} is not what was recorded"):
         open_pack(EpisodeStore.open(store.path), tokenizer)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_tokenizer_whose_latents_float16_does_not_hold_is_named_and_no_pack_is_left(store, tokenizer, workers):
+    tokenizer.scale[:] = 1e-6
+    with pytest.raises(CheckpointError, match="the tokenizer gives latents that do not fit float16"):
+        open_pack(store, tokenizer, workers=workers)
+    assert {p.suffix for p in (store.path / "latents").iterdir()} == {".lock"}
 
 
 def test_safetensors_reads_a_pack_and_hashlib_its_hashes(store, tokenizer):

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small import small_dataset
 
+from ahriuwu_cli.data import describe as describing
 from ahriuwu_cli.data import episodes
 from ahriuwu_cli.data import validate as validation
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
-from ahriuwu_cli.data.describe import describe
+from ahriuwu_cli.data.describe import as_text, describe
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.validate import validate
 
@@ -126,3 +129,44 @@ def test_a_long_episode_is_looked_at_in_little_memory_and_as_a_short_one_is(tmp_
     assert in_blocks["actions_outside"] == 1
     for one, other in zip(at_once["actions"]["a"], in_blocks["actions"]["a"], strict=True):
         assert (one["mean"], one["std"]) == pytest.approx((other["mean"], other["std"]), rel=1e-9)
+
+
+def test_of_many_actions_an_even_sample_is_looked_at_and_that_is_said(tmp_path, monkeypatch):
+    space = ActionSpace((ActionComponent("a", "binary", 2, ("x", "y")), ActionComponent("g", "discrete", 3)))
+    rows = space.random(7 * 33, (1, 1), np.random.default_rng(0)).reshape(7, 33, 3)
+    with EpisodeWriter(tmp_path / "d", height=1, width=2, fps=10, action_space=space) as writer:
+        for seed, each in enumerate(rows):
+            writer.add(np.random.default_rng(seed).integers(0, 256, (34, 1, 2, 3), np.uint8), each)
+    written = np.concatenate([EpisodeStore.open(tmp_path / "d").actions(f"{i:06d}") for i in range(7)])
+    monkeypatch.setattr(describing, "RUN", 10)
+    monkeypatch.setattr(describing, "FEW", 1)
+    for most, every in ((7 * 33 * 3, 1), (7 * 33 * 3 - 1, 2), (7 * 33, 3), (100, 7)):
+        monkeypatch.setattr(describing, "MOST_VALUES", most)
+        facts = describe(tmp_path / "d")
+        taken = np.concatenate([written[i : i + 10] for i in range(0, len(written), 10 * every)])  # across episodes
+        assert (facts["actions_read"], facts["actions_stored"]) == (len(taken), 7 * 33)
+        assert [row["share"] for row in facts["actions"]["a"]] == pytest.approx(taken[:, :2].mean(0))
+        assert [row["share"] for row in facts["actions"]["g"]] == [(taken[:, 2] == i).mean() for i in range(3)]
+        assert (f"looked at {len(taken)} of 231 steps, evenly spread" in as_text(facts)) == (every > 1)
+
+
+def test_a_file_of_sixty_gigabytes_that_takes_none_is_described_at_once(tmp_path, monkeypatch):
+    small_dataset(tmp_path / "d", episodes=3, frames=6)
+    document = json.loads((tmp_path / "d" / "dataset.json").read_text())
+    document["height"] = document["width"] = 8
+    entry, steps = document["episodes"][0], 300_000_000
+    entry["frames"], document["episodes"] = steps + 1, [entry]
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(document))
+    ends = [0, 8 * steps, 8 * steps + 192 * (steps + 1)]
+    header = json.dumps({
+        "actions": {"dtype": "F32", "shape": [steps, 2], "data_offsets": ends[:2]},
+        "frames": {"dtype": "U8", "shape": [steps + 1, 8, 8, 3], "data_offsets": ends[1:]},
+    }).encode()  # fmt: skip
+    header += b" " * (-len(header) % 8)
+    with open(tmp_path / "d" / "episodes" / f"{entry['id']}.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + ends[2])
+    monkeypatch.setattr(describing, "MOST_VALUES", 3_200_000)  # a tenth of what is looked at otherwise
+    begun = time.process_time()
+    assert 10**6 < describe(tmp_path / "d")["actions_read"] < 2 * 10**6
+    assert time.process_time() - begun < 2

@@ -1,9 +1,12 @@
 """Video: what is written decodes to the same count, size and rate, and the panels show what they say."""
 
+import time
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
+from ahriuwu_cli.data import video
 from ahriuwu_cli.data.video import (
     CONTEXT,
     GENERATED,
@@ -66,6 +69,19 @@ def test_panels_are_upscaled_exactly_bordered_by_context_and_captioned():
     np.testing.assert_array_equal(film[3, 19:67, 57:105], 255 - clip[3].repeat(3, 0).repeat(3, 1))
     assert [tuple(film[t, 17, 1]) for t in range(4)] == [CONTEXT, CONTEXT, GENERATED, GENERATED]
     assert (film[1, -18:] != film[2, -18:]).any()
+
+
+def test_text_is_cut_where_it_is_as_wide_as_the_picture_however_long_it_is():
+    font, text = ImageFont.load_default(12), "".join(chr(97 + i * i % 26) for i in range(300))
+    lengths = [font.getlength(text[:n] + "..") for n in range(len(text))]
+    for width in range(0, 400, 7):
+        fitting = [n for n, length in enumerate(lengths) if length <= width]
+        assert video._fit(text, width, font) == text[: max(fitting, default=0)] + "..", width
+    assert video._fit(text[:9], 100, font) == text[:9]
+    begun = time.process_time()
+    for endless in (text * 1000, "\u0301" * 300_000):  # the second has no width at all
+        compose([(endless, _clip(4, 16, 16))], context=2, captions=[endless] * 4)
+    assert time.process_time() - begun < 1  # 0.03; it would be hours if letters went one by one
 
 
 def test_a_grid_lays_its_cells_row_by_row():

@@ -129,4 +129,26 @@ def test_a_prompt_of_the_first_frames_may_come_from_a_video_that_was_cut(tmp_pat
 def test_parts_without_content_are_counted_too(tmp_path, monkeypatch, content):
     (tmp_path / "v").write_bytes(content)
     monkeypatch.setattr(whole_video, "MOST_PARTS", 50)
-    assert whole_video.broken(tmp_path / "v") == "it has more than 50 parts"
+    assert whole_video.broken(tmp_path / "v") == f"it has more than 50 parts in {len(content)} bytes"
+
+
+def test_the_parts_of_a_file_are_as_many_as_its_bytes_allow(tmp_path, monkeypatch):
+    head = b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67\xff"
+    (tmp_path / "v").write_bytes(head + b"\xec\x80" * 500_001)  # a megabyte
+    assert whole_video.broken(tmp_path / "v") == "it has more than 500000 parts in 1000012 bytes"
+    monkeypatch.setattr(whole_video, "FEW_PARTS", 50)
+    (tmp_path / "v").write_bytes(head + (b"\xec\x96" + bytes(22)) * 100)
+    assert not whole_video.broken(tmp_path / "v")
+    monkeypatch.setattr(whole_video, "MOST_PARTS", 99)
+    assert whole_video.broken(tmp_path / "v") == "it has more than 99 parts in 2410 bytes"
+
+
+def test_packets_without_a_picture_are_counted_as_well(tmp_path, monkeypatch):
+    film(tmp_path / "a.webm", "libvpx", sound=1)
+    whole = (tmp_path / "a.webm").read_bytes()
+    (tmp_path / "a.webm").write_bytes(whole.replace(b"DURATION", b"duration"))  # so that all streams are looked at
+    assert count(tmp_path / "a.webm") == FRAMES
+    monkeypatch.setattr(whole_video, "broken", lambda path: "")
+    monkeypatch.setattr(whole_video, "MOST_PARTS", 40)
+    with pytest.raises(DataError, match="it has more than 40 parts"):
+        count(tmp_path / "a.webm")

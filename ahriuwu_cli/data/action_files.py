@@ -9,14 +9,14 @@ import csv
 import io
 import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ahriuwu_cli.data.actions import MAX_SIZE, ActionComponent, ActionSpace, as_float32
+from ahriuwu_cli.data.actions import MAX_SIZE, ActionComponent, ActionSpace, as_float32, check_name
 from ahriuwu_cli.data.documents import decode, parse_json, read_bytes
 from ahriuwu_cli.errors import DataError
 
@@ -175,7 +175,7 @@ def _header(path: Path, names: list[str]) -> tuple[str, ...]:
         raise DataError(f"{path} starts with numbers: give a header of column names first, such as 'action'")
     if len(set(columns)) != len(columns) or not all(columns):
         raise DataError(f"{path} has an empty or repeated column name in {', '.join(columns)!r}")
-    _check_width(path, len(columns))
+    _check_names(path, columns)
     return columns
 
 
@@ -221,7 +221,7 @@ def _form(path: Path, line: int, text: str) -> tuple[tuple[str, ...] | None, int
     first = _value(path, line, text)
     if not isinstance(first, (dict, list)):
         raise _neither(path, line, text)
-    _check_width(path, len(first))
+    _check_names(path, first if isinstance(first, dict) else _array_names(len(first)))
     return tuple(first) if isinstance(first, dict) else None, len(first)
 
 
@@ -269,9 +269,11 @@ def _table(path: Path, columns: tuple[str, ...] | None, values: array, width: in
     return ActionTable(path, columns, np.frombuffer(values).reshape(-1, max(width, 1)))
 
 
-def _check_width(path: Path, width: int) -> None:
-    if not 1 <= width <= MAX_COLUMNS:
-        raise DataError(f"{path} has {width} columns: give 1 to {MAX_COLUMNS}")
+def _check_names(path: Path, columns: Collection[str]) -> None:
+    if not 1 <= len(columns) <= MAX_COLUMNS:
+        raise DataError(f"{path} has {len(columns)} columns: give 1 to {MAX_COLUMNS}")
+    for name in columns:
+        check_name(name, str(path))
 
 
 def _check(path: Path, line: int, values: list[Any], columns: tuple[str, ...]) -> None:

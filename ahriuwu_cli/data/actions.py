@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 KINDS = ("discrete", "binary", "continuous")
 MAX_SIZE, MAX_BUTTONS = 4096, 512  # of a component and of all columns; of buttons, since pairs of them are drawn
+MAX_VALUES = 65_536  # of all components together: each value of a discrete one has a share, and a row in a model
+MAX_NAME = 200  # characters of a name or a label
+CAPTION = 400  # characters of a described row: what fits under two thousand pixels
 _OPPOSITES = {"LEFT": "RIGHT", "FORWARD": "BACKWARD", "UP": "DOWN", "NEXT": "PREV"}
 _OPPOSITES |= {b: a for a, b in _OPPOSITES.items()}
 _NOTHING = ("none", "noop", "-")
@@ -36,6 +40,8 @@ class ActionComponent:
     high: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in (self.name, *self.labels):
+            check_name(name, "the action space")
         where = f"action component {self.name!r}"
         if not self.name or self.name != self.name.strip():
             raise DataError(f"{where} needs a name without spaces around it")
@@ -85,10 +91,14 @@ class ActionSpace:
         width = sum(c.width for c in self.components)  # names take memory, so they are counted before there are any
         if width > MAX_SIZE:
             raise DataError(f"the action space has {width} columns, above the limit of {MAX_SIZE}")
+        values = sum(c.size for c in self.components)
+        if values > MAX_VALUES:
+            raise DataError(f"the action space has {values} values in all, above the limit of {MAX_VALUES}")
         names = tuple(name for c in self.components for name in c.column_names)
-        repeated = sorted(n for n, count in Counter(names).items() if count > 1)
-        if repeated:
-            raise DataError(f"the action space names the column {repeated[0]!r} twice: rename one")
+        for what, given in (("component", [c.name for c in self.components]), ("column", names)):
+            repeated = sorted(n for n, count in Counter(given).items() if count > 1)
+            if repeated:
+                raise DataError(f"the action space names the {what} {repeated[0]!r} twice: rename one")
         object.__setattr__(self, "column_names", names)
 
     @property
@@ -194,18 +204,26 @@ class ActionSpace:
         return rows
 
     def describe(self, row: np.ndarray) -> str:
-        """Short text for one row (A,), such as 'TURN_LEFT+ATTACK'; '-' for no button. `parse` reads it back."""
-        words = []
+        """Short text for one row (A,), such as 'TURN_LEFT+ATTACK'; '-' for no button. `parse` reads it back, unless it
+        is cut, with dots, where it would be longer than CAPTION."""
+        text = ""
+        for word in self._words(row):
+            text += f"+{word}" if text else word
+            if len(text) > CAPTION:
+                return f"{text[:CAPTION]}.."
+        return text or "-"
+
+    def _words(self, row: np.ndarray) -> Iterator[str]:
         for component, columns in self.slices():
-            values = row[columns]
+            named = zip(self.column_names[columns], row[columns], strict=True)
             if component.kind == "binary":
-                words += [n for n, v in zip(component.column_names, values, strict=True) if v >= 0.5]
+                yield from (n for n, v in named if v >= 0.5)
             elif component.kind == "discrete":
-                value = component.labels[int(values[0])] if component.labels else str(int(values[0]))
-                words.append(value if len(self.components) == 1 else f"{component.name}={value}")
+                value = int(row[columns.start])
+                label = component.labels[value] if component.labels else str(value)
+                yield label if len(self.components) == 1 else f"{component.name}={label}"
             else:
-                words += [f"{n}={v:.2f}" for n, v in zip(component.column_names, values, strict=True)]
-        return "+".join(words) or "-"
+                yield from (f"{n}={v:.2f}" for n, v in named)
 
     def parse(self, text: str) -> np.ndarray:
         """The row (A,) float32 for a user's text: labels joined by '+', an index, column=value, or 'none'.
@@ -237,33 +255,34 @@ class ActionSpace:
     def _parse_word(self, word: str, row: np.ndarray) -> str:
         """Write what one word says into row; returns the name of its component."""
         name, equals, value = word.partition("=")
-        for component, columns in self.slices():
-            labels = [label.lower() for label in component.labels]
-            if component.kind == "discrete" and (name == component.name if equals else len(self.components) == 1):
-                text = value if equals else word
-                if text.lower() in labels:
-                    row[columns] = labels.index(text.lower())
+        for form in (str, str.lower):  # as it is written first: buttons may differ in nothing else
+            for component, columns in self.slices():
+                labels = [form(label) for label in component.labels]
+                if component.kind == "discrete" and (name == component.name if equals else len(self.components) == 1):
+                    text = value if equals else word
+                    if form(text) in labels:
+                        row[columns] = labels.index(form(text))
+                        return component.name
+                    if text.isdecimal() and int(text) < component.size:
+                        row[columns] = int(text)
+                        return component.name
+                elif component.kind == "discrete" and not equals and form(word) in labels:
+                    row[columns] = labels.index(form(word))
                     return component.name
-                if text.isdecimal() and int(text) < component.size:
-                    row[columns] = int(text)
+                elif component.kind == "binary" and not equals:
+                    names = [form(n) for n in component.column_names]
+                    index = names.index(form(word)) if form(word) in names else -1
+                    if index < 0 and word.isdecimal() and int(word) < component.size:
+                        index = int(word)
+                    if index >= 0:
+                        row[columns.start + index] = 1
+                        return component.name
+                elif component.kind == "continuous" and equals and name in component.column_names:
+                    try:
+                        row[columns.start + component.column_names.index(name)] = as_float32(float(value))
+                    except ValueError:
+                        raise UserError(f"the action {word!r} needs a number after '='") from None
                     return component.name
-            elif component.kind == "discrete" and not equals and word.lower() in labels:
-                row[columns] = labels.index(word.lower())
-                return component.name
-            elif component.kind == "binary" and not equals:
-                names = [n.lower() for n in component.column_names]
-                index = names.index(word.lower()) if word.lower() in names else -1
-                if index < 0 and word.isdecimal() and int(word) < component.size:
-                    index = int(word)
-                if index >= 0:
-                    row[columns.start + index] = 1
-                    return component.name
-            elif component.kind == "continuous" and equals and name in component.column_names:
-                try:
-                    row[columns.start + component.column_names.index(name)] = as_float32(float(value))
-                except ValueError:
-                    raise UserError(f"the action {word!r} needs a number after '='") from None
-                return component.name
         raise UserError(f"unknown action {word!r}: {self._known_words()}")
 
     def _known_words(self) -> str:
@@ -277,6 +296,12 @@ class ActionSpace:
             else:
                 words += [prefix + w for w in (c.labels or (f"0..{c.size - 1}",))]
         return f"choose from {', '.join(words)} (join several with '+')"
+
+
+def check_name(name: str, where: str) -> None:
+    """DataError for a name or label that is longer than any that a person gives."""
+    if len(name) > MAX_NAME:
+        raise DataError(f"{where} has the name {name[:40]!r}.. of {len(name)} characters: give at most {MAX_NAME}")
 
 
 def as_float32(value: float) -> float:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.metadata import SPLITS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MOST_VALUES = 32_000_000  # of actions that are looked at: 16 million steps of two columns; seconds
+RUN, FEW = 256, 256  # steps in a row; as many times more as there are fewer than so many columns
 
 
 def describe(path: Path, check: bool = False) -> dict[str, Any]:
@@ -28,7 +34,7 @@ def describe(path: Path, check: bool = False) -> dict[str, Any]:
         "splits": {split: _count(store, split) for split in SPLITS},
         "action_space": store.action_space.to_json(),
     }
-    facts["actions"], facts["actions_outside"] = _histogram(store)
+    facts |= _histogram(store)
     if check:
         from ahriuwu_cli.data.pack_check import check_packs
         from ahriuwu_cli.data.validate import validate
@@ -64,6 +70,8 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append("  none: video only")
     if facts["actions_outside"]:
         lines.append(f"  {facts['actions_outside']} steps lie outside the action space, not counted: see --check")
+    if facts["actions_read"] < facts["actions_stored"]:
+        lines.append(f"  looked at {facts['actions_read']} of {facts['actions_stored']} steps, evenly spread")
     for row in facts.get("checks", []):
         mark = "ok" if row["ok"] else "warn" if row["warning"] else "FAIL"
         lines += ["", "checks"] * (row is facts["checks"][0]) + [f"  {mark:5} {row['name']}: {row['detail']}"]
@@ -80,16 +88,31 @@ def _count(store: EpisodeStore, split: str) -> dict[str, int]:
     }
 
 
-def _histogram(store: EpisodeStore) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """For each component: the share of steps of each value or button, or the mean and spread of each axis; and how many
-    steps the action space does not allow, which count for nothing else."""
+def _sample(store: EpisodeStore) -> Iterator[np.ndarray]:
+    """Actions (T, A) of all steps, block after block; of every n-th block alone where all are more than MOST_VALUES."""
+    labelled, width = [e for e in store.episodes() if e.labelled], max(1, store.action_space.width)
+    run = max(RUN, RUN * FEW // width)
+    stride = run * max(1, -(-sum(e.frames - 1 for e in labelled) * width // MOST_VALUES))
+    begin = 0  # of the episode, counted over all of them
+    for episode in labelled:
+        end = begin + episode.frames - 1
+        for block in range(begin // stride * stride, end, stride):
+            start, stop = max(begin, block), min(end, block + run)
+            if start < stop:
+                yield store.actions(episode.id, start - begin, stop - begin)
+        begin = end
+
+
+def _histogram(store: EpisodeStore) -> dict[str, Any]:
+    """`actions`, for each component: the share of steps of each value or button, or the mean and spread of each axis;
+    `actions_outside`: how many steps the action space does not allow, which count for nothing else; `actions_read` of
+    the `actions_stored` steps were looked at."""
     import numpy as np
 
-    labelled = [e.id for e in store.episodes() if e.labelled]
     space, steps, outside = store.action_space, 0, 0
     total, squares, origin = np.zeros(space.width), np.zeros(space.width), None
     counts = [np.zeros(part.size, np.int64) for part, _ in space.slices()]
-    for _, values in chain.from_iterable(map(store.action_blocks, labelled)):  # all together may not fit into memory
+    for values in _sample(store):
         allowed = space.allows(values).all(1)
         values, outside = values[allowed].astype(np.float64), outside + int((~allowed).sum())
         if not len(values):
@@ -102,8 +125,10 @@ def _histogram(store: EpisodeStore) -> tuple[dict[str, list[dict[str, Any]]], in
             if part.kind == "discrete":
                 count += np.bincount(values[:, columns][:, 0].astype(int), minlength=part.size)
     out: dict[str, list[dict[str, Any]]] = {}
+    stored = sum(e.frames - 1 for e in store.episodes() if e.labelled)
+    facts = {"actions": out, "actions_outside": outside, "actions_read": steps + outside, "actions_stored": stored}
     if not steps:
-        return out, outside
+        return facts
     mean = total / steps
     std = np.sqrt(np.maximum(squares / steps - (mean - origin) ** 2, 0))
     for count, (part, columns) in zip(counts, space.slices(), strict=True):
@@ -117,4 +142,4 @@ def _histogram(store: EpisodeStore) -> tuple[dict[str, list[dict[str, Any]]], in
         else:
             spread = zip(part.column_names, mean[columns], std[columns], strict=True)
             out[part.name] = [{"label": n, "mean": float(m), "std": float(s)} for n, m, s in spread]
-    return out, outside
+    return facts

@@ -124,7 +124,7 @@ def open_pack(
     It lies in the dataset's `latents/` folder and is named after the tokenizer's hash. A pack made from other data is
     never used: its header records the dataset's fingerprint. progress(frames done, frames in all); workers: processes
     that encode, chosen by the work where None; announce gets sentences for the user (default: stderr). DataError for a
-    pack that is damaged, and where one cannot be written.
+    pack that is damaged, and where one cannot be written; CheckpointError for a tokenizer whose latents do not fit one.
     """
     announce = announce or _say
     tokenizer_hash = tokenizer.fingerprint()

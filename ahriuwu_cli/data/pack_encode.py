@@ -19,7 +19,7 @@ import torch
 
 from ahriuwu_cli.data.pack_format import Layout, Part
 from ahriuwu_cli.data.pack_journal import write_all
-from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ahriuwu_cli.data.episodes import EpisodeStore
@@ -77,7 +77,8 @@ def encode_parts(
 def encode_part(
     store: EpisodeStore, tokenizer: Tokenizer, target: Target, part: Part, tick: Callable[[int], None]
 ) -> str:
-    """Encode one part, write its rows, return their hash. DataError when the episode is not what was recorded."""
+    """Encode one part, write its rows, return their hash. DataError when the episode is not what was recorded,
+    CheckpointError when the tokenizer's latents do not fit."""
     row_bytes, offsets = target.layout.row_bytes, target.layout.offsets
     digest = hashlib.sha256()
     chunk = max(1, min(CHUNK, CHUNK_BYTES // (store.height * store.width * 3)))
@@ -96,13 +97,19 @@ def encode_part(
 
 @torch.no_grad()
 def _encode(store: EpisodeStore, tokenizer: Tokenizer, episode: str, start: int, stop: int) -> np.ndarray:
-    """float16 latents (stop - start, N, D). A tokenizer that looks back in time gets its window of earlier frames."""
+    """float16 latents (stop - start, N, D). A tokenizer that looks back in time gets its window of earlier frames.
+
+    CheckpointError where it gives what float16 does not hold: frames are pixels, so nothing else can be wrong.
+    """
     lead = min(start, tokenizer.window - 1)
     frames = torch.from_numpy(store.frames(episode, start - lead, stop))[None]
-    latents = tokenizer.encode(frames.to(next(tokenizer.buffers()).device))[0, lead:].cpu()
-    if not torch.isfinite(latents).all():
-        raise DataError(f"the tokenizer gives latents that are not finite: episode {episode}, frames {start}..{stop}")
-    return latents.to(torch.float16).numpy()
+    latents = tokenizer.encode(frames.to(next(tokenizer.buffers()).device))[0, lead:].cpu().to(torch.float16)
+    if not torch.isfinite(latents).all():  # as they are kept: float16 ends at 65504
+        raise CheckpointError(
+            f"the tokenizer gives latents that do not fit float16, in which packs keep them (episode {episode}, frames "
+            f"{start}..{stop - 1}): train with another tokenizer"
+        )
+    return latents.numpy()
 
 
 def _actions(store: EpisodeStore, part: Part) -> np.ndarray:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.pack_format import Layout, Part
-from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from ahriuwu_cli.data.episodes import EpisodeStore
@@ -71,7 +71,8 @@ class Workers:
         self._end()
 
     def run(self, parts: list[Part], tick: Callable[[int], None]) -> Iterator[tuple[Part, str]]:
-        """Yields (part, hash of its rows) as they are finished. DataError or OSError when a process met one."""
+        """Yields (part, hash of its rows) as they are finished. DataError, CheckpointError or OSError when a
+        process met one."""
         waiting, by_index = iter(parts), {part.index: part for part in parts}
         for _ in range(AHEAD):
             for number in range(len(self._processes)):
@@ -85,7 +86,7 @@ class Workers:
             elif "errno" in answer:
                 raise OSError(answer["errno"], answer["sentence"])
             elif "sentence" in answer:
-                raise DataError(answer["sentence"])
+                raise (CheckpointError if answer["of_tokenizer"] else DataError)(answer["sentence"])
             else:
                 self._give(number, waiting)
                 yield by_index.pop(answer["part"]), answer["sha256"]
@@ -154,8 +155,8 @@ def main() -> None:
 
     try:
         _work(setup, jobs, answer)
-    except DataError as error:
-        answer(sentence=str(error))
+    except (DataError, CheckpointError) as error:
+        answer(sentence=str(error), of_tokenizer=isinstance(error, CheckpointError))
     except OSError as error:
         answer(sentence=error.strerror or str(error), errno=error.errno)
     except Exception:

@@ -23,7 +23,7 @@ from ahriuwu_cli.data.pack_format import (
 )
 from ahriuwu_cli.data.pack_journal import Journal, Workplace, locked, read_journal, write_all
 from ahriuwu_cli.disk import FULL, REFUSALS, sync
-from ahriuwu_cli.errors import DataError, DiskError
+from ahriuwu_cli.errors import CheckpointError, DataError, DiskError
 
 if TYPE_CHECKING:
     from ahriuwu_cli.data.episodes import EpisodeStore
@@ -43,7 +43,8 @@ def make_pack(
     """Write the pack, going on where an earlier packer was cut short; nothing is done when is_there() under the lock.
 
     Raises DiskError when the disk is full, read-only or failing, DataError when a source is damaged or the folder may
-    not be written; finished parts are kept for next time.
+    not be written; finished parts are kept for next time. CheckpointError when the tokenizer's latents do not fit a
+    pack; then nothing is kept.
     """
     facts = new_facts(store, tokenizer.fingerprint(), split)
     layout = new_layout(path, store, tokenizer, facts)
@@ -92,6 +93,10 @@ def _make(
                 for part, digest in finished:
                     journal.add(part.index, digest)
                     done[part.index] = digest
+        except CheckpointError:  # no pack of this tokenizer will ever be whole
+            place.partial.unlink(missing_ok=True)
+            place.journal.unlink(missing_ok=True)
+            raise
         finally:
             journal.close()
         hashes = iter([done[part.index] for part in parts])

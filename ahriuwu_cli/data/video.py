@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -75,7 +76,7 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
                 if size != picture.shape[:2]:
                     raise DataError(f"{path} changes its size from {size} to {picture.shape[:2]}: convert it first")
                 yield None if untimed else frame.time, picture
-            if fault := broken(Path(path)) or clock.fault():
+            if fault := clock.fault() or broken(Path(path)):
                 raise DataError(f"{path} is damaged ({fault}): restore it, or convert what is left of it first")
         except av.error.FFmpegError as error:
             raise DataError(
@@ -341,9 +342,8 @@ def _renamed(path: Path) -> Iterator[str]:
 
 
 def _fit(text: str, width: int, font) -> str:
-    """The text, cut with dots where it is wider than width pixels."""
-    if font.getlength(text) <= width:
+    """The text, cut with dots where it is wider than width pixels. No more letters than pixels are ever measured."""
+    if len(text) <= width and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "..") > width:
-        text = text[:-1]
-    return text + ".."
+    fitting = bisect_right(range(min(len(text), width)), width, key=lambda n: font.getlength(text[:n] + ".."))
+    return text[: max(0, fitting - 1)] + ".."

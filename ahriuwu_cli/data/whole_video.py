@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     import av
 
-MOST_PARTS = 4_000_000  # of one file: packets, blocks; the longest video that is decoded has a tenth of that
+MOST_PARTS = 2_000_000  # of one file: packets, blocks; ten times those of the longest film of 1920 x 1080 that is read
+FEW_PARTS = 500_000  # that any file may have
+PART = 16  # bytes a part of a file that has more: a picture that stands still takes 22
 SLACK = 1.5  # frame times that the last frame may end before the stated end: rounding, and a cut between two frames
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675  # of Matroska
 
@@ -24,24 +26,33 @@ class Clock:
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
         self._stated, self._of_all = _stated_end(container, stream)
-        self._count, self._corrupt = 0, -1
+        self._count, self._corrupt, self._many = 0, -1, ""
         self._last: float | None = None  # seconds, when the last frame begins
         self._length = 0.0  # of the last frame
         self._gap = float(1 / stream.average_rate) if stream.average_rate else 0.0  # the largest between two frames
         self._others = 0.0  # the end of the other streams
 
     def frames(self, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-        """The frames of a stream. Raises what PyAV raises."""
-        for packet in container.demux() if self._of_all else container.demux(stream):
-            if packet.stream.index == stream.index:
-                for frame in packet.decode():
-                    self._see(frame)
-                    yield frame
-            elif packet.pts is not None:
-                self._others = max(self._others, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        """The frames of a stream, up to the most packets without one. Raises what PyAV raises."""
+        count = _counter(container.size)
+        try:
+            for packet in container.demux() if self._of_all else container.demux(stream):
+                before = self._count
+                if packet.stream.index == stream.index:
+                    for frame in packet.decode():
+                        self._see(frame)
+                        yield frame
+                elif packet.pts is not None:
+                    self._others = max(self._others, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                if self._count == before:
+                    count()
+        except _Broken as error:
+            self._many = str(error)
 
     def fault(self) -> str:
-        """A frame that is corrupt, or an end that no frame reaches; empty where there is neither."""
+        """Too many packets, a frame that is corrupt, or an end that no frame reaches; empty where there is none."""
+        if self._many:
+            return self._many
         if self._corrupt >= 0:
             return f"frame {self._corrupt} is corrupt"
         if self._stated is None or self._last is None:
@@ -102,7 +113,7 @@ def _stated_end(container: Any, stream: Any) -> tuple[float | None, bool]:
 
 def _gif(file: BinaryIO, size: int) -> None:
     """Header, colours, then extensions and images in blocks of up to 255 bytes, to the mark of the end."""
-    count = _counter()
+    count = _counter(size)
     head = _take(file, 13)
     _skip_colours(file, head[10])
     while (kind := _take(file, 1)[0]) != 0x3B:
@@ -124,7 +135,7 @@ def _skip_colours(file: BinaryIO, flags: int) -> None:
 
 def _riff(file: BinaryIO, size: int) -> None:
     """Chunks with their lengths, some of which are lists of chunks; one RIFF after the other to the end of the file."""
-    count = _counter()
+    count = _counter(size)
     while file.tell() < size and file.read(4) == b"RIFF":  # what is no RIFF after the first is not looked at
         count()
         end = _number(file) + file.tell()
@@ -145,7 +156,7 @@ def _riff(file: BinaryIO, size: int) -> None:
 
 def _matroska(file: BinaryIO, size: int) -> None:
     """Elements with their lengths: a head, and the first segment with clusters of blocks in it."""
-    count = _counter()
+    count = _counter(size)
     name, length = _element(file)
     _skip(file, length or 0, size)
     name, length = _element(file)
@@ -195,13 +206,13 @@ def _skip(file: BinaryIO, count: int, end: int) -> None:
     file.seek(count, 1)
 
 
-def _counter() -> Callable[[], None]:
-    left = MOST_PARTS
+def _counter(size: int) -> Callable[[], None]:
+    most = left = min(MOST_PARTS, max(FEW_PARTS, size // PART))
 
     def count() -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            raise _Broken(f"it has more than {MOST_PARTS} parts")
+            raise _Broken(f"it has more than {most} parts in {size} bytes")
 
     return count
