@@ -102,7 +102,7 @@ def horizon() -> Any:
 
 
 def batch(help: str = "Windows at a time; changes the speed, not the numbers.") -> Any:
-    return whole(32, "--batch", 1, 65536, help)
+    return whole(32, "--batch", *ranges.BATCH, help)
 
 
 def noise_seeds() -> Any:

@@ -17,6 +17,8 @@ from ahriuwu_cli.evaluation.protocol import RESAMPLES, WindowManifest, make_mani
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
+INTERVAL = f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out noise seeds and training seeds"
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -56,8 +58,13 @@ def prepare(
         manifest = make_manifest(store, config.split, config.context, config.horizon, config.windows, config.seed)
     elif manifest.fingerprint != store.fingerprint:
         raise DataError(f"the windows were made for another dataset than {store.path}: make new ones")
+    return of_windows(config, manifest), manifest
+
+
+def of_windows(config: EvaluationConfig, manifest: WindowManifest) -> EvaluationConfig:
+    """The same with the windows' own split, context, horizon and count."""
     own = {"windows": len(manifest.windows), "context": manifest.context, "horizon": manifest.horizon}
-    return replace(config, split=manifest.split, **own), manifest
+    return replace(config, split=manifest.split, **own)
 
 
 def check_frames(store: EpisodeStore) -> None:
@@ -106,7 +113,7 @@ def settings(
         "k_max": world.k_max,
         "random_action_hold": list(HOLD),
         "psnr_cap_db": CAP_DB,
-        "interval": f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out noise seeds and training seeds",
+        "interval": INTERVAL,
         "device": str(world.device),
         "precision": world.precision,
         "ahriuwu": __version__,

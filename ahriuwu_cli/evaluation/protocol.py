@@ -19,6 +19,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError
+from ahriuwu_cli.ranges import CONTEXT, HORIZON, SEED, WINDOWS
 
 FORMAT = "ahriuwu-windows/1"
 RESAMPLES = 2000
@@ -178,6 +179,7 @@ def _parse(path: Path, advice: str) -> WindowManifest:
         names = {name: str(document.pop(name)) for name in ("fingerprint", "split")}
         if document or not windows or min(numbers["context"], numbers["horizon"]) < 1:
             raise ValueError(f"unknown or empty fields: {', '.join(document) or 'windows, context or horizon'}")
+        _check_ranges(numbers | {"windows": len(windows)})
         if len(set(windows)) != len(windows):
             raise ValueError("it lists a window twice")
     except FileNotFoundError:
@@ -190,6 +192,14 @@ def _parse(path: Path, advice: str) -> WindowManifest:
     if stated != manifest.hash:
         raise DataError(f"{path} was edited: its hash does not fit its content; {advice}")
     return manifest
+
+
+def _check_ranges(numbers: dict[str, int]) -> None:
+    """ValueError for numbers that the options of these names would refuse."""
+    within = {"seed": SEED, "context": CONTEXT, "horizon": HORIZON, "windows": WINDOWS}
+    for name, value in numbers.items():
+        if not within[name][0] <= value <= within[name][1]:
+            raise ValueError(f"its {name} is {value}, not from {within[name][0]} to {within[name][1]}")
 
 
 def _whole(value: object) -> int:
