@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -77,17 +78,22 @@ def check_frames(store: EpisodeStore) -> None:
 
 def warnings(world: World, store: EpisodeStore, episodes: list[str]) -> list[str]:
     """What a reader of the numbers must know and cannot see in them."""
-    found = []
-    if len(set(episodes)) < 2:
-        found.append("all windows are of one episode: there are no intervals, since others may differ by any amount")
-    elif len(set(episodes)) < 5:
-        found.append(f"only {len(set(episodes))} episodes: the intervals are rough")
+    found = of_few(episodes)
     if (store.fps, store.frame_skip) != (world.fps, world.frame_skip):
         found.append(
             f"the dataset runs at {store.fps:g} frames/s (frame skip {store.frame_skip}), the world was trained at "
             f"{world.fps:g} (frame skip {world.frame_skip})"
         )
     return found
+
+
+def of_few(episodes: Sequence[str]) -> list[str]:
+    """The warnings that these episodes, one a window, give alone."""
+    if len(set(episodes)) < 2:
+        return ["all windows are of one episode: there are no intervals, since others may differ by any amount"]
+    if len(set(episodes)) < 5:
+        return [f"only {len(set(episodes))} episodes: the intervals are rough"]
+    return []
 
 
 def settings(

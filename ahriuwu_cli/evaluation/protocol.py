@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
@@ -145,11 +146,17 @@ def paired_bootstrap(
     if n < 2:
         return Interval(mean, np.nan, np.nan)
     sums, counts = np.bincount(cluster, values), np.bincount(cluster)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    drawn = (_draw if n <= 1000 else _draw.__wrapped__)(n, resamples, seed)
     means = (drawn @ sums) / (drawn @ counts)
     tail = NormalDist().cdf(-np.sqrt(n / (n - 1)) * student_975(n - 1))
     lo, hi = np.quantile(means, [tail, 1 - tail])
     return Interval(mean, float(lo), float(hi))
+
+
+@lru_cache(maxsize=1)
+def _draw(n: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each of n is drawn (resamples, n); kept while it is small, since every interval asks for the same."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
 
 
 def student_975(freedom: int) -> float:

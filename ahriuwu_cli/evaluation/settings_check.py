@@ -22,7 +22,6 @@ from ahriuwu_cli.evaluation.metrics import CAP_DB
 from ahriuwu_cli.evaluation.prepare import INTERVAL
 from ahriuwu_cli.rollout import CTX_LABELS, CTX_MODES, RolloutConfig, check_generation
 
-LONGEST = 4096  # characters of a text: as many as a path may have
 Check = Callable[[Any], bool]
 Form = Check | Mapping[str, Any]  # a check that says yes, or what an object's entries must be
 
@@ -49,8 +48,8 @@ def number(low: float, high: float) -> Check:
 
 
 def exactly(wanted: Any) -> Check:
-    """This value of this type: 1 is neither true nor 1.0."""
-    return lambda value: type(value) is type(wanted) and value == wanted
+    """This JSON value: 1 is neither true nor 1.0, in lists too."""
+    return lambda value: type(value) is type(wanted) and repr(value) == repr(wanted)
 
 
 def one_of(names: Any) -> Check:
@@ -62,7 +61,7 @@ def or_none(check: Check) -> Check:
 
 
 def text(value: Any) -> bool:
-    return type(value) is str and len(value) <= LONGEST
+    return type(value) is str
 
 
 def digest(value: Any) -> bool:
@@ -105,6 +104,10 @@ IDENTITY = {  # of `cells.identity`
     "ahriuwu": _version,
 }  # fmt: skip
 
+SETTINGS = {name: form for name, form in IDENTITY.items() if name != "checkpoint_hash"} | {  # of `prepare.settings`
+    "evaluation": EVALUATION | {"batch": BATCH}, "checkpoint": or_none(text), "checkpoint_git": or_none(text),
+    "dataset": text, "device": device, "torch": text,
+}  # fmt: skip
 SAVED = {  # of saved.json, see `saved`
     "format": text, "identity": IDENTITY, "generation": GENERATION, "evaluation": EVALUATION | {"batch": BATCH},
     "manifest": digest, "checksum": digest,
