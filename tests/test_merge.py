@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +232,21 @@ def test_markdown_tables_have_equal_columns_whatever_a_path_is_called(done):
     for block in text.split("\n\n"):
         lines = [line for line in block.split("\n") if line.startswith("|")]
         assert len({line.replace("\\|", "").count("|") for line in lines}) <= 1
+
+
+@pytest.mark.parametrize("render", [as_text, as_markdown])
+def test_names_and_warnings_of_cells_are_text_in_every_report(done, render):
+    def rendered(text):
+        cells = [replace(c, checkpoint=text, dataset=text) for c in read_cells(done)[0]]
+        for cell in cells:
+            cell.result["warnings"] = [text]
+        return render(merge(cells, notes=[text]))
+
+    forged = rendered("<img src=x>\n\n# Certified\r\nFAILED: everything\u2028![a](http://b)\n[c]: d")
+    assert len(forged.splitlines()) == len(rendered("a").splitlines())
+    assert not any(line.startswith(("# ", "FAILED")) for line in forged.splitlines())
+    if render is as_markdown:
+        assert not re.search(r"<|(?<!\\)\][(:]", forged)
 
 
 def test_merging_twice_gives_the_same_bytes(done, run):

@@ -62,6 +62,16 @@ def check_cell(document: dict[str, Any]) -> None:
         raise ValueError(f"the {differs} of its result is another")
 
 
+def check_scores(scores: dict[str, Any]) -> None:
+    """ValueError or KeyError unless an eval.json holds what `evaluate` returns, whatever looks came with it."""
+    settings, timing = scores["settings"], scores["timing"]
+    kept = {name: scores[name] for name in _ENTRIES}
+    if type(settings) is dict and type(timing) is dict:
+        kept["settings"] = _with_precision({n: v for n, v in settings.items() if n != "checkpoint_hash"})
+        kept["timing"] = {name: value for name, value in timing.items() if name != "looks"}
+    check_result(kept)
+
+
 def check_result(result: dict[str, Any]) -> None:
     """ValueError unless a result, of the entries of `evaluate.summarise`, is one that it makes."""
     settings, counts, rows = result["settings"], result["not_finite_frames"], result["windows"]

@@ -21,6 +21,7 @@ from ahriuwu_cli.evaluation.cells import FOLDER, digest, read_cell
 from ahriuwu_cli.evaluation.protocol import WindowManifest, paired_bootstrap
 from ahriuwu_cli.evaluation.report import Row
 from ahriuwu_cli.evaluation.summary import jsonable
+from ahriuwu_cli.printing import one_line
 
 _HASHES = ("checkpoint_hash", "tokenizer_fingerprint")
 
@@ -130,8 +131,10 @@ def as_text(merged: Row) -> str:
     """Every table aligned for a terminal, with its windows above it and its notes below."""
     parts = []
     for t in merged["tables"]:
-        parts.append("\n".join([_title(t), "", report.table(*_cells(t)), "", *_footer(t)]))
-    return "\n\n".join([*parts, *([_notes(merged)] if merged["notes"] else [])])
+        table, footer = report.table(*_cells(t)), map(one_line, _footer(t))
+        parts.append("\n".join([one_line(_title(t)), "", table, "", *footer]))
+    notes = "\n".join(one_line(f"note: {note}") for note in merged["notes"])
+    return "\n\n".join([*parts, *([notes] if notes else [])])
 
 
 def as_markdown(merged: Row) -> str:
@@ -139,9 +142,14 @@ def as_markdown(merged: Row) -> str:
     parts = []
     for t in merged["tables"]:
         header, rows = _cells(t)
-        lines = [f"### {_title(t)}", "", _line(header), _line(["---"] + ["---:"] * (len(header) - 1))]
-        parts.append("\n".join([*lines, *map(_line, rows), "", *(f"- {line}" for line in _footer(t))]))
-    parts += [f"- {note}" for note in merged["notes"]]
+        lines = [
+            f"### {report.in_markdown(_title(t))}",
+            "",
+            _line(header),
+            _line(["---"] + ["---:"] * (len(header) - 1)),
+        ]
+        parts.append("\n".join([*lines, *map(_line, rows), "", *_bullets(_footer(t))]))
+    parts += _bullets(merged["notes"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -288,8 +296,8 @@ def _told_apart(difference: Row) -> bool:
     return difference["lo"] is not None and (difference["lo"] > 0 or difference["hi"] < 0)
 
 
-def _notes(merged: Row) -> str:
-    return "\n".join(f"note: {note}" for note in merged["notes"])
+def _bullets(lines: Sequence[str]) -> list[str]:
+    return [f"- {report.in_markdown(line)}" for line in lines]
 
 
 def _line(cells: Sequence[str]) -> str:
