@@ -23,11 +23,17 @@ CONTROLS = (
     r"\ud800-\udfff"  # no characters: bytes of a file's name that are not UTF-8
 )
 _WITH_RETURN, _ALL = re.compile(f"[{CONTROLS}]"), re.compile(f"[\r{CONTROLS}]")
+_SPACE = re.compile(r"\s")
 
 
 def printable(text: str, keep_return: bool = False) -> str:
     """The text with every control character written out, but tabs and line feeds."""
     return (_WITH_RETURN if keep_return else _ALL).sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: object) -> str:
+    """A line of a report, whatever texts of files are in it: nothing ends it, and its spaces stay, for columns."""
+    return printable(_SPACE.sub(" ", str(text)))
 
 
 def one_sentence(text: str) -> str:

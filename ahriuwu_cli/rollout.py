@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.diffusion.samplers import SAMPLERS
+from ahriuwu_cli.errors import UserError, did_you_mean
 
 CTX_MODES = ("stop", "renoise")
 CTX_LABELS = ("honest", "clean")
@@ -34,6 +35,25 @@ class RolloutConfig:
     tau_ctx: float = tau_.TAU_CTX
     ctx_mode: str = "stop"  # what becomes context: the state at tau_ctx, or z_hat with fresh noise ("renoise")
     ctx_label: str = "honest"  # what prompt and committed frames are labelled: their level, or 0, a lie ("clean")
+
+
+def check_generation(config: RolloutConfig, k_max: int) -> None:
+    """UserError for names that are unknown and numbers that no world of this k_max goes by."""
+    if config.sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler {config.sampler!r}: {did_you_mean(config.sampler, tuple(SAMPLERS))}")
+    if config.ctx_mode not in CTX_MODES:
+        raise UserError(f"unknown --ctx-mode {config.ctx_mode!r}: {did_you_mean(config.ctx_mode, CTX_MODES)}")
+    if config.ctx_label not in CTX_LABELS:
+        raise UserError(f"unknown --ctx-label {config.ctx_label!r}: {did_you_mean(config.ctx_label, CTX_LABELS)}")
+    if not 0 <= config.tau_ctx < 1:
+        raise UserError(f"--tau-ctx {config.tau_ctx} is not in [0, 1) where 0 is clean and 1 is noise")
+    if config.steps < 1:
+        raise UserError(f"--steps must be at least 1, got {config.steps}")
+    if config.sampler == "shortcut" and (config.steps & (config.steps - 1) or config.steps > k_max):
+        raise UserError(
+            f"--steps {config.steps} does not fit the shortcut sampler: use a power of two up to {k_max}, "
+            f"or --sampler euler"
+        )
 
 
 class CachedDenoiser(Protocol):

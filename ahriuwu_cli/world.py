@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.diffusion.samplers import told_step_size
-from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
+from ahriuwu_cli.errors import CheckpointError, DataError
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.products import warn_of_bfloat16
 from ahriuwu_cli.models.tokenizer import Tokenizer
-from ahriuwu_cli.rollout import CTX_LABELS, CTX_MODES, SAMPLERS, RolloutConfig
+from ahriuwu_cli.rollout import RolloutConfig, check_generation
 
 if TYPE_CHECKING:
     from ahriuwu_cli.data.episodes import EpisodeStore
@@ -91,21 +91,7 @@ class World:
 
     def check_generation(self, config: RolloutConfig) -> None:
         """Refuse what this model was not trained for, in a sentence: unknown names (2), untrained d (4)."""
-        if config.sampler not in SAMPLERS:
-            raise UserError(f"unknown sampler {config.sampler!r}: {did_you_mean(config.sampler, tuple(SAMPLERS))}")
-        if config.ctx_mode not in CTX_MODES:
-            raise UserError(f"unknown --ctx-mode {config.ctx_mode!r}: {did_you_mean(config.ctx_mode, CTX_MODES)}")
-        if config.ctx_label not in CTX_LABELS:
-            raise UserError(f"unknown --ctx-label {config.ctx_label!r}: {did_you_mean(config.ctx_label, CTX_LABELS)}")
-        if not 0 <= config.tau_ctx < 1:
-            raise UserError(f"--tau-ctx {config.tau_ctx} is not in [0, 1) where 0 is clean and 1 is noise")
-        if config.steps < 1:
-            raise UserError(f"--steps must be at least 1, got {config.steps}")
-        if config.sampler == "shortcut" and (config.steps & (config.steps - 1) or config.steps > self.k_max):
-            raise UserError(
-                f"--steps {config.steps} does not fit the shortcut sampler: use a power of two up to {self.k_max}, "
-                f"or --sampler euler"
-            )
+        check_generation(config, self.k_max)
         told = told_step_size(config.sampler, config.steps, self.k_max)
         if told not in self.trained_d:
             known = ", ".join(f"1/{round(1 / d)}" for d in self.trained_d)

@@ -11,6 +11,7 @@ from small import small_dataset, small_world
 
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.training.checkpoint import load_world, read_tensors, save_world
+from ahriuwu_cli.training.export import card
 
 
 @pytest.fixture
@@ -201,6 +202,50 @@ def test_scores_of_another_world_do_not_get_into_the_card_and_those_of_the_expor
     assert run(*generate)[0] == 0
     assert run("eval", "score", place / "ro", place / "data", "--out", place / "scored")[0] == 0
     assert run("export", place / "other", "--out", place / "out", "--evidence", place / "scored")[0] == 0
+
+
+EDITS = {
+    "split": lambda d: d["settings"].update(split="test)\n\n# Certified\n<script>alert(1)</script>"),
+    "sampler": lambda d: d["settings"]["generation"].update(sampler="<b>"),
+    "count": lambda d: d["n"].update(windows="<img src=x>"),
+    "frame": lambda d: d["horizons"].update({"1 | 99 |\n<script>": d["horizons"].pop("1")}),
+    "control": lambda d: d["action_delta_db"].update({"<b>": d["action_delta_db"]["random"]}),
+    "gain": lambda d: d["horizons"]["4"]["gain_db"].update(value=55.0, lo=54.0, hi=56.0),
+}  # fmt: skip
+
+
+def test_scores_that_were_edited_into_a_text_or_a_contradiction_do_not_get_into_the_card(place, run):
+    asked = ("--windows", 4, "--context", 4, "--horizon", 4, "--out", place / "ev")
+    assert run("eval", place / "world", place / "data", *asked)[0] == 0  # with all looks
+    file, export = place / "ev" / "eval.json", ("export", place / "world", "--evidence", place / "ev", "--out")
+    good = file.read_text()
+    for name, change in EDITS.items():
+        document = json.loads(good)
+        change(document)
+        file.write_text(json.dumps(document))
+        code, _, err = run(*export, place / name)
+        assert (code, err.count("\n"), (place / name).exists()) == (3, 1, False), name
+    file.write_text(good)
+    assert run(*export, place / "good")[0] == 0
+
+
+def test_facts_of_a_world_and_of_its_scores_are_text_in_its_card():
+    def scores(text):
+        names = ("gain_db", "psnr", "floor", "ceiling", "ssim", "motion_ratio", "sharpness_ratio")
+        generation = dict.fromkeys(("sampler", "steps", "tau_ctx"), text)
+        return {
+            "settings": {"split": text, "evaluation": {"context": text}, "generation": generation},
+            "n": {"windows": text, "episodes": text}, "horizons": {text: dict.fromkeys(names, 1.0)},
+            "action_delta_db": {text: {text: 1.0}},
+        }  # fmt: skip
+
+    world, text = small_world(), "a\n\n# Certified\n<script> ![a](http://b)"
+    plain = card("x", world, "float32", scores("x"), "")
+    world.facts |= dict.fromkeys(("command", "dataset", "dataset_fingerprint", "git", "torch", "step"), text)
+    forged = card(text, world, "float32", scores(text), "")
+    assert len(forged.splitlines()) == len(plain.splitlines())
+    assert "<" not in forged
+    assert "](" not in forged.replace("\\](", "")
 
 
 def test_the_card_of_a_world_that_was_scored_on_still_frames_says_so_and_is_written(tmp_path, run):

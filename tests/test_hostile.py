@@ -23,8 +23,11 @@ from small import small_dataset, small_world
 
 import ahriuwu_cli
 from ahriuwu_cli.cli import main
+from ahriuwu_cli.commands import options
 from ahriuwu_cli.data import mp4_index
 from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.describe import as_text as describe_text
+from ahriuwu_cli.data.describe import describe
 from ahriuwu_cli.data.documents import MAX_DEPTH, parse_object, read_bytes, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
@@ -33,13 +36,14 @@ from ahriuwu_cli.data.tensors import read_tensors
 from ahriuwu_cli.data.video import iter_video, video_fps, write_gif, write_mp4
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import CheckpointError, DataError
+from ahriuwu_cli.evaluation.checks import Check, as_table
 from ahriuwu_cli.evaluation.merge import read_cells
-from ahriuwu_cli.evaluation.report import as_csv, in_markdown
+from ahriuwu_cli.evaluation.report import as_csv, in_markdown, table
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
-from ahriuwu_cli.printing import one_sentence, printable
+from ahriuwu_cli.printing import one_line, one_sentence, printable
 from ahriuwu_cli.training import checkpoint
 from ahriuwu_cli.training.checkpoint import load_world, save_world
 from ahriuwu_cli.training.describe import as_text, describe_checkpoint
@@ -603,6 +607,30 @@ def test_no_text_in_a_csv_is_a_formula_and_none_in_markdown_is_a_cell_or_html():
     assert cells == [[f"'{t}" for t in texts] + ["number", "whole", "text"],
                      [f"'{t}" for t in texts] + ["-1.5", "-2", r"a=b\r=1"]]  # fmt: skip
     assert in_markdown("a|b\n<script>`x`") == r"a\|b &lt;script>\`x\`"
+    assert in_markdown("![a](http://b) [c][d] [e]: f") == r"![a\](http://b) [c\][d] [e\]: f"
+    assert in_markdown("+1.2 [0.8, 1.6] \x1b \u202e") == r"+1.2 [0.8, 1.6] \\x1b \\u202e"
+
+
+FORGED = "a\n\r\n\x0b\x85\u2028FAILED: everything"
+
+
+def test_no_text_of_a_file_ends_a_line_of_a_report(tmp_path, capsys):
+    small_dataset(tmp_path / "data")
+    facts = describe(tmp_path / "data", check=True)
+    facts["source"] = {FORGED: FORGED}
+    for part in facts["action_space"]["components"]:
+        facts["actions"][FORGED] = facts["actions"].pop(part["name"])
+        part["name"] = FORGED
+    checks = [Check(FORGED, FORGED, 1.0, FORGED, True)]
+    texts = [describe_text(facts), as_text({"facts": {FORGED: FORGED}, "train": [FORGED]}), as_table(checks),
+             table([FORGED, FORGED], [[FORGED, FORGED]])]  # fmt: skip
+    options.say(FORGED)
+    texts.append(capsys.readouterr().err)
+    for text in texts:
+        lines = text.splitlines()
+        assert any("FAILED" in line for line in lines)
+        assert not any(line.startswith("FAILED") for line in lines), text
+    assert one_line("a  b\tc\n\x1b") == r"a  b c \x1b"
 
 
 def test_sixty_seeded_mutations_end_in_success_or_in_one_sentence():

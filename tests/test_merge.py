@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,19 +163,15 @@ def test_one_path_with_two_weights_is_told_apart_by_the_hash_of_the_weights(copy
     assert sum(" weights " in label for label in labels) == 2
 
 
-def test_the_set_that_cannot_be_told_from_the_best_is_the_one_whose_interval_holds_0(copy):
-    paths = [p for p in (copy / FOLDER).iterdir() if read_cell(p)["identity"]["evaluation"]["horizon"] == 4]
+def test_the_set_that_cannot_be_told_from_the_best_is_the_one_whose_interval_holds_0(done):
+    cells = [c for c in read_cells(done)[0] if c.identity["evaluation"]["horizon"] == 4]
     psnr = [[30.0, 31, 30, 31, 30, 31, 30, 31], [29.0, 30, 29, 30, 29, 30, 29, 30], [40.0, 20, 31, 31, 28, 30, 31, 29]]
-    for path, values in zip(sorted(paths), psnr, strict=True):
-
-        def change(document, values=values):
-            for row, value in zip(document["result"]["windows"], values, strict=True):
-                row["psnr_4"] = value
-
-        edit(path, change)
-    merged = merge([c for c in read_cells(copy)[0] if c.identity["evaluation"]["horizon"] == 4])
+    for cell, values in zip(cells, psnr, strict=True):
+        for row, value in zip(cell.result["windows"], values, strict=True):
+            row["psnr_4"] = value
+    merged = merge(cells)
     names = {r["cell"]: r["label"] for r in merged["tables"][0]["rows"]}
-    best, below, unsure = (names[p.stem] for p in sorted(paths))
+    best, below, unsure = (names[c.name] for c in cells)
     assert f"ref: {best} (the highest PSNR at frame 4); cannot be told from it at frame 4: {unsure}" in as_text(merged)
     row = next(r for r in merged["tables"][0]["rows"] if r["label"] == below)
     assert row["difference_db"]["4"] == {"value": -1.0, "lo": -1.0, "hi": -1.0}  # the same in every window
@@ -186,24 +184,21 @@ def test_a_cell_whose_names_are_no_texts_is_none_of_ours(copy, names):
         read_cells(copy)
 
 
-def test_a_rollout_that_broke_is_nan_in_the_table_and_never_the_reference(copy):
-    (path, *_) = sorted(p for p in (copy / FOLDER).iterdir() if read_cell(p)["identity"]["evaluation"]["horizon"] == 4)
-
-    def change(document):
-        document["result"]["status"] = "nan"
-        for row in document["result"]["windows"]:
-            row["psnr_4"] = 99.0
-        document["result"]["windows"][0]["psnr_4"] = None
-
-    edit(path, change)
-    merged = merge(read_cells(copy)[0])
+def test_a_rollout_that_broke_is_nan_in_the_table_and_never_the_reference(done):
+    cells = read_cells(done)[0]
+    broken = next(c for c in cells if c.identity["evaluation"]["horizon"] == 4)
+    broken.result["status"] = "nan"
+    for row in broken.result["windows"]:
+        row["psnr_4"] = 59.0
+    broken.result["windows"][0]["psnr_4"] = None
+    merged = merge(cells)
     (table,) = [t for t in merged["tables"] if t["horizon"] == 4]
-    assert table["reference"]["cell"] != path.stem
-    assert table["rows"][-1]["cell"] == path.stem
+    assert table["reference"]["cell"] != broken.name
+    assert table["rows"][-1]["cell"] == broken.name
     assert table["rows"][-1]["psnr"]["4"] is None
     assert table["rows"][-1]["difference_db"]["4"]["value"] is None
     assert merged["status"] == "nan"
-    assert f"FAILED: cells with frames that are not finite: {path.stem}" in as_text(merged)
+    assert f"FAILED: cells with frames that are not finite: {broken.name}" in as_text(merged)
     assert table["rows"][-1]["label"] not in as_text(merged).split("cannot be told from it")[1].split("\n")[0]
 
 
@@ -237,6 +232,21 @@ def test_markdown_tables_have_equal_columns_whatever_a_path_is_called(done):
     for block in text.split("\n\n"):
         lines = [line for line in block.split("\n") if line.startswith("|")]
         assert len({line.replace("\\|", "").count("|") for line in lines}) <= 1
+
+
+@pytest.mark.parametrize("render", [as_text, as_markdown])
+def test_names_and_warnings_of_cells_are_text_in_every_report(done, render):
+    def rendered(text):
+        cells = [replace(c, checkpoint=text, dataset=text) for c in read_cells(done)[0]]
+        for cell in cells:
+            cell.result["warnings"] = [text]
+        return render(merge(cells, notes=[text]))
+
+    forged = rendered("<img src=x>\n\n# Certified\r\nFAILED: everything\u2028![a](http://b)\n[c]: d")
+    assert len(forged.splitlines()) == len(rendered("a").splitlines())
+    assert not any(line.startswith(("# ", "FAILED")) for line in forged.splitlines())
+    if render is as_markdown:
+        assert not re.search(r"<|(?<!\\)\][(:]", forged)
 
 
 def test_merging_twice_gives_the_same_bytes(done, run):
@@ -290,7 +300,7 @@ def test_a_cell_under_another_name_or_with_other_windows_is_refused(copy):
         read_cells(copy)
     path.write_bytes(good)
     edit(path, lambda d: d["result"].pop("windows"))
-    with pytest.raises(DataError, match="it lacks 'windows'"):
+    with pytest.raises(DataError, match="of its result 'windows' is missing"):
         read_cells(copy)
 
 

@@ -287,14 +287,25 @@ def _cut(arrays, facts):
     arrays["model/psnr"] = arrays["model/psnr"][:, :1]
 
 
+def _score(name, value):
+    def change(arrays, facts):
+        arrays[name][:] = value
+
+    return change
+
+
 def _fact(**other):
     return lambda arrays, facts: facts.update(other)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [_drop, _cut, _fact(not_finite=[1]), _fact(not_finite={"model": "x"}), _fact(frames="x"), _fact(seconds=-1.0)],
-)
+SPOILT = [
+    _drop, _cut, _score("model/psnr", 61.0), _score("floor/psnr", -1.0), _score("model/ssim", 2.0),
+    _score("truth/motion", -0.1), _score("ceiling/mse", 1.5), _score("forced_1/floor", 99.0), _fact(not_finite=[1]),
+    _fact(not_finite={"model": "x"}), _fact(frames="x"), _fact(seconds=-1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
 def test_a_part_whose_hash_fits_but_not_its_content_is_damaged_as_well(plan, tmp_path, spoil):
     cells, said = read_plan(plan(ONE)), []
     first, second = (Shards(windows=(rank, 2)) for rank in (0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -10,10 +11,13 @@ from worlds import NO_ACTIONS, breaks_at, moving_pictures, puppet_world, tiny_wo
 
 from ahriuwu_cli.cli import main
 from ahriuwu_cli.data.documents import document_hash
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.tensors import checksum, read_arrays
+from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, ready
+from ahriuwu_cli.evaluation.protocol import WindowManifest, make_manifest
 from ahriuwu_cli.evaluation.saved import save_rollouts, score_rollouts
-from ahriuwu_cli.training.checkpoint import save_world
+from ahriuwu_cli.training.checkpoint import load_world, save_world
 
 QUICK = ("--windows", 7, "--context", 4, "--horizon", 5, "--batch", 3)
 
@@ -116,7 +120,7 @@ def test_frames_that_are_not_finite_are_counted_from_the_saved_ones_as_well(tmp_
     whole = evaluate(world, store, config, world.generation, manifest)
     from ahriuwu_cli.evaluation import saved
 
-    saved.weights_hash, kept = (lambda world: "puppet"), saved.weights_hash
+    saved.weights_hash, kept = (lambda world: "0" * 64), saved.weights_hash
     try:
         save_rollouts(world, store, config, world.generation, manifest, tmp_path / "r")
     finally:
@@ -191,6 +195,88 @@ def test_damaged_rollouts_are_one_sentence_and_exit_3(place, run, tmp_path, dama
     assert words in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "s").exists()
+
+
+@pytest.fixture(scope="module")
+def saved_once(place):
+    store = EpisodeStore.open(place / "data")
+    world = load_world(place / "world", "cpu")
+    config, manifest = ready(world, store, EvaluationConfig(windows=4, context=4, horizon=5), world.generation)
+    save_rollouts(world, store, config, world.generation, manifest, place / "once")
+    return place / "once"
+
+
+def reseal(folder, changes: dict) -> None:
+    """Change entries, named by dots, of a copy's saved.json and make its checksum fit."""
+    index = json.loads((folder / "saved.json").read_text())
+    index.pop("checksum")
+    for name, value in changes.items():
+        *above, last = name.split(".")
+        entry = index
+        for key in above:
+            entry = entry[key]
+        entry[last] = value
+    (folder / "saved.json").write_text(json.dumps(index | {"checksum": document_hash(index)}))
+
+
+def both(**changes):
+    """In the settings and in the identity, so that they agree."""
+    return {f"{before}{name.replace('__', '.')}": v for name, v in changes.items() for before in ("", "identity.")}
+
+
+SAYS = [
+    *({f"generation.{n}": v} for n, v in (("steps", 1), ("tau_ctx", 0.5), ("sampler", "euler"))),
+    *({f"evaluation.{n}": v} for n, v in (("seed", 5), ("horizons", [1]), ("delta_at", 2), ("noise_seeds", 2))),
+    *({f"world.{n}": v} for n, v in (("k_max", 64), ("tokenizer", "0" * 64), ("precision", "bfloat16"))),
+    *({f"identity.{n}": v} for n, v in (("window_seed", 1), ("split", "val"), ("manifest_hash", "0" * 64))),
+    *(both(**{f"evaluation__{n}": v}) for n, v in (("context", 5), ("windows", 5), ("horizon", 4), ("split", "val"))),
+]  # fmt: skip
+IMPOSSIBLE = [
+    *(both(**{f"generation__{n}": v}) for n, v in (
+        ("steps", -5), ("steps", 3), ("steps", True), ("steps", 10**6), ("tau_ctx", 7), ("tau_ctx", 1.0),
+        ("tau_ctx", False), ("sampler", "bogus"), ("sampler", 1), ("ctx_mode", "x"), ("ctx_label", []), ("more", 1))),
+    *(both(**{f"evaluation__{n}": v}) for n, v in (
+        ("split", 7), ("split", "x"), ("delta_at", 0), ("seed", -1), ("seed", 2**63), ("noise_seeds", 0),
+        ("horizons", [0]), ("horizons", 4), ("context", True), ("windows", 10**6), ("horizon", 0), ("more", 1))),
+    {"evaluation.batch": 0}, {"evaluation.batch": 32.0},
+    *({f"world.{n}": v} for n, v in (
+        ("k_max", True), ("k_max", 0), ("fps", -1), ("fps", True), ("frame_skip", -3), ("precision", "bogus"),
+        ("tokenizer", "x"), ("path", 3), ("git", []), ("device", "bogus"), ("more", 1))),
+    *({f"identity.{n}": v} for n, v in (
+        ("checkpoint_hash", "x"), ("psnr_cap_db", 50.0), ("interval", "none"), ("tau", "x"), ("ahriuwu", "<b>"),
+        ("random_action_hold", [1, 2]), ("more", 1))),
+    {"more": 1}, {"world": []}, {"identity": {}}, {"generation": None}, {"manifest": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"), [(SAYS, r"contradicts itself or its windows \("), (IMPOSSIBLE, "saved.json cannot be used")]
+)
+def test_an_index_that_contradicts_itself_or_says_what_no_option_allows_is_refused(place, saved_once, tables, words):
+    store, good = EpisodeStore.open(place / "data"), (saved_once / "saved.json").read_text()
+    for changes in tables:
+        reseal(saved_once, changes)
+        with pytest.raises(DataError, match=words):
+            pytest.fail(f"{changes} was scored: {score_rollouts(saved_once, store)['settings']}")
+        (saved_once / "saved.json").write_text(good)
+    score_rollouts(saved_once, store)
+
+
+def test_generating_again_into_an_index_that_contradicts_itself_is_refused(place, run, tmp_path):
+    ask = ("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK)
+    run(*ask)
+    reseal(tmp_path / "r", {"generation.tau_ctx": 0.5})
+    code, _, err = run(*ask)
+    assert (code, err.count("\n")) == (3, 1)
+    assert "contradicts itself" in err
+
+
+@pytest.mark.parametrize("change", [{"seed": -1}, {"seed": 2**63}, {"context": 20_000}, {"horizon": 200_000}])
+def test_windows_with_numbers_that_no_option_allows_are_refused(place, tmp_path, change):
+    store = EpisodeStore.open(place / "data")
+    replace(make_manifest(store, "test", 4, 5, 4, 0), **change).save(tmp_path / "windows.json")
+    with pytest.raises(DataError, match=f"its {next(iter(change))} is"):
+        WindowManifest.load(tmp_path / "windows.json", store)
 
 
 def test_generating_again_writes_the_windows_that_who_began_was_stopped_before(place, run, tmp_path):

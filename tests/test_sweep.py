@@ -1,6 +1,7 @@
 """A sweep compares like with like, and says what it cannot tell apart."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -265,3 +266,7 @@ def test_the_tables_state_the_convention_and_every_cell(store, tiny):
     page = sweep_report.sweep_markdown(found)
     assert page.count("\n| 0") >= 3
     assert found["settings"]["manifest_hash"] in page
+    found["settings"]["checkpoint_git"], found["warnings"] = "`\n\n# Certified\n<b>", ["<b>\nFAILED: everything"]
+    forged = sweep_report.sweep_markdown(found)
+    assert "<b>" not in forged
+    assert not re.search("^(# Cert|FAILED)", forged + "\n" + sweep_report.sweep_text(found), re.MULTILINE)

@@ -195,6 +195,7 @@ HOSTILE = {  # what somebody made the checksum fit to
     "fewer frames": _array("model/psnr", lambda v: v[:, :1]), "fewer axes": _array("model/psnr", lambda v: v[:, 0]),
     "whole numbers": _array("model/psnr", lambda v: v.astype(np.int32)),
     "infinite": _array("model/psnr", lambda v: v * np.inf), "huge": _array("model/mse", lambda v: v - 1e308),
+    "above the cap": _array("model/psnr", lambda v: v + 60), "not alike at all": _array("model/ssim", lambda v: v - 3),
     "a larger clip": _array("clip", lambda v: v.repeat(2, 2)), "a shorter clip": _array("clip", lambda v: v[:, :1]),
     "seconds as text": _fact("seconds", "x"), "negative seconds": _fact("seconds", -1), "no wall": _fact("wall", None),
     "endless seconds": _fact("seconds", 1e308), "a list of counts": _fact("not_finite", [1]),

@@ -96,7 +96,7 @@ def plan(
         typer.echo(f"this process: {split.source}", err=True)
     rows = run_plan(
         cells, out, split, device=device, batch=batch,
-        bar=lambda title: bar(title, "frame", quiet=quiet), say=lambda line: typer.echo(line, err=True),
+        bar=lambda title: bar(title, "frame", quiet=quiet), say=options.say,
     )  # fmt: skip
     bad = any(row["status"] == "nan" for row in rows)
     if split.leads:

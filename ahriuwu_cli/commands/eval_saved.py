@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+from ahriuwu_cli import ranges
 from ahriuwu_cli.commands import options, values
 
 
@@ -71,7 +72,7 @@ def score(
     dataset: Path = typer.Argument(..., help="The dataset that the windows are of."),
     out: Path = typer.Option(..., "--out", help="Folder for eval.json, eval.csv, windows.csv, curve.png."),
     delta_at: int = options.whole(
-        None, "--delta-at", 1, 100_000, "Generated frame of the action delta, beside the last (default: 4)."
+        None, "--delta-at", *ranges.HORIZON, "Generated frame of the action delta, beside the last (default: 4)."
     ),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout is not finite."),
     overwrite: bool = options.Overwrite,

@@ -71,6 +71,6 @@ def import_(
             del episode  # before the next video is decoded
             bar.update()
     for note in plan.notes:
-        typer.echo(f"note: {note}", err=True)
+        options.say(f"note: {note}")
     facts = describe.describe(out)
     typer.echo(json.dumps(facts) if as_json else describe.as_text(facts))

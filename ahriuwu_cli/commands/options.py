@@ -10,6 +10,7 @@ import typer
 from ahriuwu_cli import ranges
 from ahriuwu_cli.commands.values import Name, Number, Text, Whole, device_name, listed
 from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.printing import one_line
 
 MANY = 10**9  # steps, frames: more than anybody waits for
 CLEAN_TO_NOISE = " where 0 is clean and 1 is noise"
@@ -43,7 +44,7 @@ def text(default: str | None, option: str, parse: Callable[[str], Any], help: st
 
 def say(sentence: str) -> None:
     """A line on stderr, for people."""
-    typer.echo(sentence, err=True)
+    typer.echo(one_line(sentence), err=True)
 
 
 def only_for(context: typer.Context, reason: str, *names: str) -> None:
@@ -102,7 +103,7 @@ def horizon() -> Any:
 
 
 def batch(help: str = "Windows at a time; changes the speed, not the numbers.") -> Any:
-    return whole(32, "--batch", 1, 65536, help)
+    return whole(32, "--batch", *ranges.BATCH, help)
 
 
 def noise_seeds() -> Any:

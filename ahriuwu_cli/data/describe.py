@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.metadata import SPLITS
+from ahriuwu_cli.printing import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +76,7 @@ def as_text(facts: dict[str, Any]) -> str:
     for row in facts.get("checks", []):
         mark = "ok" if row["ok"] else "warn" if row["warning"] else "FAIL"
         lines += ["", "checks"] * (row is facts["checks"][0]) + [f"  {mark:5} {row['name']}: {row['detail']}"]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _count(store: EpisodeStore, split: str) -> dict[str, int]:

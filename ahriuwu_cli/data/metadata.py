@@ -68,7 +68,7 @@ def check_facts(facts: dict[str, Any], where: str) -> None:
     _check_keys(facts, _FACTS, where)
     if not MIN_FPS <= facts["fps"] <= MAX_FPS:
         raise DataError(f"{where}: fps is {facts['fps']}, not a rate above zero, from {MIN_FPS} to {MAX_FPS:g}")
-    for key, low, high in (("frame_skip", 1, 10_000), ("height", 1, MAX_SIDE), ("width", 1, MAX_SIDE)):
+    for key, low, high in (("frame_skip", *ranges.FRAME_SKIP), ("height", 1, MAX_SIDE), ("width", 1, MAX_SIDE)):
         if not low <= facts[key] <= high:
             raise DataError(f"{where}: {key} is {facts[key]}, not within {low} to {high}")
 

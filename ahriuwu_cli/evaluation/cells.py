@@ -194,7 +194,7 @@ def _look(folder: Path, p: Prepared, leads: bool, say: Say) -> dict[str, Any] | 
     path = folder / f"{p.digest}.json"
     try:
         document = read_cell(path)
-        differs = _first_difference(document.get("identity"), p.identity)
+        differs = first_difference(document.get("identity"), p.identity)
         if not differs:
             as_finished(p.digest, document)
             return document
@@ -268,10 +268,10 @@ def _measure(whole, share: range, p: Prepared, bar: Bar | None) -> Measured:
         return measure_share(*whole, progress, share)
 
 
-def _first_difference(a: Any, b: Any, where: str = "identity") -> str:
+def first_difference(a: Any, b: Any, where: str = "identity") -> str:
     """Where two JSON values differ first, as name.name; empty where they do not."""
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return "" if a == b else where
     inner = "" if where == "identity" else f"{where}."
     pairs = ((a.get(name), b.get(name), f"{inner}{name}") for name in [*b, *a])
-    return next(filter(None, (_first_difference(*pair) for pair in pairs)), "")
+    return next(filter(None, (first_difference(*pair) for pair in pairs)), "")

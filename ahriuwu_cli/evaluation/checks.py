@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ahriuwu_cli.printing import one_line
+
 
 @dataclass(frozen=True)
 class Check:
@@ -23,6 +25,7 @@ def as_table(checks: list[Check]) -> str:
     """Aligned text: finding, check, measured, expected, ok."""
     rows = [("finding", "check", "measured", "expected", "ok")]
     rows += [(c.finding, c.name, f"{c.measured:.4g}", c.expected, "ok" if c.ok else "FAIL") for c in checks]
+    rows = [tuple(map(one_line, row)) for row in rows]  # components of actions have names
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

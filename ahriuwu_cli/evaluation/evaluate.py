@@ -112,7 +112,7 @@ def summarise(
         "action_delta_db": {c: {h: delta(tables, c, episodes, h) for h in at} for c in controls} or None,
         "action_delta_moving_db": {c: {h: delta(tables, c, episodes, h, moving[h]) for h in at} for c in controls}
         or None,
-        "action_delta_note": _delta_note(controls, episodes),
+        "action_delta_note": delta_note(controls, episodes),
         "drift_db_per_frame": {who: drift(tables, who, episodes) for who in ("model", "floor", "ceiling")},
         "curves": curves(tables, episodes),
         "windows": by_window(tables, manifest.windows, horizons, controls),
@@ -171,7 +171,8 @@ def quick_gain(
     )
 
 
-def _delta_note(controls: Sequence[str], episodes: Sequence[str]) -> str:
+def delta_note(controls: Sequence[str], episodes: Sequence[str]) -> str:
+    """What the controls were, for people."""
     if not controls:
         return "no action delta: the action space is empty"
     same = sum(episodes[i] == episodes[p] for i, p in enumerate(partners(episodes)))

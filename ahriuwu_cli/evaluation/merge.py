@@ -16,11 +16,12 @@ import numpy as np
 
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation import report
+from ahriuwu_cli.evaluation.cell_check import check_cell
 from ahriuwu_cli.evaluation.cells import FOLDER, digest, read_cell
 from ahriuwu_cli.evaluation.protocol import WindowManifest, paired_bootstrap
 from ahriuwu_cli.evaluation.report import Row
-from ahriuwu_cli.evaluation.score_files import MOST
 from ahriuwu_cli.evaluation.summary import jsonable
+from ahriuwu_cli.printing import one_line
 
 _HASHES = ("checkpoint_hash", "tokenizer_fingerprint")
 
@@ -130,8 +131,10 @@ def as_text(merged: Row) -> str:
     """Every table aligned for a terminal, with its windows above it and its notes below."""
     parts = []
     for t in merged["tables"]:
-        parts.append("\n".join([_title(t), "", report.table(*_cells(t)), "", *_footer(t)]))
-    return "\n\n".join([*parts, *([_notes(merged)] if merged["notes"] else [])])
+        table, footer = report.table(*_cells(t)), map(one_line, _footer(t))
+        parts.append("\n".join([one_line(_title(t)), "", table, "", *footer]))
+    notes = "\n".join(one_line(f"note: {note}") for note in merged["notes"])
+    return "\n\n".join([*parts, *([notes] if notes else [])])
 
 
 def as_markdown(merged: Row) -> str:
@@ -139,9 +142,14 @@ def as_markdown(merged: Row) -> str:
     parts = []
     for t in merged["tables"]:
         header, rows = _cells(t)
-        lines = [f"### {_title(t)}", "", _line(header), _line(["---"] + ["---:"] * (len(header) - 1))]
-        parts.append("\n".join([*lines, *map(_line, rows), "", *(f"- {line}" for line in _footer(t))]))
-    parts += [f"- {note}" for note in merged["notes"]]
+        lines = [
+            f"### {report.in_markdown(_title(t))}",
+            "",
+            _line(header),
+            _line(["---"] + ["---:"] * (len(header) - 1)),
+        ]
+        parts.append("\n".join([*lines, *map(_line, rows), "", *_bullets(_footer(t))]))
+    parts += _bullets(merged["notes"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -159,32 +167,19 @@ def _read(path: Path) -> FinishedCell:
 
 
 def as_finished(name: str, document: dict[str, Any]) -> FinishedCell:
-    """The cell that a file of this name holds, once all that a table says of it was made. ValueError: what it is else.
+    """The cell that a file of this name holds. ValueError: what it is else.
 
     Its checksum fits, but whoever wrote it may have written anything.
     """
     try:
-        names = document["names"]
-        if not all(isinstance(names[what], str) for what in ("checkpoint", "dataset")):
-            raise ValueError(f"names that are texts, not {names}")
-        cell = FinishedCell(name, names["checkpoint"], names["dataset"], document["identity"], document["result"])
-        fits = digest(cell.identity) == name and cell.windows.hash == cell.identity["manifest_hash"]
-        if fits:
-            if cell.result["status"] not in ("ok", "nan") or not cell.result["windows"] or not _moderate(cell.result):
-                raise ValueError("a status, windows, or numbers that scores can be")
-            as_text(merge([cell])), report.as_csv(merged_rows([cell]))  # whatever a table needs is there
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise ValueError(f"is no cell of this version (it lacks {error})") from None
-    if not fits:
+        check_cell(document)
+    except ValueError as error:
+        raise ValueError(f"is no cell of this version ({error})") from None
+    names = document["names"]
+    cell = FinishedCell(name, names["checkpoint"], names["dataset"], document["identity"], document["result"])
+    if digest(cell.identity) != name or cell.windows.hash != cell.identity["manifest_hash"]:
         raise ValueError("was measured with other settings or windows than its name says")
     return cell
-
-
-def _moderate(value: Any) -> bool:
-    """Whether no number anywhere in a JSON value is so large that sums of it overflow."""
-    if isinstance(value, (dict, list)):
-        return all(map(_moderate, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, float) or abs(value) <= MOST
 
 
 def _asked(cells: Sequence[FinishedCell], reference: str) -> set[str]:
@@ -301,8 +296,8 @@ def _told_apart(difference: Row) -> bool:
     return difference["lo"] is not None and (difference["lo"] > 0 or difference["hi"] < 0)
 
 
-def _notes(merged: Row) -> str:
-    return "\n".join(f"note: {note}" for note in merged["notes"])
+def _bullets(lines: Sequence[str]) -> list[str]:
+    return [f"- {report.in_markdown(line)}" for line in lines]
 
 
 def _line(cells: Sequence[str]) -> str:

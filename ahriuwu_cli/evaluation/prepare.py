@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from ahriuwu_cli.evaluation.metrics import CAP_DB, SSIM_WINDOW
 from ahriuwu_cli.evaluation.protocol import RESAMPLES, WindowManifest, make_manifest
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
+
+INTERVAL = f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out noise seeds and training seeds"
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,13 @@ def prepare(
         manifest = make_manifest(store, config.split, config.context, config.horizon, config.windows, config.seed)
     elif manifest.fingerprint != store.fingerprint:
         raise DataError(f"the windows were made for another dataset than {store.path}: make new ones")
+    return of_windows(config, manifest), manifest
+
+
+def of_windows(config: EvaluationConfig, manifest: WindowManifest) -> EvaluationConfig:
+    """The same with the windows' own split, context, horizon and count."""
     own = {"windows": len(manifest.windows), "context": manifest.context, "horizon": manifest.horizon}
-    return replace(config, split=manifest.split, **own), manifest
+    return replace(config, split=manifest.split, **own)
 
 
 def check_frames(store: EpisodeStore) -> None:
@@ -70,17 +78,22 @@ def check_frames(store: EpisodeStore) -> None:
 
 def warnings(world: World, store: EpisodeStore, episodes: list[str]) -> list[str]:
     """What a reader of the numbers must know and cannot see in them."""
-    found = []
-    if len(set(episodes)) < 2:
-        found.append("all windows are of one episode: there are no intervals, since others may differ by any amount")
-    elif len(set(episodes)) < 5:
-        found.append(f"only {len(set(episodes))} episodes: the intervals are rough")
+    found = of_few(episodes)
     if (store.fps, store.frame_skip) != (world.fps, world.frame_skip):
         found.append(
             f"the dataset runs at {store.fps:g} frames/s (frame skip {store.frame_skip}), the world was trained at "
             f"{world.fps:g} (frame skip {world.frame_skip})"
         )
     return found
+
+
+def of_few(episodes: Sequence[str]) -> list[str]:
+    """The warnings that these episodes, one a window, give alone."""
+    if len(set(episodes)) < 2:
+        return ["all windows are of one episode: there are no intervals, since others may differ by any amount"]
+    if len(set(episodes)) < 5:
+        return [f"only {len(set(episodes))} episodes: the intervals are rough"]
+    return []
 
 
 def settings(
@@ -106,7 +119,7 @@ def settings(
         "k_max": world.k_max,
         "random_action_hold": list(HOLD),
         "psnr_cap_db": CAP_DB,
-        "interval": f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out noise seeds and training seeds",
+        "interval": INTERVAL,
         "device": str(world.device),
         "precision": world.precision,
         "ahriuwu": __version__,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
@@ -19,6 +20,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError
+from ahriuwu_cli.ranges import CONTEXT, HORIZON, SEED, WINDOWS
 
 FORMAT = "ahriuwu-windows/1"
 RESAMPLES = 2000
@@ -144,11 +146,17 @@ def paired_bootstrap(
     if n < 2:
         return Interval(mean, np.nan, np.nan)
     sums, counts = np.bincount(cluster, values), np.bincount(cluster)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    drawn = (_draw if n <= 1000 else _draw.__wrapped__)(n, resamples, seed)
     means = (drawn @ sums) / (drawn @ counts)
     tail = NormalDist().cdf(-np.sqrt(n / (n - 1)) * student_975(n - 1))
     lo, hi = np.quantile(means, [tail, 1 - tail])
     return Interval(mean, float(lo), float(hi))
+
+
+@lru_cache(maxsize=1)
+def _draw(n: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each of n is drawn (resamples, n); kept while it is small, since every interval asks for the same."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
 
 
 def student_975(freedom: int) -> float:
@@ -178,6 +186,7 @@ def _parse(path: Path, advice: str) -> WindowManifest:
         names = {name: str(document.pop(name)) for name in ("fingerprint", "split")}
         if document or not windows or min(numbers["context"], numbers["horizon"]) < 1:
             raise ValueError(f"unknown or empty fields: {', '.join(document) or 'windows, context or horizon'}")
+        _check_ranges(numbers | {"windows": len(windows)})
         if len(set(windows)) != len(windows):
             raise ValueError("it lists a window twice")
     except FileNotFoundError:
@@ -190,6 +199,14 @@ def _parse(path: Path, advice: str) -> WindowManifest:
     if stated != manifest.hash:
         raise DataError(f"{path} was edited: its hash does not fit its content; {advice}")
     return manifest
+
+
+def _check_ranges(numbers: dict[str, int]) -> None:
+    """ValueError for numbers that the options of these names would refuse."""
+    within = {"seed": SEED, "context": CONTEXT, "horizon": HORIZON, "windows": WINDOWS}
+    for name, value in numbers.items():
+        if not within[name][0] <= value <= within[name][1]:
+            raise ValueError(f"its {name} is {value}, not from {within[name][0]} to {within[name][1]}")
 
 
 def _whole(value: object) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from ahriuwu_cli.data.documents import MAX_RESULT, to_json
 from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.disk import arriving, sync, write_whole
-from ahriuwu_cli.printing import printable
+from ahriuwu_cli.printing import one_line, printable
 from ahriuwu_cli.stopping import unbroken
 
 Row = dict[str, Any]
@@ -68,9 +69,10 @@ def harmless(value: Any) -> Any:
 
 
 def in_markdown(text: Any) -> str:
-    """Text for a Markdown table: one line, no end of a cell, no HTML."""
-    text = " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|")
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "\\`")
+    """Text for Markdown, in a table or behind a bullet: one line, no end of a cell, no HTML, no link, no picture."""
+    text = printable(" ".join(str(text).split())).replace("\\", "\\\\").replace("|", "\\|")
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "\\`")
+    return re.sub(r"\](?=[(\[:])", r"\]", text)  # what follows would be an address; intervals stay as they are
 
 
 def flatten(row: Row) -> Row:
@@ -86,7 +88,7 @@ def flatten(row: Row) -> Row:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned to the right, the first one to the left."""
-    cells = [list(header), *map(list, rows)]
+    cells = [[one_line(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import NoneType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,14 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.tensors import checksum, read_arrays, read_header
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError
-from ahriuwu_cli.evaluation.cells import identity, weights_hash
+from ahriuwu_cli.evaluation.cells import first_difference, identity, weights_hash
 from ahriuwu_cli.evaluation.evaluate import measure_share, summarise
 from ahriuwu_cli.evaluation.generate import Generated
 from ahriuwu_cli.evaluation.measure import CONTROLS, Made, Maker, Progress, batches
-from ahriuwu_cli.evaluation.prepare import EvaluationConfig, settings
+from ahriuwu_cli.evaluation.prepare import EvaluationConfig, of_windows, settings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.score_files import amount
+from ahriuwu_cli.evaluation.settings_check import SAVED, check_rollouts, hold
 from ahriuwu_cli.evaluation.shards import join_measured, set_aside
 from ahriuwu_cli.evaluation.summary import pick_horizons
 from ahriuwu_cli.rollout import RolloutConfig
@@ -42,11 +43,6 @@ FORMAT = "ahriuwu-rollouts/2"
 INDEX = "saved.json"
 AGAIN = "run the same `ahriuwu eval generate` again"
 _PART = re.compile(r"part-([0-9]{6,8})-([0-9]{6,8})\.safetensors")
-_NEEDED = {"format", "identity", "generation", "evaluation", "manifest", "world", "checksum"}
-_LIMITS = {"windows": 10**7, "context": 10_000, "horizon": 10**6, "seed": 2**64, "batch": 10**6, "delta_at": 10**6,
-           "noise_seeds": 1024}  # fmt: skip
-_WORLD = {"path": (str, NoneType), "git": (str, NoneType), "tokenizer": str, "k_max": int, "fps": (int, float),
-          "frame_skip": int, "device": str, "precision": str}  # fmt: skip
 
 
 def save_rollouts(
@@ -66,8 +62,11 @@ def save_rollouts(
     index = _index(world, store, config, generation, manifest)
     out.mkdir(parents=True, exist_ok=True)
     began = write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False)
-    if not began and _read_index(out)["identity"] != index["identity"]:
-        raise UserError(f"{out} holds rollouts of other settings: choose another --out")
+    if not began:
+        told = _read_index(out)
+        if told["identity"] != index["identity"]:
+            raise UserError(f"{out} holds rollouts of other settings: choose another --out")
+        _check_agreement(out, told, store, manifest)
     manifest.save(out / "windows.json")  # each time: who began may have been stopped before it
     share = range(len(manifest.windows)) if share is None else share
     horizons = pick_horizons(config.horizons, manifest.horizon)
@@ -94,13 +93,12 @@ def score_rollouts(
     manifest = WindowManifest.load(folder / "windows.json", store, AGAIN)
     if manifest.hash != index["manifest"]:
         raise DataError(f"{folder / 'windows.json'} lists other windows than {INDEX} says: {AGAIN}")
-    config = EvaluationConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in index["evaluation"].items()})
+    config, generation = _check_agreement(folder, index, store, manifest)
     if delta_at is not None:
         if delta_at < 1:
             raise UserError(f"--delta-at must be at least 1, got {delta_at}")
         config = replace(config, delta_at=delta_at)
-    generation, parts = RolloutConfig(**index["generation"]), []
-    horizons = pick_horizons(config.horizons, manifest.horizon)
+    horizons, parts = pick_horizons(config.horizons, manifest.horizon), []
     for part in _parts(folder, len(manifest.windows)):
         made = _read_part(_part_file(folder, part), len(part), manifest, store, config.noise_seeds, horizons)
         here = replace(config, batch=len(part))
@@ -155,34 +153,37 @@ def _read_index(folder: Path) -> dict[str, Any]:
     file = folder / INDEX
     try:
         document = read_object(file)
-        if document.get("format") != FORMAT or set(document) != _NEEDED:
+        if document.get("format") != FORMAT:
             raise ValueError(f"it is not of the format {FORMAT!r}")
-        if document_hash({k: v for k, v in document.items() if k != "checksum"}) != document["checksum"]:
+        if document_hash({k: v for k, v in document.items() if k != "checksum"}) != document.get("checksum"):
             raise ValueError("its checksum does not fit its content")
-        _check_settings(document["evaluation"], document["generation"])
-        document["world"] = {"precision": "float32"} | document["world"]  # saved when there was no other
-        if not all(isinstance(document["world"][name], kind) for name, kind in _WORLD.items()):
-            raise ValueError("its entry `world` has other types")
-        document["identity"]["dataset_fingerprint"], document["identity"]["checkpoint_hash"]
+        for name in ("world", "identity"):
+            if type(document.get(name)) is dict:
+                document[name].setdefault("precision", "float32")  # saved when there was no other
+        hold(document, SAVED)
+        check_rollouts(document["generation"], document["world"]["k_max"])
     except FileNotFoundError:
         raise DataError(f"{folder} holds no rollouts: give the --out of `ahriuwu eval generate`") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be used ({error}): generate the rollouts again") from None
     return document
 
 
-def _check_settings(evaluation: dict[str, Any], generation: dict[str, Any]) -> None:
-    """ValueError, KeyError or TypeError for settings that no evaluation of ours has."""
-    EvaluationConfig(**evaluation), RolloutConfig(**generation)
-    for name, most in _LIMITS.items():
-        if type(evaluation[name]) is not int or not 0 <= evaluation[name] <= most:
-            raise ValueError(f"its entry {name} is {evaluation[name]!r}")
-    if not all(type(h) is int and 1 <= h <= _LIMITS["horizon"] for h in evaluation["horizons"]):
-        raise ValueError(f"its entry horizons is {evaluation['horizons']!r}")
-    if type(generation["steps"]) is not int or type(generation["tau_ctx"]) not in (int, float):
-        raise ValueError("its entry generation has other types")
-    if not all(type(generation[name]) is str for name in ("sampler", "ctx_mode", "ctx_label")):
-        raise ValueError("its entry generation has other types")
+def _check_agreement(
+    folder: Path, index: dict[str, Any], store: EpisodeStore, manifest: WindowManifest
+) -> tuple[EvaluationConfig, RolloutConfig]:
+    """What was asked for; DataError unless the index is the one that these windows of this dataset give."""
+    told = index["evaluation"]
+    config = EvaluationConfig(**told | {"horizons": tuple(told["horizons"])})
+    generation = RolloutConfig(**index["generation"])
+    everything = settings(_stand_in(index["world"], store), store, of_windows(config, manifest), generation, manifest)
+    wanted = identity(everything, index["identity"]["checkpoint_hash"]) | {"ahriuwu": index["identity"]["ahriuwu"]}
+    differs = first_difference(index["identity"], wanted)
+    if not differs and of_windows(config, manifest) != config:
+        differs = "evaluation"
+    if differs:
+        raise DataError(f"{folder / INDEX} contradicts itself or its windows ({differs} differs): generate again")
+    return config, generation
 
 
 def _part_file(folder: Path, part: range) -> Path:

@@ -16,8 +16,14 @@ from ahriuwu_cli.data.documents import parse_object, to_json
 from ahriuwu_cli.data.tensors import checksum, read_arrays, read_header_and_metadata
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.evaluation.metrics import CAP_DB
 
 MOST = 1e15  # of a score, seconds or a count: far above any of ours, and its powers do not overflow
+_SLACK = 1e-6  # means of float64 may miss an end by less
+_RANGES = {  # of a metric (`metrics`); of any other array as far as its powers do not overflow
+    "mse": (0, 1), "psnr": (0, CAP_DB), "floor": (0, CAP_DB), "ssim": (-1, 1), "colour": (0, 1), "motion": (0, 1),
+    "energy": (0, 2), "motion_gg": (0, 1), "motion_gt": (-1, 1), "motion_tt": (0, 1),
+}  # fmt: skip
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -55,7 +61,8 @@ def read_scores(
         if metadata["checksum"] != checksum(arrays, [metadata["identity"], metadata["facts"]]):
             raise ValueError("its checksum does not fit its content")
         for name, values in arrays.items():
-            if (np.abs(values) > MOST).any():
+            low, high = _RANGES.get(name.rpartition("/")[2], (-MOST, MOST))
+            if ((values < low - _SLACK) | (values > high + _SLACK)).any():  # NaN is neither
                 raise ValueError(f"{name!r} holds a number that no score is")
         told = parse_object(metadata["facts"])
         if told.keys() != facts.keys():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.evaluation.report import Row, in_markdown, interval, number, table
 from ahriuwu_cli.evaluation.sweep_grid import name, names
+from ahriuwu_cli.printing import one_line
 
 NONE = {"value": None, "lo": None, "hi": None}
 HEADINGS = {"steps": "K", "sampler": "sampler", "ctx_mode": "ctx mode", "ctx_label": "ctx label"}
@@ -43,20 +44,22 @@ def window_rows(windows: Sequence[Row]) -> list[Row]:
 
 def sweep_text(result: Row) -> str:
     """The table by cell, the best with the set that cannot be told from it, what test says, and warnings."""
-    return "\n".join([table(*_table(result)), "", _sentence(result), *_verdict(result), *_cautions(result)])
+    told = [_sentence(result), *_verdict(result), *_cautions(result)]
+    return "\n".join([table(*_table(result)), "", *map(one_line, told)])
 
 
 def sweep_markdown(result: Row) -> str:
     """The same as a page of Markdown, with the meaning of every column and the settings."""
     header, rows = _table(result)
-    lines = ["# Sweep of tau_ctx", "", _sentence(result), "", *(f"- {line}" for line in _verdict(result))]
+    lines = ["# Sweep of tau_ctx", "", in_markdown(_sentence(result)), ""]
+    lines += [f"- {in_markdown(line)}" for line in _verdict(result)]
     if cautions := _cautions(result):
-        lines += ["", "## Be careful", "", *(f"- {line.removeprefix('note: ')}" for line in cautions)]
+        lines += ["", "## Be careful", "", *(f"- {in_markdown(line.removeprefix('note: '))}" for line in cautions)]
     lines += ["", "## Cells", "", *_markdown(header, rows), ""]
     if result["test"]:
         lines += ["## On test", "", *_markdown(*_test_table(result)), ""]
     lines += ["## Columns", "", MEANINGS, "", "## Settings", ""]
-    lines += [f"- {key}: `{value}`" for key, value in _flat(result["settings"]).items()]
+    lines += [f"- {key}: {in_markdown(value)}" for key, value in _flat(result["settings"]).items()]
     return "\n".join(lines) + "\n"
 
 

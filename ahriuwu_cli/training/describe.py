@@ -13,6 +13,7 @@ from ahriuwu_cli.diffusion.tau import CONVENTION
 from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig, count_parameters
 from ahriuwu_cli.models.sizes import SIZES
+from ahriuwu_cli.printing import one_line
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world
 from ahriuwu_cli.training.run_folder import read_run
 
@@ -72,7 +73,7 @@ def as_text(facts: dict[str, Any]) -> str:
         if isinstance(value, dict):
             value = ", ".join(f"{k} {_cell(v)}" for k, v in value.items() if v is not None)
         lines.append(f"{name:<13} {_cell(value)}")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _cell(value: object) -> str:

@@ -19,6 +19,7 @@ from ahriuwu_cli.data.documents import MAX_RESULT, as_text, read_object
 from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.evaluation.cell_check import check_scores
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.evaluation.metrics import gradient_energy
 from ahriuwu_cli.evaluation.report import in_markdown
@@ -130,7 +131,14 @@ def card(name: str, world: World, weights: str, scores: dict[str, Any] | None, n
         "data": f"{facts.get('dataset', '?')}, fingerprint {str(facts.get('dataset_fingerprint', '?'))[:12]}",
         "made by": ", ".join(f"{what} {str(facts.get(what, '?'))[:12]}" for what in ("ahriuwu", "torch", "git")),
     }
-    lines = [f"# {name}", "", notes.strip() or "A world model trained with ahriuwu.", "", "| | |", "|---|---|"]
+    lines = [
+        f"# {in_markdown(name)}",
+        "",
+        notes.strip() or "A world model trained with ahriuwu.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
     lines += [f"| {what} | {in_markdown(value)} |" for what, value in rows.items()]
     if scores:
         lines += ["", *_table(scores)]
@@ -157,30 +165,33 @@ def _table(scores: dict[str, Any]) -> list[str]:
         "sharpness": ("sharpness_ratio", "{:.2f}"),
     }
     how = ", products in bfloat16" if s.get("precision") == "bfloat16" else ""
-    lines = [
+    held = (
         f"Held out: {n['windows']} windows of {n['episodes']} episodes (split {s['split']}), "
         f"{s['evaluation']['context']} context frames; {g['sampler']}, K = {g['steps']}, tau_ctx {g['tau_ctx']} "
-        f"(0 clean, 1 noise){how}. 95 % intervals over episodes; they leave out training and noise seeds.",
+        f"(0 clean, 1 noise){how}. 95 % intervals over episodes; they leave out training and noise seeds."
+    )
+    lines = [
+        in_markdown(held),
         "",
         f"| frame | {' | '.join(columns)} |",
         "|---" * (1 + len(columns)) + "|",
     ]
     for h, row in scores["horizons"].items():
-        lines.append(f"| {h} | {' | '.join(cell(row[key], form) for key, form in columns.values())} |")
+        lines.append(f"| {in_markdown(h)} | {' | '.join(cell(row[key], form) for key, form in columns.values())} |")
     for control, by in (scores["action_delta_db"] or {}).items():
         told = ", ".join(f"{cell(value, '{:+.2f}')} at {h}" for h, value in by.items())
-        lines += ["", f"Action delta against {control} actions, dB: {told}."]
+        lines += ["", in_markdown(f"Action delta against {control} actions, dB: {told}.")]
     return lines
 
 
 def _scores(folder: Path, *measured: World) -> dict[str, Any]:
-    """An evaluation of one of these worlds: of what is exported, or of what it becomes in its number format."""
+    """An evaluation of one of these worlds, what is exported or what it becomes in its number format. DataError."""
     file = folder / "eval.json" if folder.is_dir() else folder
     try:
         scores = read_object(file, MAX_RESULT)
         if scores["kind"] != "eval" or scores["status"] != "ok":
             raise ValueError("it is not the result of an evaluation that went well")
-        _table(scores)
+        check_scores(scores)
         of = scores["settings"].get("checkpoint_hash")
     except FileNotFoundError:
         raise DataError(f"there is no {file}: give a folder that `ahriuwu eval` wrote") from None

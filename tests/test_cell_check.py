@@ -1,0 +1,180 @@
+"""What an evaluation writes passes its check, whatever happened in it; what contradicts itself does not."""
+
+import json
+import re
+from copy import deepcopy
+
+import pytest
+from worlds import NO_ACTIONS, breaks_at, moving_pictures, puppet_world, tiny_world
+
+from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.evaluation.cell_check import check_result
+from ahriuwu_cli.evaluation.cells import FOLDER, run_plan
+from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate
+from ahriuwu_cli.evaluation.merge import as_finished, read_cells
+from ahriuwu_cli.evaluation.plan import read_plan
+from ahriuwu_cli.evaluation.shards import Shards
+from ahriuwu_cli.training.checkpoint import save_world
+
+ASKED = {"windows": 6, "context": 3, "horizon": 5}
+# What nothing else in a result tells: it may be another number within its range.
+FREE = re.compile(
+    r"horizons\.\d+\.(\w*ratio|\w*cosine|\w*shift|\w*psnr_of_mse|(floor|ceiling|mean_frame)_ssim|teacher_forced_\w+)"
+    r"|curves\.\w+\.[1-2]|action_delta_moving_db\.\w+\.\d\.\w+|drift_db_per_frame\.\w+\.\w+|timing\.\w+"
+    r"|settings\.(checkpoint|checkpoint_git|dataset|torch|evaluation\.(context|horizons\.2|seed|batch|delta_at)|window_seed|ahriuwu|k_max)"
+    r"|settings\.(generation\.tau_ctx|\w*fingerprint|manifest_hash)|windows\.\d\.(episode|start|delta_\w+_1)|names\.\w+"
+)
+
+
+def plain(result):
+    return json.loads(json.dumps(result))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return moving_pictures(tmp_path_factory.mktemp("cells") / "data")
+
+
+@pytest.fixture(scope="module")
+def result(store):
+    world = tiny_world(store)
+    return plain(evaluate(world, store, EvaluationConfig(**ASKED), world.generation))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"horizon": 1}, {"horizon": 4}, {"delta_at": 3}, {"noise_seeds": 2}, {"windows": 2}, {"horizons": (2, 3)}, {}],
+    ids=str,
+)
+def test_what_an_evaluation_writes_passes(store, asked):
+    for world in (tiny_world(store), puppet_world(store, breaks_at(5))):
+        check_result(plain(evaluate(world, store, EvaluationConfig(**ASKED | asked), world.generation)))
+
+
+def test_what_an_evaluation_without_actions_or_of_still_frames_writes_passes(tmp_path):
+    store = moving_pictures(tmp_path / "data", episodes=3, space=NO_ACTIONS)
+    world = tiny_world(store)
+    check_result(plain(evaluate(world, store, EvaluationConfig(windows=1, context=3, horizon=3), world.generation)))
+
+
+def leaves(value, path=()):
+    """Every value that holds no others; of the windows those of one."""
+    if path[:1] == ("windows",) and path[1:2] > (0,):
+        return
+    if isinstance(value, dict | list) and value:
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(each, (*path, key))
+    else:
+        yield path, value
+
+
+def changed(document, path, value):
+    document = deepcopy(document)
+    entry = document
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = value
+    return document
+
+
+def refused(document):
+    try:
+        check_result(document)
+    except ValueError:
+        return True
+    return False
+
+
+def test_no_number_that_others_tell_can_be_another(result):
+    found = set()
+    for path, value in leaves(result):
+        other = value + 1 if type(value) in (int, float) else "x" * 8
+        if not refused(changed(result, path, other)):
+            found.add(".".join(map(str, path)))
+    assert found
+    assert not {name for name in found if not FREE.fullmatch(name)}
+
+
+@pytest.mark.parametrize("value", [True, "12.5", 2**63, -(2**62), [], {}, {"value": 1}], ids=str)
+def test_no_leaf_can_be_of_another_kind(result, value):
+    for path, was in leaves(result):
+        if type(was) is not type(value):
+            assert refused(changed(result, path, value)) or (type(value), was) == (str, None), path
+
+
+def test_no_entry_can_be_added_or_left_out(result):
+    def objects(value, path=()):
+        if isinstance(value, dict):
+            yield path
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(each, dict | list):
+                yield from objects(each, (*path, key))
+
+    for path in objects({"": result}):
+        for change in (lambda entry: entry.update(more=1), lambda entry: entry.popitem()):
+            document = {"": deepcopy(result)}
+            entry = document
+            for key in path:
+                entry = entry[key]
+            if path:
+                change(entry)
+                assert path == ("",) or refused(document[""]), path
+
+
+def nothing(result):
+    for row in result["windows"]:
+        row.update({name: None for name in row if name.startswith("psnr_")})
+
+
+def nothing_consistently(result):
+    """All that the model's frames decide is null, and still the status is ok."""
+    for row in result["windows"]:
+        row.update({name: None for name in row if re.match("psnr|gain|ssim|delta", name)})
+
+
+CONTRADICTIONS = {
+    "nothing": nothing,
+    "nothing_consistently": nothing_consistently,
+    "broken": lambda r: r["not_finite_frames"].update(model=6),
+    "broken_and_said": lambda r: (r["not_finite_frames"].update(model=6), r.update(status="nan")),
+    "nan": lambda r: r.update(status="nan"),
+    "turned": lambda r: r["drift_db_per_frame"]["model"].update(lo=9.0, hi=-9.0),
+    "half": lambda r: r["drift_db_per_frame"]["model"].update(lo=None),
+    "frame_99": lambda r: r["horizons"].update({"99": r["horizons"]["5"]}),
+    "twice": lambda r: r["windows"].__setitem__(0, r["windows"][1]),
+    "fewer": lambda r: r["windows"].pop(),
+    "lines": lambda r: r["warnings"].append("a\nFAILED: everything"),
+    "many": lambda r: r["warnings"].extend(["a", "b"]),
+    "curve": lambda r: r["curves"]["psnr"].__setitem__(2, None),
+    "ends": lambda r: r["curves"].update(psnr_lo=r["curves"]["psnr_hi"], psnr_hi=r["curves"]["psnr_lo"]),
+    "steps": lambda r: r["settings"]["generation"].update(sampler="shortcut", steps=3),
+    "split": lambda r: r["settings"]["evaluation"].update(split="val"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_result_that_contradicts_itself_is_refused(result, name):
+    document = deepcopy(result)
+    CONTRADICTIONS[name](document)
+    assert refused(document)
+
+
+def test_a_cell_of_other_settings_than_its_result_is_refused(store, tmp_path):
+    save_world(tiny_world(store), tmp_path / "a")
+    plan = f'[[cell]]\ncheckpoint = "a"\ndataset = "{store.path}"\nwindows = 4\ncontext = 3\nhorizon = 2\n'
+    (tmp_path / "plan.toml").write_text(plan)
+    run_plan(read_plan(tmp_path / "plan.toml"), tmp_path / "out", Shards(), device="cpu")
+    (path,) = (tmp_path / "out" / FOLDER).glob("*.json")
+    document = json.loads(path.read_text())
+    document.pop("checksum")
+    assert read_cells(tmp_path / "out")[0] == [as_finished(path.stem, deepcopy(document))]
+    old = deepcopy(document)  # from before there was a choice of precision: another name then
+    assert old["identity"].pop("precision") == old["result"]["settings"].pop("precision")
+    with pytest.raises(ValueError, match="than its name says"):
+        as_finished(path.stem, old)
+    document["result"]["settings"]["tokenizer_fingerprint"] = "0" * 64
+    with pytest.raises(ValueError, match="the tokenizer_fingerprint of its result is another"):
+        as_finished(path.stem, document)
+    path.write_text(path.read_text().replace('"format"', '"more": 1, "format"', 1))
+    with pytest.raises(DataError):
+        read_cells(tmp_path / "out")
