@@ -43,10 +43,9 @@ class Clock:
                         self._see(frame)
                         yield frame
                 elif packet.pts is not None:
-                    # sound is stated with the packet's share that a decoder takes to begin (Opus 7 ms), and begins earlier
-                    self._others = max(
-                        self._others, float((packet.pts + 2 * (packet.duration or 0)) * packet.time_base)
-                    )
+                    # twice: the length that is stated has what a decoder takes to begin (Opus 7 ms), its times have not
+                    last = packet.pts + 2 * (packet.duration or 0)
+                    self._others = max(self._others, float(last * packet.time_base))
                 if self._count == before:
                     count()
         except _Broken as error:

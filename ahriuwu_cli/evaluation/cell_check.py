@@ -34,6 +34,7 @@ from ahriuwu_cli.evaluation.settings_check import (
 from ahriuwu_cli.evaluation.summary import by_horizon, by_window, delta, jsonable, pick_horizons
 
 CLOSE = 1e-5  # results have 6 decimals, and some numbers are made of several
+DRAWS = 0.2  # of an interval's length: more than two bootstraps of the same numbers ever differ
 DB = number(0, CAP_DB)
 DIFFERENCE = number(-CAP_DB, CAP_DB)
 _RANGES = {  # by the end of a number's name
@@ -112,11 +113,17 @@ def check_result(result: dict[str, Any]) -> None:
 
 
 def near(value: Any) -> Form:
-    """What a value of `summary` is in a file, but for rounding."""
+    """What a value of `summary` is in a file, but for rounding; ends of an interval may be of other draws (NumPy's)."""
     value = jsonable(value)
     if isinstance(value, dict):
-        return {name: near(each) for name, each in value.items()}
-    return exactly(None) if value is None else number(value - CLOSE, value + CLOSE)
+        wide = 0.0 if None in value.values() else DRAWS * (value["hi"] - value["lo"])
+        return {name: _within(each, CLOSE + wide * (name != "value")) for name, each in value.items()}
+    return _within(value, CLOSE)
+
+
+def _within(value: float | None, most: float) -> Form:
+    """A number not farther off than that, or null where it is null."""
+    return exactly(None) if value is None else number(value - most, value + most)
 
 
 def _with_precision(settings: Any) -> Any:
