@@ -260,6 +260,16 @@ def test_a_tokenizer_that_describes_more_than_its_file_holds_is_refused_before_i
         load_world(folder, "cpu")
 
 
+@pytest.mark.parametrize(
+    "change", [{"tokens": 4096, "mlp_hidden": 100_000}, {"tokens": 4096, "window": 1024, "depth": 64, "time_every": 1}]
+)
+def test_a_world_that_needs_gigabytes_for_a_frame_is_refused_for_that(folder, change):
+    before = json.loads((folder / "config.json").read_text())
+    edit(folder, architecture=before["architecture"] | change)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be used: to make one frame with .* GB of memory"):
+        load_world(folder, "cpu")
+
+
 def test_the_numbers_that_a_checkpoint_holds_are_known_before_it_is_built():
     def held(module):
         return sum(t.numel() for t in module.state_dict().values())
