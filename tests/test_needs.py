@@ -140,6 +140,14 @@ def test_tables_that_are_large_are_not_kept_and_say_the_same(make_dynamics, monk
         assert torch.equal(torch.cat([one[0], one[1].flatten()]), torch.cat([other[0], other[1].flatten()]))
 
 
+def test_a_table_of_what_may_be_seen_is_made_without_one_that_is_larger(make_dynamics):
+    held = make_dynamics(time_attention="frame", registers=96, window=8).new_cache(1)  # 100 tokens a frame
+    with Alive() as alive:
+        _, bias = held.look(8, 8)
+    assert bias.shape == (800, 900)
+    assert alive.most < 1.1 * bias.nbytes
+
+
 def test_what_the_machine_does_not_have_is_refused_before_it_is_taken(make_dynamics, monkeypatch):
     model = make_dynamics()
     monkeypatch.setattr(needs, "AT_ONCE", 0)
