@@ -7,10 +7,12 @@ import weakref
 import pytest
 import torch
 from conftest import make_clip
+from small import small_world
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ahriuwu_cli import memory
+from ahriuwu_cli.evaluation.question import verify_world
 from ahriuwu_cli.models import cache, needs
 from ahriuwu_cli.models.dynamics import DynamicsConfig
 from ahriuwu_cli.models.sizes import SIZES
@@ -156,3 +158,13 @@ def test_what_the_machine_does_not_have_is_refused_before_it_is_taken(make_dynam
     with pytest.raises(MemoryError):
         model.new_cache(4)
     needs.refuse_beyond_machine(1 << 60, torch.device("cuda"))
+
+
+def test_a_world_is_not_questioned_on_clips_that_the_machine_cannot_hold(monkeypatch):
+    world = small_world()
+    monkeypatch.setattr(needs, "AT_ONCE", 0)
+    monkeypatch.setattr(memory, "most", lambda: needs.of_a_frame(world.dynamics.config, 2) * 13 - 1)
+    with pytest.raises(MemoryError):
+        verify_world(world)
+    monkeypatch.setattr(memory, "most", lambda: needs.of_a_frame(world.dynamics.config, 2) * 13)
+    assert verify_world(world)
