@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args, get_type_hints
 
 from ahriuwu_cli.diffusion.tau import TAU_CTX
 
 OPTIMIZERS = ("muon", "adamw", "adafactor")
 PRECISIONS = ("float32", "bfloat16")
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 MOST_FRAMES = 1 << 22  # of a step: beyond it are slips of the finger, not clusters
 
 
@@ -50,6 +52,11 @@ class TrainConfig:
     preview_windows: int = 32
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(TrainConfig).items():
+            kinds, value = get_args(hint) or (hint,), getattr(self, name)
+            if type(value) not in kinds and not (float in kinds and type(value) is int):
+                words = " or ".join(_WORDS[kind] for kind in kinds)
+                raise ValueError(f"{name} is {repr(value)[:40]}, not {words}")
         positive = ("batch", "frames", "accumulate", "log_every", "keep", "preview_windows")
         problems = [(getattr(self, n) < 1, f"{n} must be at least 1, got {getattr(self, n)}") for n in positive]
         whole = ("long_frames", "long_every", "warmup", "threads", "preview_every", "save_every", "seed")
@@ -61,6 +68,7 @@ class TrainConfig:
             (self.steps is not None and self.steps < 1, f"steps must be at least 1, got {self.steps}"),
             (self.budget is not None and not 0 < self.budget < 1e8, f"budget {self.budget} is not a number of seconds"),
             (self.frames < 2, f"frames must be at least 2 for the dynamics to see motion, got {self.frames}"),
+            (self.long_frames == 1, "long_frames must be at least 2 for the dynamics to see motion, got 1"),
             (bool(self.long_every) != bool(self.long_frames), "long_frames and long_every go together"),
             (
                 self.batch * self.frames > MOST_FRAMES,
@@ -98,3 +106,8 @@ class TrainConfig:
         if wrong:
             raise ValueError(f"missing or unknown fields: {', '.join(wrong)}")
         return cls(**document)
+
+    @classmethod
+    def check_stated(cls, document: dict[str, Any]) -> None:
+        """ValueError unless some run can have the settings that a document states; others may stand beside them."""
+        cls(**{f.name: document[f.name] for f in fields(cls) if f.name in document})

@@ -40,12 +40,21 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
     if not os.access(near, os.W_OK | os.X_OK):
         raise UserError(f"{near} cannot be written to: choose another --out")
     refuse_among_others(out, itself=holds in ("results", "rollout", "pieces"))
+    if holds == "pieces":
+        _refuse_linked_parts(out)
     if holds not in ("pieces", "run"):
         _refuse_irreplaceable(out, "results" if holds == "results" else f"a {holds}", exists=near == out)
     if near == out and not overwrite and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
     if near == out and holds in ("results", "rollout"):
         _refuse_to_take_away(out)
+
+
+def _refuse_linked_parts(out: Path) -> None:
+    """UserError where a part of results is a link: pieces that are written there would lie elsewhere."""
+    for part in PARTS["results"]:
+        if (out / part).is_symlink():
+            raise UserError(f"{out / part} is a link, through which nothing is written: remove it, or link {out} whole")
 
 
 def refuse_among_others(out: Path, itself: bool = True) -> None:

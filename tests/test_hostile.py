@@ -45,7 +45,7 @@ from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
 from ahriuwu_cli.printing import one_line, one_sentence, printable
 from ahriuwu_cli.training import checkpoint
-from ahriuwu_cli.training.checkpoint import load_world, save_world
+from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_world
 from ahriuwu_cli.training.describe import as_text, describe_checkpoint
 from ahriuwu_cli.training.state import load_state, save_state
 
@@ -264,6 +264,16 @@ def test_a_tokenizer_that_describes_more_than_its_file_holds_is_refused_before_i
         load_world(folder, "cpu")
 
 
+@pytest.mark.parametrize(
+    "change", [{"tokens": 4096, "mlp_hidden": 100_000}, {"tokens": 4096, "window": 1024, "depth": 64, "time_every": 1}]
+)
+def test_a_world_that_needs_gigabytes_for_a_frame_is_refused_for_that(folder, change):
+    before = json.loads((folder / "config.json").read_text())
+    edit(folder, architecture=before["architecture"] | change)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be used: to make one frame with .* GB of memory"):
+        load_world(folder, "cpu")
+
+
 def test_the_numbers_that_a_checkpoint_holds_are_known_before_it_is_built():
     def held(module):
         return sum(t.numel() for t in module.state_dict().values())
@@ -279,13 +289,20 @@ def test_the_numbers_that_a_checkpoint_holds_are_known_before_it_is_built():
     assert held(LinearTokenizer(**sizes)) == LinearTokenizer.stored(sizes)
 
 
+UNTRAINABLE = (  # settings that no run can have: they are counted with
+    {"frames": 0}, {"frames": 1}, {"frames": 2.5}, {"frames": None}, {"frames": True}, {"single_image_share": None},
+    {"long_frames": 0, "long_every": 1}, {"long_every": 2}, {"long_frames": 3.5, "long_every": 0.5}, {"tau_ctx": 1.0},
+    {"long_frames": 1, "long_every": 2}, {"ramp": ["flat"]}, {"threads": "all"}, {"batch": 1, "long_frames": 99},
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"fps": 1e-9}, {"fps": "10"}, {"frame_skip": 2.5}, {"trained_d": []}, {"trained_d": [0.3]}, {"trained_d": "x"},
         {"forcing": 7}, {"facts": []}, {"facts": {"train": 7}}, {"facts": {"train_seconds": "x"}}, {"generation": 3},
         {"facts": {"train": {"frames": 10**9}}}, {"tokenizer_hash": 1}, {"action_space": {"components": [{}] * 10**5}},
-        {"trained_unlabelled": 1}, {"architecture": []},
+        {"trained_unlabelled": 1}, {"architecture": []}, *({"facts": {"train": t}} for t in UNTRAINABLE),
         *({"generation": {"steps": 2, "sampler": "euler", "tau_ctx": 0.1, "ctx_mode": "stop",
         "ctx_label": "honest"} | g}
           for g in ({"steps": 10**9}, {"steps": "2"}, {"tau_ctx": -1}, {"tau_ctx": None}, {"sampler": ["x"]})),
@@ -303,6 +320,24 @@ def test_a_world_whose_actions_have_endless_names_is_refused(folder, change):
     edit(folder, action_space={"components": [space["components"][0] | change]})
     with pytest.raises(CheckpointError, match=r"config\.json cannot be used: .* of 201 characters: give at most 200"):
         load_world(folder, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["world", "tokenizer"])
+def test_a_weight_that_is_finite_in_its_file_alone_is_refused(folder, kind):
+    place = folder if kind == "world" else folder / "tokenizer"
+    file = place / "model.safetensors"
+    wide = {name: t.double() for name, t in load_file(file).items()}
+    save_file(wide, file)
+    edit(place)
+    if kind == "tokenizer":
+        load_tokenizer(place)  # in another format, and sound
+    else:
+        load_world(folder, "cpu")
+    wide["head.weight" if kind == "world" else "components"][0, 0] = 1e300  # beyond float32, in which it computes
+    save_file(wide, file)
+    edit(place)
+    with pytest.raises(CheckpointError, match="holds weights that are not finite"):
+        load_tokenizer(place) if kind == "tokenizer" else load_world(folder, "cpu")
 
 
 def test_facts_of_any_kind_are_shown_as_they_stand(folder):

@@ -256,6 +256,20 @@ def test_single_images_are_drawn_at_position_0_and_long_clips_count_by_their_num
     np.testing.assert_allclose(mixed[9], rows[10][9], atol=1e-6)
 
 
+@pytest.mark.parametrize("forcing", ["independent", "horizon", "context"])
+def test_draws_of_long_clips_are_made_a_part_at_a_time_and_show_the_same_coverage(forcing, monkeypatch):
+    at_once = levels._drawn(forcing, 9, 8, 0.1, 10)
+    whole, _ = FORCINGS[forcing](levels.DRAWS, 9, 8, 0.1, torch.Generator().manual_seed(0))
+    assert torch.equal(at_once, coverage(whole, 10))
+    seen, draw = [], FORCINGS[forcing]
+    monkeypatch.setitem(FORCINGS, forcing, lambda clips, *rest: seen.append(clips) or draw(clips, *rest))
+    monkeypatch.setattr(levels, "AT_ONCE", 9 * 1000)
+    in_parts = levels._drawn(forcing, 9, 8, 0.1, 10)
+    assert seen == [1000, 1000, 1000, 1000, 96]
+    torch.testing.assert_close(in_parts, at_once, atol=0.03, rtol=0)  # 4,096 draws: a share is known to 0.008
+    torch.testing.assert_close(in_parts.sum(1), torch.ones(9))
+
+
 def test_what_cannot_be_read_is_refused_in_a_sentence(tiny, store, manifest):
     with pytest.raises(CheckpointError, match="unknown forcing 'horizont': did you mean 'horizon'"):
         error_by_level(replace(tiny, forcing="horizont"), store, manifest, windows=2)

@@ -285,6 +285,16 @@ def test_a_config_json_alone_makes_no_checkpoint(tmp_path):
         check_folder(tmp_path / "world" / "prompt" / "x", overwrite=False)
 
 
+def test_pieces_of_results_are_not_written_through_a_link_but_the_whole_folder_may_be_one(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    check_folder(tmp_path / "out", overwrite=True, holds="pieces")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "out" / "cells").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="cells is a link, through which nothing is written"):
+        check_folder(tmp_path / "out", overwrite=True, holds="pieces")
+
+
 def test_results_may_lie_inside_of_a_run_and_beside_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for out in ("run/eval", "run/rollout-3", "runs", "other"):

@@ -128,6 +128,7 @@ CELL = '[[cell]]\ncheckpoint = "a"\ndataset = "data"\n'
         ('{"steps": 1, "steps": 2}\n', ".jsonl", UserError, "a key stands twice in it"),
         ("[1]\n", ".jsonl", UserError, "not an object of settings"),
         ('{"checkpoint": "a", "dataset": "data"}\n{"defaults": {}}\n', ".jsonl", UserError, "must be the first line"),
+        (("a." * 60 + '"\u2028".') * 40 + "a = 1\n", ".toml", UserError, "a line has more than 64 dots"),
         ("[" * 100_000, ".jsonl", UserError, "line 1 of PLAN is not JSON"),
     ],
 )

@@ -442,6 +442,31 @@ def test_what_lies_under_a_hidden_name_is_cleared_away_whatever_it_is_and_a_link
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-00000003"]
 
 
+@pytest.mark.parametrize("name", ["state", "best", "last", "tokenizer", "metrics.jsonl", "state/step-00000003"])
+def test_a_part_of_a_run_that_is_a_link_is_refused_and_nothing_is_written_or_deleted_through_it(tmp_path, name):
+    run = begun(tmp_path / "real", 3)
+    (tmp_path / "run").symlink_to("real")  # the whole folder may lie on another disk
+    assert goes_on(tmp_path / "run", ASKED, FREE, True, False)
+    part, outside = tmp_path / "run" / name, tmp_path / "outside"
+    part.rename(outside) if part.exists() else outside.mkdir()
+    part.symlink_to(outside)
+    if outside.is_dir():
+        (outside / ".step-precious").mkdir()
+        (outside / "step-00000000").mkdir()
+    before = sorted(outside.rglob("*"))
+    for ask in (lambda: goes_on(tmp_path / "run", ASKED, FREE, True, False), lambda: run.go_on(print)):
+        with pytest.raises(CheckpointError, match=f"{name} is a link"):
+            ask()
+    assert sorted(outside.rglob("*")) == before
+    assert not goes_on(tmp_path / "run", ASKED, FREE, False, True)
+    again = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+    again.begin(True, print)  # starting over takes the link away, not what it leads to
+    again.save_state(1, {"a": torch.ones(2)}, {"step": 1, "total": 9})
+    again.release()
+    assert sorted(outside.rglob("*")) == before
+    assert not part.is_symlink()
+
+
 def test_a_machine_without_git_trains_all_the_same(monkeypatch):
     _revision.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")

@@ -98,7 +98,9 @@ def finest(d: Tensor, k_max: int) -> Tensor:
 
 def coverage(tau: Tensor, bins: int = 10) -> Tensor:
     """Share of draws (T, bins) by position and tau bin, from drawn tau (B, T); rows sum to 1, bin i is (i, i+1]/bins"""
-    return torch.nn.functional.one_hot(tau_.bin_index(tau, bins), bins).float().mean(0)
+    rows = torch.arange(tau.shape[1], device=tau.device) * bins
+    counts = torch.bincount((tau_.bin_index(tau, bins) + rows).flatten(), minlength=tau.shape[1] * bins)
+    return counts.view(-1, bins).float() / len(tau)
 
 
 FORCINGS: dict[str, Forcing] = {

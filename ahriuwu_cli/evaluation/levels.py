@@ -30,6 +30,7 @@ from ahriuwu_cli.world import World
 
 STARVED = 0.01  # share of a position's draws below which a cell counts as hardly ever trained; even shares are 0.1
 DRAWS = 4096  # clips drawn from the forcing to measure its coverage
+AT_ONCE = 1 << 20  # frames of them that are held at a time
 
 
 def error_by_level(
@@ -204,12 +205,21 @@ def _coverage(forcing: str, k_max: int, training: _Training, positions: int, bin
         clips[v["long_frames"]] = clips.get(v["long_frames"], 0.0) + v["frames"] / v["long_frames"]
     counts = torch.zeros(training.positions, bins)
     for frames, weight in clips.items():
-        tau, _ = FORCINGS[forcing](DRAWS, frames, k_max, v["tau_ctx"], torch.Generator().manual_seed(0))
-        drawn = weight * coverage(tau, bins)
+        drawn = weight * _drawn(forcing, frames, k_max, v["tau_ctx"], bins)
         counts[:frames] += drawn * (1 - v["single_image_share"])
         counts[0] += drawn.sum(0) * v["single_image_share"]  # single images have no past: all are at position 0
     rows = counts / counts.sum(1, keepdim=True).clamp(min=1e-12)
     return rows[torch.arange(positions).clamp(max=len(rows) - 1)]
+
+
+def _drawn(forcing: str, frames: int, k_max: int, tau_ctx: float, bins: int) -> Tensor:
+    """Coverage (frames, bins) by DRAWS clips, so many at a time that the longest ones take no more memory."""
+    generator, shares, most = torch.Generator().manual_seed(0), torch.zeros(frames, bins), max(1, AT_ONCE // frames)
+    for first in range(0, DRAWS, most):
+        clips = min(most, DRAWS - first)
+        tau, _ = FORCINGS[forcing](clips, frames, k_max, tau_ctx, generator)
+        shares += coverage(tau, bins) * (clips / DRAWS)
+    return shares
 
 
 def _starved(world: World, share: Tensor, edges: Tensor, below: float) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]
 
 def _from_toml(path: Path, text: str) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
     try:
-        if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+        if any(line.count(".") > MAX_DOTS for line in text.split("\n")):  # as TOML does
             raise ValueError(f"a line has more than {MAX_DOTS} dots")
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:

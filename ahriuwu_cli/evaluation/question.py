@@ -19,7 +19,8 @@ from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.evaluation import oracles
 from ahriuwu_cli.evaluation.checks import Check, Line, above, below, near, normal, relative, rms
 from ahriuwu_cli.evaluation.metrics import psnr_of_mse
-from ahriuwu_cli.models.dynamics import incoming_actions
+from ahriuwu_cli.models import needs
+from ahriuwu_cli.models.dynamics import Dynamics, incoming_actions
 from ahriuwu_cli.rollout import KeyedNoise, rollout
 from ahriuwu_cli.world import World
 
@@ -126,6 +127,8 @@ def _finite(world: World, clips: _Clips) -> Iterator[Line]:
 def _cache(world: World, clips: _Clips) -> Iterator[Line]:
     """Frame by frame through the cache, two windows and a bit long, against one pass over everything."""
     frames = 2 * world.dynamics.config.window + 1
+    if isinstance(world.dynamics, Dynamics):  # not what stands in for one, and takes no memory
+        needs.refuse_beyond_machine(frames * needs.of_a_frame(world.dynamics.config, 2), world.device)
     order = torch.arange(frames, device=clips.z_clean.device) % clips.z_clean.shape[1]
     d = torch.full((2, frames), 1 / world.k_max, device=order.device)
     tau = torch.full_like(d, world.generation.tau_ctx)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ahriuwu_cli.models.kernels import Tables
 
 AHEAD = 64  # positions whose rotary tables are made at a time
+KEPT = 1 << 24  # numbers of the tables of what may be seen that are kept for the next time
 
 
 Held = tuple[Tensor, Tensor, Tensor]  # keys and values of all layers, and the places that new frames are written to
@@ -66,10 +67,13 @@ class ContextCache:
         turn = self.frames if self.frames < 2 * self.window else self.window + self.frames % self.window
         if (turn, count, keep) not in self._known:
             places = torch.cat([self._places[slot] for slot in self.slots(count, keep)])
-            age = self._ages(turn, count, keep).repeat_interleave(self.each, 0).repeat_interleave(self.each, 1)
-            seen = (age >= 0) & (age < self.window)
-            bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
-            self._known[turn, count, keep] = places, bias.to(self.keys.dtype)
+            age = self._ages(turn, count, keep)  # by frame: only the table itself is as large as its tokens make it
+            unseen = (age < 0) | (age >= self.window)
+            if sum(bias.numel() for _, bias in self._known.values()) + unseen.numel() * self.each**2 > KEPT:
+                self._known.clear()
+            bias = self.keys.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+            bias = bias.repeat_interleave(self.each, 0).repeat_interleave(self.each, 1)
+            self._known[turn, count, keep] = places, bias
         return self._known[turn, count, keep]
 
     def tables(self, count: int) -> Tables:

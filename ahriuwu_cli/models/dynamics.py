@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ahriuwu_cli.diffusion import tau as tau_
+from ahriuwu_cli.models import needs
 from ahriuwu_cli.models.cache import ContextCache, Held, hold
 from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
 from ahriuwu_cli.models.kernels import Tables
@@ -85,6 +86,7 @@ class DynamicsConfig:
         for wrong, sentence in problems:
             if wrong:
                 raise ValueError(sentence)
+        needs.check(needs.to_roll_out(self), self.stored)
 
     @property
     def sequence(self) -> int:
@@ -275,8 +277,12 @@ class Dynamics(nn.Module):
         return self._run(z_tau, tau, d, actions, known, time)
 
     def new_cache(self, batch: int) -> ContextCache:
-        """An empty context window for `batch` rollouts on this model's device, in the format of its activations."""
+        """An empty context window for `batch` rollouts on this model's device, in the format of its activations.
+
+        MemoryError where they need more than the machine has.
+        """
         c = self.config
+        needs.refuse_beyond_machine(needs.to_roll_out(c, batch), self.places.device)
         shape = (batch, c.lines * c.kv_heads, c.sequence // c.lines, c.width // c.heads)
         return ContextCache(c.window, self.time_layers, shape, partial(time_tables, c), self.places)
 
@@ -300,6 +306,10 @@ class Dynamics(nn.Module):
         count = z_tau.shape[1]
         assert keep <= 1 or cache.frames + keep <= cache.window, (keep, cache.frames, cache.window)
         assert unread < count, (unread, count)
+        most = needs.in_parts(needs.of_a_frame(self.config, len(z_tau)))
+        if keep == count > most and not unread:  # a long prompt: its frames need not go through together
+            parts = zip(*(x.split(most, dim=1) for x in (z_tau, tau, d, actions, known)), strict=True)
+            return torch.cat([self.extend(*part, cache, keep=part[0].shape[1]) for part in parts], dim=1)
         places, bias = cache.look(count, keep)
         one_more = count == 1 + keep and keep <= 1  # a frame that is denoised, with or without the last one's commit
         run = self._pass if self.compiled_pass is None or not one_more else self.compiled_pass

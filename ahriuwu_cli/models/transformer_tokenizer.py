@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from ahriuwu_cli.models import needs
 from ahriuwu_cli.models.kernels import Tables
 from ahriuwu_cli.models.layers import Attention, RMSNorm, SwiGLU, as_bias, rotary, window_mask
 from ahriuwu_cli.models.products import Linear
@@ -27,7 +28,7 @@ from ahriuwu_cli.models.tokenizer import MAX_SIDE, Tokenizer
 LIMITS = {"model_width": 65_536, "mlp_hidden": 1_048_576, "latent_dim": 65_536, "depth_encoder": 1024,
           "depth_decoder": 1024}  # the other fields: MAX_SIDE  # fmt: skip
 MAX_LINE = 8192  # patches and latents that one frame's attention looks over: its mask is this squared
-CHUNK = 64  # frames that encode and decode work on at a time
+CHUNK = 64  # frames that encode and decode work on at a time, at most
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class TransformerTokenizerConfig:
         for wrong, sentence in problems:
             if wrong:
                 raise ValueError(sentence)
+        needs.check(self.needed, self.stored)
 
     @property
     def patches(self) -> int:
@@ -90,6 +92,17 @@ class TransformerTokenizerConfig:
         places = (2 * self.patches + 2 * self.tokens + 1) * w
         ends = 2 * values * w + values + 2 * self.latent_dim * w + self.latent_dim + 4 * w
         return (self.depth_encoder + self.depth_decoder) * block + places + ends + 2 * self.tokens * self.latent_dim
+
+    @property
+    def needed(self) -> int:
+        """Bytes at work besides the weights: a frame, those before it that it can see, and what may look at what."""
+        reach = self.reach(max(self.depth_encoder, self.depth_decoder))
+        masks = 2 * 4 * (self.patches + self.tokens) ** 2
+        return (1 + min(reach, CHUNK)) * needs.of_an_image(self) + masks
+
+    def reach(self, depth: int) -> int:
+        """Earlier frames that so many layers look back at: every time layer adds window - 1."""
+        return (self.window - 1) * (depth // self.time_every)
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -182,12 +195,12 @@ class TransformerTokenizer(Tokenizer):
     @property
     def window(self) -> int:
         """Frames that a latent depends on, its own included: every time layer of the encoder adds window - 1."""
-        return 1 + self._reach(self.config.depth_encoder)
+        return 1 + self.config.reach(self.config.depth_encoder)
 
     @property
     def decoder_window(self) -> int:
         """Frames of latents that a decoded frame depends on, its own included."""
-        return 1 + self._reach(self.config.depth_decoder)
+        return 1 + self.config.reach(self.config.depth_decoder)
 
     def forward(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
         """Frames (B, T, H, W, 3) in [0, 1], hidden patches (B, T, P) bool -> reconstruction likewise, unclamped.
@@ -206,7 +219,7 @@ class TransformerTokenizer(Tokenizer):
         def run(part: Tensor) -> Tensor:
             return self._to_bottleneck(part.to(self.latent_mean.device).float() / 255, None).float()
 
-        return (_in_chunks(run, frames, self.window - 1) - self.latent_mean) / self.latent_scale
+        return (self._in_chunks(run, frames, self.window - 1) - self.latent_mean) / self.latent_scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -219,7 +232,7 @@ class TransformerTokenizer(Tokenizer):
             z = part.to(self.latent_mean.device).float() * self.latent_scale + self.latent_mean
             return self._from_bottleneck(z).float().clamp(0, 1)
 
-        return _in_chunks(run, latents, self.decoder_window - 1)
+        return self._in_chunks(run, latents, self.decoder_window - 1)
 
     def set_scale(self, mean: Tensor | float, std: Tensor | float) -> None:
         """Make latents (tanh output - mean) / std; each a number or a tensor that broadcasts to (N, D).
@@ -261,17 +274,19 @@ class TransformerTokenizer(Tokenizer):
             x = block(x, space_bias, time_bias, positions)
         return x
 
-    def _reach(self, depth: int) -> int:
-        return (self.config.window - 1) * (depth // self.config.time_every)
+    def _in_chunks(self, run: Callable[[Tensor], Tensor], x: Tensor, reach: int) -> Tensor:
+        """run(x) over axis 1 in chunks of frames; each also gets `reach` earlier frames, whose results go.
 
-
-def _in_chunks(run: Callable[[Tensor], Tensor], x: Tensor, reach: int) -> Tensor:
-    """run(x) over axis 1 in chunks of CHUNK frames; each also gets `reach` earlier frames, whose results go."""
-    parts = []
-    for start in range(0, max(x.shape[1], 1), CHUNK):
-        lead = min(start, reach)
-        parts.append(run(x[:, start - lead : start + CHUNK])[:, lead:])
-    return torch.cat(parts, dim=1)
+        Some clips at a time where a chunk of all would take too much memory; short chunks where one clip's would.
+        """
+        image, parts = needs.of_an_image(self.config), []
+        size = min(CHUNK, needs.in_parts(image))
+        for start in range(0, max(x.shape[1], 1), size):
+            lead = min(start, reach)
+            chunk = x[:, start - lead : start + size]
+            clips = chunk.split(needs.in_parts(image * max(1, chunk.shape[1])))
+            parts.append(torch.cat([run(part)[:, lead:] for part in clips]))
+        return torch.cat(parts, dim=1)
 
 
 def _to_patches(frames: Tensor, patch: int) -> Tensor:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data import tensors as tensors_
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import document_hash, read_object, to_json
@@ -217,9 +218,9 @@ def build_with_weights(build: Callable[[], nn.Module], stored: int, path: Path) 
     is refused before it is built, that is before memory is taken.
     """
     found = _header(path)
-    held = sum(math.prod(info.shape) for info in found.values())
-    if stored > held:
-        raise CheckpointError(f"{path} does not fit its config.json: it holds {held} numbers, {stored} are described")
+    count = sum(math.prod(info.shape) for info in found.values())
+    if stored > count:
+        raise CheckpointError(f"{path} does not fit its config.json: it holds {count} numbers, {stored} are described")
     module = build()
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     wrong = sorted(expected.keys() ^ found.keys())
@@ -231,10 +232,11 @@ def build_with_weights(build: Callable[[], nn.Module], stored: int, path: Path) 
     odd = sorted(n for n, t in module.state_dict().items() if t.is_floating_point() != tensors[n].is_floating_point())
     if odd:
         raise CheckpointError(f"{path} holds {odd[0]} as {tensors[odd[0]].dtype}, which is no format of weights")
-    bad = sorted(n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all())
+    module.load_state_dict(tensors, strict=True)
+    held = module.state_dict()  # in the module's own formats, which may be narrower than the file's
+    bad = sorted(n for n, t in held.items() if t.is_floating_point() and not torch.isfinite(t).all())
     if bad:
         raise CheckpointError(f"{path} holds weights that are not finite ({bad[0]}): use an earlier checkpoint")
-    module.load_state_dict(tensors, strict=True)
     return module
 
 
@@ -378,12 +380,15 @@ def _numbers(document: dict, k_max: int) -> tuple[float, int, tuple[float, ...]]
 
 
 def _check_facts(facts: dict) -> None:
-    """Facts are for people, but for a few that are counted with or shown as numbers. ValueError."""
+    """Facts are for people, but for the run's settings and a few that are counted with. ValueError."""
     train = facts.get("train") or {}
     if not isinstance(train, dict) or type(facts.get("git") or "") is not str:
         raise ValueError("facts: train is no object, or git no text")
-    most = {"train_seconds": (facts, 1e12), "tau_ctx": (train, 1.0), "single_image_share": (train, 1.0)}
-    most |= dict.fromkeys(("frames", "long_frames", "long_every"), (train, 10000))
+    try:
+        TrainConfig.check_stated(train)
+    except ValueError as error:
+        raise ValueError(f"facts.train: {error}") from None
+    most = {"train_seconds": (facts, 1e12), "frames": (train, 10_000), "long_frames": (train, 10_000)}
     for name, (where, high) in most.items():
         value = where.get(name)
         if value is not None and (type(value) not in (int, float) or not 0 <= value <= high):

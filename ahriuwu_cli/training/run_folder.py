@@ -85,6 +85,7 @@ class RunFolder:
         is alive, CheckpointError when it is damaged.
         """
         self.command = read_run(self.folder)["command"]
+        _refuse_links(self.folder)
         glance = self.states.glance()
         finished = glance is not None and glance.get("step") == glance.get("total") and not self._has_leftovers()
         self.lacking = self.lost(glance) if finished and self.writes else []
@@ -257,6 +258,7 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
         if not resume:
             refuse_used(folder, overwrite)
         raise
+    _refuse_links(folder)
     changed = _differences(before, _plain(asked), free)
     if changed:
         ways = "resume with the same" if resume else "give the same to go on, another --out, or --overwrite"
@@ -283,6 +285,13 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     return document
+
+
+def _refuse_links(folder: Path) -> None:
+    """CheckpointError where a part of a run is a link: what it leads to is not the run's to write or to delete."""
+    for path in (*(folder / name for name in WRITTEN), *(folder / "state").glob("step-*")):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link: put what it leads to in its place (only {folder} may be a link)")
 
 
 def _content(folder: Path) -> list[str]:

@@ -1,0 +1,170 @@
+"""What a model needs in memory besides its weights: foreseen, bounded by parts, refused where it is no model's."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from conftest import make_clip
+from small import small_world
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ahriuwu_cli import memory
+from ahriuwu_cli.evaluation.question import verify_world
+from ahriuwu_cli.models import cache, needs
+from ahriuwu_cli.models.dynamics import DynamicsConfig
+from ahriuwu_cli.models.sizes import SIZES
+from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
+
+SMALL = {"tokens": 4096, "latent_dim": 3, "width": 2, "depth": 1, "heads": 1, "kv_heads": 1, "mlp_hidden": 1,
+         "window": 4, "time_every": 1, "k_max": 1}  # fmt: skip
+IMAGES = {"model_width": 2, "heads": 1, "kv_heads": 1, "time_every": 2, "depth_encoder": 2, "depth_decoder": 2}
+KINDS = [
+    {},
+    {"conditioning": "modulate", "mlp_hidden": 300},
+    {"time_attention": "frame", "window": 12},
+    {"time_attention": "frame", "window": 150, "mlp_hidden": 8},
+    {"window": 200, "registers": 30, "mlp_hidden": 8},
+    {"registers": 600, "mlp_hidden": 8},
+]
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, until they die: `most` is the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and (key := leaf.untyped_storage()._cdata) not in self.known | given:
+                self.known.add(key)
+                self.now += leaf.untyped_storage().nbytes()
+                weakref.finalize(leaf.untyped_storage(), self.forget, key, leaf.untyped_storage().nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("fields", KINDS, ids=str)
+def test_a_rollout_stays_below_what_is_foreseen_and_not_far_below(make_dynamics, fields, monkeypatch):
+    monkeypatch.setattr(cache, "KEPT", 0)  # tables of what may be seen that are kept, beside the one in use
+    model, clip = make_dynamics(**fields), make_clip(batch=3)
+    with Alive() as alive:
+        held = model.new_cache(3)
+        for t in range(6):
+            model.extend(*(x[:, t : t + 2] for x in clip.inputs), held, keep=1)
+    foreseen = needs.to_roll_out(model.config, 3)
+    assert foreseen / 8 < alive.most < foreseen, (alive.most, foreseen)
+
+
+def test_frames_of_a_tokenizer_stay_below_what_is_foreseen():
+    tokenizer = TransformerTokenizer(TransformerTokenizerConfig(height=128, width=128, window=2))
+    with Alive() as alive:
+        tokenizer.decode(tokenizer.encode(torch.zeros(1, 2, 128, 128, 3, dtype=torch.uint8)))
+    assert alive.most < tokenizer.config.needed < 8 * alive.most
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_can_be_built_with_any_number_of_tokens_that_its_attention_takes(size):
+    most = 4090 if SIZES[size].get("time_attention") != "frame" else 16_384 // SIZES[size]["window"]
+    for tokens in (1, 16, 256, most):
+        for channels in (1, 64, 12_288):
+            DynamicsConfig(tokens=min(tokens, most), latent_dim=channels, **SIZES[size])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: DynamicsConfig(**SMALL | {"depth": 64, "window": 1024}),
+        lambda: DynamicsConfig(**SMALL | {"mlp_hidden": 100_000}),
+        lambda: DynamicsConfig(**SMALL | {"latent_dim": 65_536}),
+        lambda: TransformerTokenizerConfig(512, 512, **IMAGES, mlp_hidden=100_000),
+        lambda: TransformerTokenizerConfig(512, 512, **IMAGES, window=4096, mlp_hidden=10_000),
+    ],
+)
+def test_what_needs_gigabytes_beside_weights_of_kilobytes_is_no_model(build):
+    with pytest.raises(ValueError, match=r"to make one frame with .* MB of weights takes .* GB of memory"):
+        build()
+
+
+@pytest.mark.parametrize("fields", [{}, {"time_attention": "frame"}], ids=str)
+def test_a_long_prompt_goes_through_in_parts_with_the_same_result(make_dynamics, fields, monkeypatch):
+    model, clip = make_dynamics(**fields), make_clip(frames=6)
+    prompt, last = ([x[:, part] for x in clip.inputs] for part in (slice(5), slice(5, 6)))
+    found, passes, run = [], [], model._pass
+    monkeypatch.setattr(model, "_pass", lambda z, *rest: passes.append(z.shape[1]) or run(z, *rest))
+    for at_once in (needs.AT_ONCE, 2 * needs.of_a_frame(model.config, 2)):
+        monkeypatch.setattr(needs, "AT_ONCE", at_once)
+        held = model.new_cache(2)
+        found.append((model.extend(*prompt, held, keep=5), model.extend(*last, held, keep=0)))
+        assert held.frames == 5
+    assert passes == [5, 1, 2, 2, 1, 1]
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+
+
+def test_images_go_through_in_parts_with_the_same_result(monkeypatch):
+    torch.manual_seed(0)
+    tokenizer = TransformerTokenizer(TransformerTokenizerConfig(16, 16, **IMAGES | {"model_width": 8}, window=3)).eval()
+    frames = torch.randint(0, 256, (3, 9, 16, 16, 3), dtype=torch.uint8)
+    latents = tokenizer.encode(frames)
+    shown = tokenizer.decode(latents)
+    seen, run = [], tokenizer._to_bottleneck
+    monkeypatch.setattr(tokenizer, "_to_bottleneck", lambda x, mask: seen.append(x.shape[:2]) or run(x, mask))
+    monkeypatch.setattr(needs, "AT_ONCE", 4 * needs.of_an_image(tokenizer.config))
+    torch.testing.assert_close(tokenizer.encode(frames), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokenizer.decode(latents), shown, atol=1e-5, rtol=1e-5)
+    assert {tuple(shape) for shape in seen} == {(1, 4), (1, 6), (1, 3)}  # four frames, with two before them
+
+
+def test_tables_that_are_large_are_not_kept_and_say_the_same(make_dynamics, monkeypatch):
+    model = make_dynamics(time_attention="frame")
+
+    def looked():
+        held, found = model.new_cache(1), []
+        for held.frames in range(20):
+            found.append(held.look(2, 1))
+            assert sum(bias.numel() for _, bias in held._known.values()) <= max(cache.KEPT, found[-1][1].numel())
+        return found
+
+    kept = looked()
+    monkeypatch.setattr(cache, "KEPT", 0)
+    for one, other in zip(kept, looked(), strict=True):
+        assert torch.equal(torch.cat([one[0], one[1].flatten()]), torch.cat([other[0], other[1].flatten()]))
+
+
+def test_a_table_of_what_may_be_seen_is_made_without_one_that_is_larger(make_dynamics):
+    held = make_dynamics(time_attention="frame", registers=96, window=8).new_cache(1)  # 100 tokens a frame
+    with Alive() as alive:
+        _, bias = held.look(8, 8)
+    assert bias.shape == (800, 900)
+    assert alive.most < 1.1 * bias.nbytes
+
+
+def test_what_the_machine_does_not_have_is_refused_before_it_is_taken(make_dynamics, monkeypatch):
+    model = make_dynamics()
+    monkeypatch.setattr(needs, "AT_ONCE", 0)
+    monkeypatch.setattr(memory, "most", lambda: needs.to_roll_out(model.config, 3))
+    model.new_cache(3)
+    with pytest.raises(MemoryError):
+        model.new_cache(4)
+    needs.refuse_beyond_machine(1 << 60, torch.device("cuda"))
+
+
+def test_a_world_is_not_questioned_on_clips_that_the_machine_cannot_hold(monkeypatch):
+    world = small_world()
+    monkeypatch.setattr(needs, "AT_ONCE", 0)
+    monkeypatch.setattr(memory, "most", lambda: needs.of_a_frame(world.dynamics.config, 2) * 13 - 1)
+    with pytest.raises(MemoryError):
+        verify_world(world)
+    monkeypatch.setattr(memory, "most", lambda: needs.of_a_frame(world.dynamics.config, 2) * 13)
+    assert verify_world(world)
