@@ -98,9 +98,10 @@ def finest(d: Tensor, k_max: int) -> Tensor:
 
 def coverage(tau: Tensor, bins: int = 10) -> Tensor:
     """Share of draws (T, bins) by position and tau bin, from drawn tau (B, T); rows sum to 1, bin i is (i, i+1]/bins"""
-    rows = torch.arange(tau.shape[1], device=tau.device) * bins
-    counts = torch.bincount((tau_.bin_index(tau, bins) + rows).flatten(), minlength=tau.shape[1] * bins)
-    return counts.view(-1, bins).float() / len(tau)
+    frames = tau.size(1)
+    rows = torch.arange(frames, device=tau.device) * bins
+    counts = torch.bincount((tau_.bin_index(tau, bins) + rows).flatten(), minlength=frames * bins)
+    return counts.view(frames, bins).float() / len(tau)
 
 
 FORCINGS: dict[str, Forcing] = {
