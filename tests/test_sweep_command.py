@@ -17,7 +17,8 @@ from ahriuwu_cli.evaluation import sweep_plots, sweep_run, sweep_verdict
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.training import checkpoint
-from ahriuwu_cli.training.checkpoint import load_world, save_world, seal, write_tau_ctx
+from ahriuwu_cli.training.checkpoint import load_world, save_world, write_tau_ctx
+from ahriuwu_cli.training.config_json import seal
 
 FEW = ["--windows", "4", "--context", "4", "--horizon", "5", "--device", "cpu"]
 FILES = [

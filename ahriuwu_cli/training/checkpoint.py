@@ -16,37 +16,36 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data import tensors as tensors_
 from ahriuwu_cli.data.actions import ActionSpace
-from ahriuwu_cli.data.documents import document_hash, read_object, to_json
-from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
+from ahriuwu_cli.data.documents import document_hash, to_json
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.disk import file_hash, write_inside
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.folders import holding, replacing, whole
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.tokenizer import Tokenizer, tokenizer_class
-from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.training.config_json import (
+    FORMAT,
+    TOKENIZER,
+    UNSEALED,
+    WORLD,
+    check_facts,
+    check_seal,
+    dynamics_config,
+    generation_of,
+    numbers_of,
+    read_config,
+    seal,
+)
 from ahriuwu_cli.training.state import write_tensors
 from ahriuwu_cli.world import World
-
-FORMAT, UNSEALED = "ahriuwu-checkpoint/2", "ahriuwu-checkpoint/1"  # the latter from before there were hashes
-_SEAL = {"weights_sha256", "sha256"}
-_WORLD_FIELDS = {
-    "format", "kind", "tau_convention", "architecture", "tokenizer_hash", "action_space", "fps", "frame_skip",
-    "trained_d", "forcing", "trained_unlabelled", "generation", "facts",
-}  # fmt: skip
-_KINDS = {"tau_convention": str, "architecture": dict, "tokenizer_hash": str, "trained_d": list, "forcing": str,
-          "trained_unlabelled": bool, "generation": dict, "facts": dict, "tokenizer": str}  # fmt: skip
-MAX_STEPS = 4096  # K that a checkpoint may ask for by default
-_TOKENIZER_FIELDS = {"format", "kind", "tokenizer", "architecture", "facts"}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -100,7 +99,7 @@ def load_world(path: Path | str, device: str = "auto") -> World:
 
 
 def _load_world(folder: Path, where: torch.device) -> World:
-    document = _read_config(folder, "dynamics", _WORLD_FIELDS)
+    document = read_config(folder, "dynamics", WORLD)
     if document["tau_convention"] != tau_.CONVENTION:
         raise CheckpointError(
             f"{folder} was trained with the convention {document['tau_convention']!r}, this is {tau_.CONVENTION!r}: "
@@ -113,11 +112,11 @@ def _load_world(folder: Path, where: torch.device) -> World:
             f"(hash {tokenizer.fingerprint()[:12]}, expected {str(document['tokenizer_hash'])[:12]}): restore it"
         )
     try:
-        config = _dynamics_config(document["architecture"])
+        config = dynamics_config(document["architecture"])
         action_space = ActionSpace.from_json(document["action_space"], "action_space")
-        generation = _generation(document["generation"])
-        numbers = _numbers(document, config.k_max)
-        _check_facts(document["facts"])
+        generation = generation_of(document["generation"])
+        numbers = numbers_of(document, config.k_max)
+        check_facts(document["facts"])
     except (TypeError, ValueError, DataError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from None
     if config.action_space != action_slots(action_space):
@@ -126,8 +125,8 @@ def _load_world(folder: Path, where: torch.device) -> World:
     if (config.tokens, config.latent_dim) != (tokenizer.tokens, tokenizer.latent_dim):
         raise CheckpointError(f"{folder}: the model's latents and the tokenizer's have different shapes")
     dynamics = build_with_weights(lambda: Dynamics(config), config.stored, folder / "model.safetensors")
-    _check_seal(folder / "tokenizer", inner)
-    _check_seal(folder, document)
+    check_seal(folder / "tokenizer", inner)
+    check_seal(folder, document)
     if document["format"] == UNSEALED:
         _say(f"{folder} is of {UNSEALED!r}, without hashes: damage would not be noticed; `ahriuwu export` adds them")
     return World(
@@ -148,19 +147,19 @@ def _load_world(folder: Path, where: torch.device) -> World:
 
 def is_sound(folder: Path) -> bool:
     """Whether a world is there as it was saved, by its hashes; nothing is loaded."""
-    return _is_sealed(folder, "dynamics", _WORLD_FIELDS) and is_sound_tokenizer(folder / "tokenizer")
+    return _is_sealed(folder, "dynamics", WORLD) and is_sound_tokenizer(folder / "tokenizer")
 
 
 def is_sound_tokenizer(folder: Path) -> bool:
     """The same of a tokenizer's folder."""
-    return _is_sealed(folder, "tokenizer", _TOKENIZER_FIELDS)
+    return _is_sealed(folder, "tokenizer", TOKENIZER)
 
 
 def _is_sealed(folder: Path, kind: str, names: set[str]) -> bool:
     try:
-        document = _read_config(folder, kind, names)
+        document = read_config(folder, kind, names)
         _header(folder / "model.safetensors")  # sizes first: a hash takes as long as the file is large
-        _check_seal(folder, document)
+        check_seal(folder, document)
     except (CheckpointError, OSError):
         return False
     return True
@@ -185,7 +184,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         inside = folder / "tokenizer"
         where = inside if (inside / "config.json").is_file() else folder
         tokenizer, document = _open_tokenizer(where)
-        _check_seal(where, document)
+        check_seal(where, document)
         if document["format"] == UNSEALED:
             _say(f"{where} is of {UNSEALED!r}, without hashes: damage would not be noticed; train it anew for them")
         return tokenizer
@@ -195,7 +194,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def _open_tokenizer(folder: Path) -> tuple[Tokenizer, dict]:
     """The tokenizer and its config.json, whose hashes are still to be checked."""
-    document = _read_config(folder, "tokenizer", _TOKENIZER_FIELDS)
+    document = read_config(folder, "tokenizer", TOKENIZER)
     try:
         kind, architecture = tokenizer_class(document["tokenizer"]), document["architecture"]
         tokenizer = build_with_weights(
@@ -208,7 +207,7 @@ def _open_tokenizer(folder: Path) -> tuple[Tokenizer, dict]:
 
 def tokenizer_facts(folder: Path) -> dict:
     """What a tokenizer folder says of how its tokenizer came about. CheckpointError."""
-    return _read_config(folder, "tokenizer", _TOKENIZER_FIELDS)["facts"]
+    return read_config(folder, "tokenizer", TOKENIZER)["facts"]
 
 
 def build_with_weights(build: Callable[[], nn.Module], stored: int, path: Path) -> nn.Module:
@@ -271,7 +270,7 @@ def write_tau_ctx(world: World, tau_ctx: float, evidence: dict) -> None:
     """
     folder = world.path
     with holding(folder) as (held, stays):
-        before = _read_config(folder, "dynamics", _WORLD_FIELDS)
+        before = read_config(folder, "dynamics", WORLD)
         if not stays() or document_hash(before) != world.config_hash:
             raise CheckpointError(f"{folder} holds another world than was measured: its tau_ctx stays, measure again")
         text = to_json(_with_tau_ctx(folder, before, tau_ctx, evidence), 1)
@@ -286,10 +285,10 @@ def write_tau_ctx(world: World, tau_ctx: float, evidence: dict) -> None:
 
 def _with_tau_ctx(folder: Path, before: dict, tau_ctx: float, evidence: dict) -> dict:
     document = dict(before)
-    changed = asdict(_generation(document["generation"])) | {"tau_ctx": tau_ctx}
+    changed = asdict(generation_of(document["generation"])) | {"tau_ctx": tau_ctx}
     document |= {"generation": changed, "facts": document["facts"] | {"tau_ctx_evidence": evidence}}
     if document["format"] != UNSEALED:
-        _check_seal(folder, before)
+        check_seal(folder, before)
         document = seal(document)
     return document
 
@@ -311,26 +310,6 @@ def _write_module(folder: Path, module: nn.Module, document: dict) -> None:
     (folder / "config.json").write_text(to_json(document, 1))
 
 
-def _check_seal(folder: Path, document: dict) -> None:
-    """CheckpointError when config.json or the weights are not what was saved, by their hashes."""
-    if document["format"] == UNSEALED:
-        return
-    if seal(document)["sha256"] != document["sha256"]:
-        raise CheckpointError(
-            f"{folder / 'config.json'} was altered after it was written (its sha256 differs): use another copy"
-        )
-    if file_hash(folder / "model.safetensors") != document["weights_sha256"]:
-        raise CheckpointError(
-            f"{folder / 'model.safetensors'} was altered after it was written (its sha256 differs): use another copy"
-        )
-
-
-def seal(document: dict) -> dict:
-    """A config.json's document with the sha256 over all fields but that one."""
-    kept = {name: value for name, value in document.items() if name != "sha256"}
-    return kept | {"sha256": document_hash(kept)}
-
-
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
@@ -339,82 +318,3 @@ def _resolve(path: Path) -> Path:
     """The world that a path means: its own folder, or a run's `best`, even in the instant in which that is replaced."""
     in_run = (path / "best" / "config.json").is_file() or (path / "run.json").is_file()
     return path / "best" if in_run and not (path / "config.json").is_file() else path
-
-
-def _read_config(folder: Path, kind: str, names: set[str]) -> dict:
-    file = folder / "config.json"
-    if not folder.exists():
-        raise CheckpointError(f"there is no checkpoint at {folder}")
-    if not file.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
-    try:
-        document = read_object(file)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error})") from None
-    if document.get("format") not in (FORMAT, UNSEALED):
-        raise CheckpointError(f"{file} is not an ahriuwu checkpoint of format {FORMAT!r}")
-    if document.get("kind") != kind:
-        raise CheckpointError(f"{folder} holds a {document.get('kind')}, but a {kind} checkpoint is needed here")
-    if kind == "dynamics" and "tau_convention" not in document:
-        raise CheckpointError(f"{file} states no tau convention: refused, since 0 could be clean or noise")
-    wrong = sorted(set(document) ^ (names | (_SEAL if document["format"] == FORMAT else set())))
-    if wrong:
-        raise CheckpointError(f"{file} has missing or unknown fields: {', '.join(wrong)}")
-    for name, type_ in _KINDS.items():
-        if name in names and type(document[name]) is not type_:
-            raise CheckpointError(f"{file}: {name} is {str(document[name])[:40]!r}, which has the wrong type")
-    return document
-
-
-def _numbers(document: dict, k_max: int) -> tuple[float, int, tuple[float, ...]]:
-    """(fps, frame_skip, trained_d). ValueError for numbers that no world of ours has."""
-    fps, skip, trained = document["fps"], document["frame_skip"], document["trained_d"]
-    if type(fps) not in (int, float) or not MIN_FPS <= fps <= MAX_FPS:
-        raise ValueError(f"fps is {fps!r}, not a rate from {MIN_FPS} to {MAX_FPS:g}")
-    if type(skip) is not int or not 1 <= skip <= 10_000:
-        raise ValueError(f"frame_skip is {skip!r}, not a whole number from 1 to 10000")
-    sizes = [2.0**-i for i in range(k_max.bit_length())]
-    if not trained or not all(type(d) in (int, float) and d in sizes for d in trained):
-        raise ValueError(f"trained_d is {trained!r}, not step sizes 1, 1/2, ... 1/{k_max}")
-    return float(fps), skip, tuple(float(d) for d in trained)
-
-
-def _check_facts(facts: dict) -> None:
-    """Facts are for people, but for the run's settings and a few that are counted with. ValueError."""
-    train = facts.get("train") or {}
-    if not isinstance(train, dict) or type(facts.get("git") or "") is not str:
-        raise ValueError("facts: train is no object, or git no text")
-    try:
-        TrainConfig.check_stated(train)
-    except ValueError as error:
-        raise ValueError(f"facts.train: {error}") from None
-    most = {"train_seconds": (facts, 1e12), "frames": (train, 10_000), "long_frames": (train, 10_000)}
-    for name, (where, high) in most.items():
-        value = where.get(name)
-        if value is not None and (type(value) not in (int, float) or not 0 <= value <= high):
-            raise ValueError(f"facts: {name} is {str(value)[:40]!r}, not a number from 0 to {high:g}")
-
-
-def _generation(stored: dict) -> RolloutConfig:
-    # Worlds saved before `ctx_label` existed lack it; honest labels were the only ones then. Nothing else is defaulted.
-    stored = {"ctx_label": "honest"} | stored
-    wrong = sorted(set(stored) ^ {f.name for f in fields(RolloutConfig)})
-    if wrong:
-        raise ValueError(f"generation has missing or unknown fields: {', '.join(wrong)}")
-    for name in ("sampler", "ctx_mode", "ctx_label"):
-        if type(stored[name]) is not str:
-            raise ValueError(f"generation.{name} is {stored[name]!r}, not a text")
-    if type(stored["steps"]) is not int or not 1 <= stored["steps"] <= MAX_STEPS:
-        raise ValueError(f"generation.steps is {stored['steps']!r}, not a whole number from 1 to {MAX_STEPS}")
-    if type(stored["tau_ctx"]) not in (int, float) or not 0 <= stored["tau_ctx"] < 1:
-        raise ValueError(f"generation.tau_ctx is {stored['tau_ctx']!r}, not in [0, 1) where 0 is clean")
-    return RolloutConfig(**stored)
-
-
-def _dynamics_config(architecture: dict) -> DynamicsConfig:
-    names = {f.name for f in fields(DynamicsConfig)}
-    wrong = sorted(set(architecture) ^ names)
-    if wrong:
-        raise ValueError(f"architecture has missing or unknown fields: {', '.join(wrong)}")
-    slots = tuple((kind, size, tuple(low), tuple(high)) for kind, size, low, high in architecture["action_space"])
-    return DynamicsConfig(**{**architecture, "action_space": slots})
