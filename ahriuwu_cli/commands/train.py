@@ -185,7 +185,7 @@ def _with_options(settings: dict, stop) -> dict | None:
     with join(settings["device"], settings["parallel"]) as group:
         if settings["parallel"] == "fsdp" and group.world == 1:
             typer.echo("one process: --parallel fsdp has nothing to share out", err=True)
-        result = _train(group, config, stop, **given, quiet=settings["as_json"] or not group.leads)
+        result = _train(group, config, stop, given, quiet=settings["as_json"] or not group.leads)
     return result if group.leads else None
 
 
@@ -215,20 +215,8 @@ def _opened(
     return store, load_tokenizer(tokenizer or kept) if tokenizer or kept else None
 
 
-def _train(
-    group,
-    config,
-    stop,
-    *,
-    dataset: Path,
-    out: Path,
-    tokenizer: Path | None,
-    resume: bool,
-    overwrite: bool,
-    init_from: Path | None,
-    quiet: bool,
-) -> dict:
-    """What every process of the group does, from the dataset to the end of the run."""
+def _train(group, config, stop, given: dict, quiet: bool) -> dict:
+    """What every process of the group does, from the dataset to the end of the run. given: what `_opened` takes."""
     from ahriuwu_cli.commands.progress import bar, training_bar
     from ahriuwu_cli.models.compiling import check_compile
     from ahriuwu_cli.models.products import warn_of_bfloat16
@@ -237,8 +225,8 @@ def _train(
 
     if config.compile:
         group.together(lambda: check_compile(group.device))
-    given = {"tokenizer": tokenizer, "resume": resume, "overwrite": overwrite, "init_from": init_from}
-    store, encoder = group.together(lambda: _opened(config, dataset, out, **given, processes=group.world))
+    store, encoder = group.together(lambda: _opened(config, **given, processes=group.world))
+    out, begun = given["out"], {name: given[name] for name in ("resume", "overwrite", "init_from")}
     if group.leads:
         warn_of_bfloat16(config.precision, group.device, lambda sentence: typer.echo(sentence, err=True))
     if fitted := encoder is None:
@@ -246,9 +234,8 @@ def _train(
             encoder = fit_for_all(group, store, progress)
     with bar("encode", "frame", quiet=quiet) as progress:
         trainer = assemble(
-            store, encoder, config, out, command_line(), device=group.device, resume=resume, overwrite=overwrite,
-            init_from=init_from, progress=progress, group=group, announce=lambda s: typer.echo(s, err=True),
-            fitted=fitted,
+            store, encoder, config, out, command_line(), device=group.device, progress=progress, group=group,
+            announce=lambda s: typer.echo(s, err=True), fitted=fitted, **begun,
         )  # fmt: skip
     if trainer.run.found and group.leads:
         typer.echo(trainer.run.found, err=True)

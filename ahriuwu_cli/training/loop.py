@@ -83,10 +83,10 @@ class DynamicsTrainer:
 
     def _train(self, report: Report, stop: StopRequest, stop_at: int | None, watch: Watch) -> None:
         manifest = preview_manifest(self.store, self.config.preview_windows, self.config.seed)
-        wall = self.now is time.monotonic  # CPU seconds stand still by themselves
+        stood = watch.taken if self.now is time.monotonic else lambda: 0.0  # CPU seconds stand still by themselves
         clock = TrainingClock(
             self.elapsed, lambda s: report(self.run.log({"step": self.step, "stood_still_s": round(s)})), self.now,
-            *([watch.taken] if wall else []),
+            stood,
         )  # fmt: skip
         saved_at, self.log.since = self.elapsed, time.monotonic()
         report = report if self.group.leads else lambda line: None

@@ -39,12 +39,12 @@ class StopRequest:
         self._twice: Callable[[], str] = lambda: "asked twice"
         self._before: dict[int, object] = {}
 
-    def wait_for_step(self, twice: Callable[[], str] = lambda: "asked twice") -> None:
+    def wait_for_step(self, twice: Callable[[], str] | None = None) -> None:
         """From here on a request waits until the loop asks. One that came before stands.
 
         twice: gives the sentence for a second request, which ends the program where it stands.
         """
-        self._at_once, self._twice = None, twice
+        self._at_once, self._twice = None, twice or self._twice
 
     def end_at_once(self, sentence: str) -> None:
         """From here on a request ends the program where it stands; so does one that came before."""
