@@ -21,18 +21,10 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli.data.documents import MAX_RESULT, to_json
+from ahriuwu_cli.data.panels import MAX_SIDE, Page, largest_scale, page_size
 from ahriuwu_cli.data.tensor_writer import TensorWriter
-from ahriuwu_cli.data.video import (
-    MAX_PIXELS,
-    MAX_SIDE,
-    Page,
-    gif_picture,
-    largest_scale,
-    mp4_writer,
-    page_size,
-    save_gif,
-    write_strip,
-)
+from ahriuwu_cli.data.video import MAX_PIXELS
+from ahriuwu_cli.data.video_writing import gif_picture, mp4_writer, save_gif, write_strip
 from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.errors import TrainingError, UserError
 from ahriuwu_cli.evaluation.metrics import psnr_per_frame

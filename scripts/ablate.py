@@ -2,11 +2,13 @@
 
     python scripts/ablate.py run                        # all that scripts/ablations.toml lists and is not there yet
     python scripts/ablate.py run --only base,flat --seeds 3,4
+    python scripts/ablate.py run --only base --seeds 3 --steps-of docs/results.json   # on a machine of another speed
     python scripts/ablate.py report                     # fills the tables of docs/results.md, and docs/results.json
 
 A run takes one core: CPU seconds count, not the clock's, so that a busy machine changes how long a study takes and
-hardly what comes out. Stop it at any time; finished arms and views are skipped. What a view gave lies in
-OUT/results/ARM-SEED-VIEW.json; `ablation_tables.py` turns these into tables.
+hardly what comes out. A faster core takes more steps in them; with --steps-of a run takes as many as published ones.
+Stop it at any time; finished arms and views are skipped. What a view gave lies in OUT/results/ARM-SEED-VIEW.json;
+`ablation_tables.py` turns these into tables.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class Arm:
     """One way of training. train: settings of `TrainConfig`; architecture: fields of the size's row that differ.
 
     blind: "d" where neither training nor sampling ever tells the network another step size than d_min.
+    steps: so many optimiser steps instead of `seconds`.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Arm:
     train: dict[str, Any]
     architecture: dict[str, Any] = field(default_factory=dict)
     blind: str | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ def main() -> None:
     seeds = tuple(int(s) for s in a.seeds.split(",")) if a.seeds else None
     plan = read_plan(a.plan, seeds)
     arms = [arm for arm in plan.arms if not a.only or arm.name in a.only.split(",")]
+    if a.steps_of:
+        arms = [replace(arm, steps=_published_steps(arm, a.steps_of)) for arm in arms]
     if a.action == "report":
         from ablation_tables import write_report
 
@@ -106,14 +112,15 @@ def train(plan: Plan, arm: Arm, seed: int, out: Path) -> None:
     folder = _world(out, arm, seed)
     if (folder / "last" / "config.json").exists():
         return
-    _say(f"train {folder.name}: {arm.seconds:g} CPU seconds")
+    _say(f"train {folder.name}: " + (f"{arm.steps} steps" if arm.steps else f"{arm.seconds:g} CPU seconds"))
     torch.set_num_threads(1)
     settings = dict(arm.train)
     if arm.architecture:
         size = f"{settings['size']}-{arm.name}"
         SIZES[size] = {**SIZES[settings["size"]], **arm.architecture}
         settings["size"] = size
-    config = TrainConfig(steps=None, budget=float(arm.seconds), seed=seed, **settings)
+    budget = None if arm.steps else float(arm.seconds)
+    config = TrainConfig(steps=arm.steps, budget=budget, seed=seed, **settings)
     store, tokenizer = EpisodeStore.open(out / "data"), load_tokenizer(out / "tokenizer")
     trainer = assemble(
         store, tokenizer, config, folder, f"python scripts/ablate.py run --only {arm.name} --seeds {seed}",
@@ -159,11 +166,19 @@ def look(plan: Plan, arm: Arm, seed: int, view: str, out: Path) -> None:
     log = (_world(out, arm, seed) / "metrics.jsonl").read_text().splitlines()
     result["study"] = {
         "arm": arm.name, "seed": seed, "view": view, "train": arm.train, "architecture": arm.architecture,
-        "cpu_seconds": arm.seconds, "steps": world.facts["step"],
+        "cpu_seconds": None if arm.steps else arm.seconds, "steps": world.facts["step"],
         "loss_by_tau_bin": [json.loads(line)["loss_by_tau_bin"] for line in log if "loss_by_tau_bin" in line][-1],
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(result, allow_nan=False) + "\n")
+
+
+def _published_steps(arm: Arm, numbers: Path) -> int:
+    """The mean over seeds of the optimiser steps that an arm took, from what `report` wrote."""
+    taken = {row["seed"]: row["steps"] for row in json.loads(numbers.read_text())["rows"] if row["arm"] == arm.name}
+    if not taken:
+        sys.exit(f"{numbers} knows no arm {arm.name}: leave it out by --only, or train it by its seconds")
+    return round(sum(taken.values()) / len(taken))
 
 
 def _never_told_d(network, inputs: tuple) -> tuple:
@@ -199,6 +214,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="where data, worlds and results lie")
     parser.add_argument("--only", help="names of arms, by commas")
     parser.add_argument("--seeds", help="other seeds than the plan's, by commas")
+    parser.add_argument("--steps-of", type=Path, help="train each arm for the steps that it took in this results.json")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of results.md and results.json")
     return parser.parse_args()
 

@@ -32,13 +32,15 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.latents import LatentPack
 from ahriuwu_cli.data.pack_format import write_header
 from ahriuwu_cli.diffusion.forcing import FORCINGS, finest
 from ahriuwu_cli.diffusion.objective import shortcut_forcing_loss
 from ahriuwu_cli.models import products
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig, count_parameters
+from ahriuwu_cli.models.dynamics import Dynamics, count_parameters
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.rollout import KeyedNoise, RolloutConfig, rollout
 from ahriuwu_cli.training.optimiser import apply, build_optimizers

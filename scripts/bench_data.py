@@ -28,8 +28,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import LatentPack, open_pack
 from ahriuwu_cli.data.pack_check import check_some, damaged_parts
 from ahriuwu_cli.data.pack_format import (
@@ -41,7 +43,8 @@ from ahriuwu_cli.data.pack_format import (
     read_pack_header,
     write_header,
 )
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig, count_parameters
+from ahriuwu_cli.models.dynamics import Dynamics, count_parameters
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.tokenizer import Tokenizer

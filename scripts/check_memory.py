@@ -58,7 +58,7 @@ def compare(case: dict, device: str) -> dict:
     import torch
 
     from ahriuwu_cli.config import TrainConfig
-    from ahriuwu_cli.models.dynamics import DynamicsConfig
+    from ahriuwu_cli.models.dynamics_config import DynamicsConfig
     from ahriuwu_cli.models.sizes import SIZES
 
     names = ("batch", "frames", "precision", "optimizer", "accumulate")
@@ -88,7 +88,8 @@ def measure(config, architecture, device) -> dict:
     """Peak bytes of three real steps of the training loop, and the FLOPs of a fourth."""
     import torch
 
-    from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+    from ahriuwu_cli.data.action_component import ActionComponent
+    from ahriuwu_cli.data.actions import ActionSpace
     from ahriuwu_cli.models.dynamics import Dynamics
 
     space = ActionSpace((ActionComponent("buttons", "binary", 3),))

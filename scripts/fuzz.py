@@ -560,9 +560,10 @@ def build(base: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
-    from ahriuwu_cli.data.episodes import EpisodeWriter
-    from ahriuwu_cli.data.video import write_gif, write_mp4
+    from ahriuwu_cli.data.action_component import ActionComponent
+    from ahriuwu_cli.data.actions import ActionSpace
+    from ahriuwu_cli.data.episode_writer import EpisodeWriter
+    from ahriuwu_cli.data.video_writing import write_gif, write_mp4
 
     base.mkdir()
     os.chdir(base)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig, count_parameters
+from ahriuwu_cli.models.dynamics import Dynamics, count_parameters
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.training.cards import usable
 from ahriuwu_cli.training.shadow import PARTS, Ledger, Shadow, formulas_of

@@ -74,7 +74,8 @@ def make_dynamics() -> Callable:
     """A tiny Dynamics with fields of TINY changed; its head is as loud as a trained one's, so that nothing hides."""
 
     def make(*, seed: int = 0, loud: bool = True, **fields):
-        from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+        from ahriuwu_cli.models.dynamics import Dynamics
+        from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 
         torch.manual_seed(seed)
         model = Dynamics(DynamicsConfig(**{**TINY, **fields})).eval().requires_grad_(False)

@@ -1,5 +1,6 @@
 """The ablation study: its plan holds together, its lies are lies, and its tables say what the results say."""
 
+import json
 import sys
 import tomllib
 from copy import deepcopy
@@ -13,6 +14,7 @@ from worlds import moving_pictures, tiny_world
 from ahriuwu_cli.evaluation.blind import CleanContextTold
 from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate
 from ahriuwu_cli.evaluation.protocol import make_manifest
+from ahriuwu_cli.training.checkpoint import load_world, save_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -43,6 +45,23 @@ def test_a_plan_with_a_word_that_means_nothing_is_refused(wrong, tmp_path):
     (tmp_path / "plan.toml").write_text(text[: text.index("[[arm]]")] + wrong + "\n")
     with pytest.raises((TypeError, AssertionError)):
         ablate.read_plan(tmp_path / "plan.toml")
+
+
+def test_a_run_can_take_the_steps_that_an_arm_took_in_a_published_report(tmp_path, place):
+    rows = [
+        {"arm": arm, "view": view, "seed": seed, "steps": steps}
+        for arm, seed, steps in (("base", 0, 3), ("base", 1, 6), ("flat", 0, 50)) for view in "pq"[: 2 - seed]
+    ]  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    arm = next(arm for arm in ablate.read_plan().arms if arm.name == "base")
+    steps = ablate._published_steps(arm, tmp_path / "results.json")
+    assert steps == 4  # of 4.5, by seed and not by view
+    with pytest.raises(SystemExit, match="knows no arm base2"):
+        ablate._published_steps(replace(arm, name="base2"), tmp_path / "results.json")
+    (tmp_path / "data").symlink_to(place[0].path)
+    save_tokenizer(place[1].tokenizer, tmp_path / "tokenizer", {})
+    ablate.train(ablate.read_plan(), replace(arm, steps=steps), 7, tmp_path)
+    assert load_world(tmp_path / "worlds" / "base-7" / "last", "cpu").facts["step"] == 4
 
 
 def test_a_network_that_is_never_told_d_answers_alike_for_every_d(place):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.models.conditioning import ActionEmbedding
 
@@ -60,7 +61,8 @@ def test_parse_knows_labels_indices_and_none():
 
 @pytest.mark.parametrize(
     ("space", "text", "sentence"),
-    [("buttons", "JUMP", "unknown action 'JUMP'"), ("move", "7", "unknown action '7'"), ("all", "none", "'gear' open"),
+    [("buttons", "JUMP", "unknown action 'JUMP'"), ("move", "7", "unknown action '7'"),
+     ("move", "9" * 5000, "unknown action '999"), ("all", "none", "'gear' open"),
      ("all", "gear=1+wheel=9", "within"), ("all", "gear=1+wheel=nan", "nan"), ("all", "gear=1+wheel=x", "number")],
 )  # fmt: skip
 def test_parse_refuses_with_a_sentence(space, text, sentence):

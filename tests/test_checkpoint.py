@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from small import small_world
 
 from ahriuwu_cli.errors import CheckpointError
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_world
 
 

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from small import SPACE, small_dataset, small_world
 
 from ahriuwu_cli import cli
-from ahriuwu_cli.data.episodes import EpisodeWriter
-from ahriuwu_cli.data.video import write_mp4
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.video_writing import write_mp4
 from ahriuwu_cli.imagine import GIF_PIXELS
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
@@ -271,7 +271,8 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "code", "word"), BAD, ids=[" ".join(map(str, b[0])) for b in BAD])
 def test_nonsense_gets_one_sentence_the_right_code_and_changes_nothing(run, tmp_path, arguments, code, word):
-    from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+    from ahriuwu_cli.data.action_component import ActionComponent
+    from ahriuwu_cli.data.actions import ActionSpace
     from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
     from ahriuwu_cli.training.checkpoint import save_tokenizer
 
@@ -301,7 +302,7 @@ def test_nonsense_gets_one_sentence_the_right_code_and_changes_nothing(run, tmp_
 
 
 def _larger_dataset(path):
-    from ahriuwu_cli.data.episodes import EpisodeWriter
+    from ahriuwu_cli.data.episode_writer import EpisodeWriter
 
     with EpisodeWriter(path, height=32, width=32, fps=10.0, action_space=SPACE, name="big", seed=0) as writer:
         for seed in range(4):

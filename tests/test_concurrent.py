@@ -15,7 +15,8 @@ from small import SPACE, small_dataset, small_world
 from worlds import moving_pictures, tiny_world
 
 from ahriuwu_cli import cli, folders
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.folders import claimed, put_in_place, replacing, whole
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_world

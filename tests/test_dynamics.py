@@ -8,16 +8,10 @@ import pytest
 import torch
 from conftest import SLOTS, make_clip, random_actions
 
+from ahriuwu_cli.models.block import TimeContext, time_tables
 from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
-from ahriuwu_cli.models.dynamics import (
-    CONDITIONINGS,
-    Dynamics,
-    DynamicsConfig,
-    TimeContext,
-    count_parameters,
-    incoming_actions,
-    time_tables,
-)
+from ahriuwu_cli.models.dynamics import Dynamics, count_parameters, incoming_actions
+from ahriuwu_cli.models.dynamics_config import CONDITIONINGS, DynamicsConfig
 from ahriuwu_cli.models.kernels import rotate
 from ahriuwu_cli.models.layers import Attention, as_bias, rotary, window_mask
 

@@ -9,9 +9,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter, split_episodes
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.resize import area_resize
+from ahriuwu_cli.data.splits import split_episodes
 from ahriuwu_cli.data.tensors import read_header, read_rows
 from ahriuwu_cli.data.windows import draw_windows, enumerate_windows
 from ahriuwu_cli.errors import DataError, UserError

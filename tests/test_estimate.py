@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ahriuwu_cli import cli
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig, count_parameters
+from ahriuwu_cli.models.dynamics import Dynamics, count_parameters
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.kernels import swiglu
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.training import cards

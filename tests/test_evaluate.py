@@ -20,7 +20,8 @@ from worlds import (
     tiny_world,
 )
 
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, quick_gain
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct

@@ -9,7 +9,8 @@ import pytest
 import torch
 from small import small_dataset, small_world
 
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.training.checkpoint import load_world, read_tensors, save_world
 from ahriuwu_cli.training.export import card
 

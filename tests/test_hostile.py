@@ -25,7 +25,8 @@ import ahriuwu_cli
 from ahriuwu_cli.cli import main
 from ahriuwu_cli.commands import options
 from ahriuwu_cli.data import mp4_index
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.describe import as_text as describe_text
 from ahriuwu_cli.data.describe import describe
 from ahriuwu_cli.data.documents import MAX_DEPTH, parse_object, read_bytes, read_object
@@ -33,13 +34,15 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.data.pack_check import check_packs
 from ahriuwu_cli.data.tensors import read_tensors
-from ahriuwu_cli.data.video import iter_video, video_fps, write_gif, write_mp4
+from ahriuwu_cli.data.video import iter_video, video_fps
+from ahriuwu_cli.data.video_writing import write_gif, write_mp4
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import CheckpointError, DataError
 from ahriuwu_cli.evaluation.checks import Check, as_table
 from ahriuwu_cli.evaluation.merge import read_cells
 from ahriuwu_cli.evaluation.report import as_csv, in_markdown, table
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig

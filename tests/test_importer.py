@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from ahriuwu_cli.data import action_files, importer
+from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.action_files import infer_space, read_actions
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.importer import ImportConfig, import_videos, plan_import
-from ahriuwu_cli.data.video import write_mp4
+from ahriuwu_cli.data.video_writing import write_mp4
 from ahriuwu_cli.errors import DataError, UserError
 
 ACTIONS = [3, 0, 1, 2, 2, 0, 3, 1, 0]

@@ -15,7 +15,7 @@ from small import small_dataset, small_world
 from ahriuwu_cli.data.tensor_writer import TensorWriter
 from ahriuwu_cli.errors import TrainingError
 from ahriuwu_cli.imagine import imagine
-from ahriuwu_cli.models.dynamics import TimeContext, time_tables
+from ahriuwu_cli.models.block import TimeContext, time_tables
 from ahriuwu_cli.models.layers import as_bias, window_mask
 from ahriuwu_cli.prompts import Request
 from ahriuwu_cli.rollout import KeyedNoise, RolloutConfig, rollout

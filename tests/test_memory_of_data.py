@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
-from ahriuwu_cli.data.episodes import EpisodeWriter
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT, LONG = 5_000, 25_000  # frames of 64 x 64: 61 and 307 MB

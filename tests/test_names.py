@@ -13,8 +13,9 @@ from small import small_dataset, small_world
 
 import ahriuwu_cli
 from ahriuwu_cli.data.documents import as_text, parse_json, read_object, to_json
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
-from ahriuwu_cli.data.video import write_mp4
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.video_writing import write_mp4
 from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.training import restart
 from ahriuwu_cli.training.checkpoint import save_world

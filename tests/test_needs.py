@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ahriuwu_cli import memory
 from ahriuwu_cli.evaluation.question import verify_world
 from ahriuwu_cli.models import cache, needs
-from ahriuwu_cli.models.dynamics import DynamicsConfig
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
 

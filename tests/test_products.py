@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from ahriuwu_cli.models import products
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.training import muon
 
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,7 @@ import pytest
 
 from ahriuwu_cli.cli import main
 from ahriuwu_cli.data.episodes import EpisodeStore
-from ahriuwu_cli.data.video import write_mp4
+from ahriuwu_cli.data.video_writing import write_mp4
 
 
 def _run(capsys, *arguments):

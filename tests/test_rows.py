@@ -8,7 +8,8 @@ from safetensors.numpy import load_file, save_file
 from small import small_dataset, small_world
 
 from ahriuwu_cli.data import pack_format
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import LatentPack, open_pack
 from ahriuwu_cli.data.pack_check import check_packs

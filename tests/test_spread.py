@@ -8,7 +8,8 @@ import pytest
 import torch
 from worlds import NO_ACTIONS, breaks_at, fitted_tokenizer, noise, oracle, persistence, puppet_world, tiny_world
 
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.diffusion.samplers import SAMPLERS
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.evaluation.oracles import SPREAD_EULER, SPREAD_FRESH_NOISE, SPREAD_STEPS, gaussian_denoiser

@@ -14,7 +14,8 @@ import pytest
 from small import SPACE, small_place
 
 from ahriuwu_cli import cli, folders, startup, stopping
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.validate import validate
 from ahriuwu_cli.disk import remove
 from ahriuwu_cli.evaluation import sweep_plots

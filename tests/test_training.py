@@ -15,7 +15,8 @@ from small import small_dataset
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import read_object
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer

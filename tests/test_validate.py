@@ -13,9 +13,11 @@ from small import small_dataset
 from ahriuwu_cli.data import describe as describing
 from ahriuwu_cli.data import episodes
 from ahriuwu_cli.data import validate as validation
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.describe import as_text, describe
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.validate import validate
 
 SPACE = ActionSpace((ActionComponent("action", "discrete", 4),))

@@ -13,8 +13,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from ahriuwu_cli.commands import verify as command
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.diffusion import forcing, objective, samplers
 from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError

@@ -6,22 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from ahriuwu_cli.data import video
-from ahriuwu_cli.data.video import (
-    CONTEXT,
-    GENERATED,
-    MAX_PIXELS,
-    MAX_SIDE,
-    Page,
-    compose,
-    compose_grid,
-    largest_scale,
-    page_size,
-    read_video,
-    write_gif,
-    write_mp4,
-    write_strip,
-)
+from ahriuwu_cli.data import panels
+from ahriuwu_cli.data.panels import CONTEXT, GENERATED, MAX_SIDE, Page, compose, compose_grid, largest_scale, page_size
+from ahriuwu_cli.data.video import MAX_PIXELS, read_video
+from ahriuwu_cli.data.video_writing import write_gif, write_mp4, write_strip
 from ahriuwu_cli.errors import DataError, UserError
 
 
@@ -76,8 +64,8 @@ def test_text_is_cut_where_it_is_as_wide_as_the_picture_however_long_it_is():
     lengths = [font.getlength(text[:n] + "..") for n in range(len(text))]
     for width in range(0, 400, 7):
         fitting = [n for n, length in enumerate(lengths) if length <= width]
-        assert video._fit(text, width, font) == text[: max(fitting, default=0)] + "..", width
-    assert video._fit(text[:9], 100, font) == text[:9]
+        assert panels._fit(text, width, font) == text[: max(fitting, default=0)] + "..", width
+    assert panels._fit(text[:9], 100, font) == text[:9]
     begun = time.process_time()
     for endless in (text * 1000, "\u0301" * 300_000):  # the second has no width at all
         compose([(endless, _clip(4, 16, 16))], context=2, captions=[endless] * 4)

@@ -8,7 +8,8 @@ import pytest
 
 from ahriuwu_cli.data import whole_video
 from ahriuwu_cli.data.importer import ImportConfig, import_videos, plan_import
-from ahriuwu_cli.data.video import iter_video, write_gif, write_mp4
+from ahriuwu_cli.data.video import iter_video
+from ahriuwu_cli.data.video_writing import write_gif, write_mp4
 from ahriuwu_cli.errors import DataError
 
 FRAMES = 40

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.training.checkpoint import action_slots

@@ -44,9 +44,10 @@ def import_(
 
     from ahriuwu_cli.data import describe
     from ahriuwu_cli.data.documents import as_text
-    from ahriuwu_cli.data.episodes import EpisodeWriter, check_target, parse_fractions
+    from ahriuwu_cli.data.episode_writer import EpisodeWriter, check_target
     from ahriuwu_cli.data.importer import ImportConfig, import_videos, plan_import
     from ahriuwu_cli.data.resize import parse_size
+    from ahriuwu_cli.data.splits import parse_fractions
     from ahriuwu_cli.startup import complete
 
     height, width = parse_size(size)

@@ -43,10 +43,11 @@ def record(
     from tqdm import tqdm
 
     from ahriuwu_cli.data.describe import as_text, describe
-    from ahriuwu_cli.data.episodes import EpisodeWriter, check_target, parse_fractions
+    from ahriuwu_cli.data.episode_writer import EpisodeWriter, check_target
     from ahriuwu_cli.data.recording import RecordConfig, Shortfall, record_episodes
     from ahriuwu_cli.data.resize import parse_size
     from ahriuwu_cli.data.sources import open_world
+    from ahriuwu_cli.data.splits import parse_fractions
     from ahriuwu_cli.startup import complete
 
     height, width = parse_size(size)

@@ -196,7 +196,8 @@ def _write_files(out: Path, found: Sweep, plan: Ready, fps: float | None) -> dic
 
 def _write_video(path: Path, found: Sweep, context: int, fps: float) -> None:
     """The truth's row of windows first, then a row for every tau of the best cell's K, sampler, mode and label."""
-    from ahriuwu_cli.data.video import compose_grid, largest_scale, write_mp4
+    from ahriuwu_cli.data.panels import compose_grid, largest_scale
+    from ahriuwu_cli.data.video_writing import write_mp4
     from ahriuwu_cli.evaluation.sweep_grid import OTHERS
 
     cells, best = found.result["cells"], found.result["best"]

@@ -16,7 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ahriuwu_cli.data.actions import MAX_SIZE, ActionComponent, ActionSpace, as_float32, check_name
+from ahriuwu_cli.data.action_component import MAX_SIZE, ActionComponent, as_float32, check_name
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import decode, parse_json, read_bytes
 from ahriuwu_cli.errors import DataError
 

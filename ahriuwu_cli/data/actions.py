@@ -5,79 +5,22 @@
 
 from __future__ import annotations
 
-import math
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.data.action_component import MAX_SIZE, ActionComponent, component_from_json
+from ahriuwu_cli.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-KINDS = ("discrete", "binary", "continuous")
-MAX_SIZE, MAX_BUTTONS = 4096, 512  # of a component and of all columns; of buttons, since pairs of them are drawn
 MAX_VALUES = 65_536  # of all components together: each value of a discrete one has a share, and a row in a model
-MAX_NAME = 200  # characters of a name or a label
 CAPTION = 400  # characters of a described row: what fits under two thousand pixels
 _OPPOSITES = {"LEFT": "RIGHT", "FORWARD": "BACKWARD", "UP": "DOWN", "NEXT": "PREV"}
 _OPPOSITES |= {b: a for a, b in _OPPOSITES.items()}
 _NOTHING = ("none", "noop", "-")
-
-
-@dataclass(frozen=True)
-class ActionComponent:
-    """One part of an action. discrete: one column holding 0..size-1; binary: `size` columns of 0 or 1;
-    continuous: `size` columns, column i within [low[i], high[i]]. Raises DataError when it contradicts itself."""
-
-    name: str
-    kind: str
-    size: int
-    labels: tuple[str, ...] = ()
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in (self.name, *self.labels):
-            check_name(name, "the action space")
-        where = f"action component {self.name!r}"
-        if not self.name or self.name != self.name.strip():
-            raise DataError(f"{where} needs a name without spaces around it")
-        if self.kind not in KINDS:
-            raise DataError(f"{where} has the unknown kind {self.kind!r}: {did_you_mean(self.kind, KINDS)}")
-        most = MAX_BUTTONS if self.kind == "binary" else MAX_SIZE
-        if not 1 <= self.size <= most:
-            raise DataError(f"{where} has size {self.size}: give 1 to {most}")
-        if self.labels and len(self.labels) != self.size:
-            raise DataError(
-                f"{where} has {len(self.labels)} labels for size {self.size}: give one each, or none at all"
-            )
-        if len(set(self.labels)) != len(self.labels) or not all(self.labels):
-            raise DataError(f"{where} has empty or repeated labels: {', '.join(map(repr, self.labels))}")
-        bounds = self.size if self.kind == "continuous" else 0
-        if len(self.low) != bounds or len(self.high) != bounds:
-            raise DataError(f"{where} of kind {self.kind} needs {bounds} values in low and in high")
-        for low, high in zip(self.low, self.high, strict=True):
-            least, most = as_float32(low), as_float32(high)
-            if not (least < most and math.isfinite(as_float32(2 * (most - least)))):  # the model scales values by it
-                raise DataError(
-                    f"{where} has the range {low} to {high}: low must be below high, and twice their distance finite, "
-                    f"in float32"
-                )
-
-    @property
-    def width(self) -> int:
-        """How many columns it takes."""
-        return 1 if self.kind == "discrete" else self.size
-
-    @property
-    def column_names(self) -> tuple[str, ...]:
-        """A name for each of its columns."""
-        if self.kind == "discrete":
-            return (self.name,)
-        return self.labels or tuple(f"{self.name}{i}" for i in range(self.size))
 
 
 @dataclass(frozen=True)
@@ -137,7 +80,7 @@ class ActionSpace:
             raise DataError(f'{where} must be an object with the one key "components"')
         if not isinstance(document["components"], list):
             raise DataError(f'{where}: "components" must be a list of objects')
-        return ActionSpace(tuple(_component_from_json(c, where) for c in document["components"]))
+        return ActionSpace(tuple(component_from_json(c, where) for c in document["components"]))
 
     def validate(self, actions: np.ndarray, where: str, first: int = 0) -> None:
         """Refuse (DataError) actions (T, A) float32 that this space does not allow: shape, NaN, range, fractions.
@@ -254,36 +197,13 @@ class ActionSpace:
 
     def _parse_word(self, word: str, row: np.ndarray) -> str:
         """Write what one word says into row; returns the name of its component."""
-        name, equals, value = word.partition("=")
         for form in (str, str.lower):  # as it is written first: buttons may differ in nothing else
             for component, columns in self.slices():
-                labels = [form(label) for label in component.labels]
-                if component.kind == "discrete" and (name == component.name if equals else len(self.components) == 1):
-                    text = value if equals else word
-                    if form(text) in labels:
-                        row[columns] = labels.index(form(text))
-                        return component.name
-                    if text.isdecimal() and int(text) < component.size:
-                        row[columns] = int(text)
-                        return component.name
-                elif component.kind == "discrete" and not equals and form(word) in labels:
-                    row[columns] = labels.index(form(word))
+                found = component.read(word, len(self.components) == 1, form)
+                if found is not None:
+                    row[columns.start + found[0]] = found[1]
                     return component.name
-                elif component.kind == "binary" and not equals:
-                    names = [form(n) for n in component.column_names]
-                    index = names.index(form(word)) if form(word) in names else -1
-                    if index < 0 and word.isdecimal() and int(word) < component.size:
-                        index = int(word)
-                    if index >= 0:
-                        row[columns.start + index] = 1
-                        return component.name
-                elif component.kind == "continuous" and equals and name in component.column_names:
-                    try:
-                        row[columns.start + component.column_names.index(name)] = as_float32(float(value))
-                    except ValueError:
-                        raise UserError(f"the action {word!r} needs a number after '='") from None
-                    return component.name
-        raise UserError(f"unknown action {word!r}: {self._known_words()}")
+        raise UserError(f"unknown action {word[:40]!r}: {self._known_words()}")
 
     def _known_words(self) -> str:
         words = ["none"]
@@ -296,43 +216,6 @@ class ActionSpace:
             else:
                 words += [prefix + w for w in (c.labels or (f"0..{c.size - 1}",))]
         return f"choose from {', '.join(words)} (join several with '+')"
-
-
-def check_name(name: str, where: str) -> None:
-    """DataError for a name or label that is longer than any that a person gives."""
-    if len(name) > MAX_NAME:
-        raise DataError(f"{where} has the name {name[:40]!r}.. of {len(name)} characters: give at most {MAX_NAME}")
-
-
-def as_float32(value: float) -> float:
-    """The nearest number that float32 holds; infinite beyond its ends, where NumPy would warn."""
-    try:
-        return struct.unpack("f", struct.pack("f", value))[0]
-    except OverflowError:
-        return math.copysign(math.inf, value)
-
-
-def _component_from_json(document: Any, where: str) -> ActionComponent:
-    known = {"name", "kind", "size", "labels", "low", "high"}
-    if not isinstance(document, dict):
-        raise DataError(f"{where}: every component must be an object, not {document!r}")
-    if not {"name", "kind", "size"} <= set(document) <= known:
-        odd = sorted(({"name", "kind", "size"} - set(document)) | (set(document) - known))
-        raise DataError(
-            f"{where}: a component must have name, kind, size and may have labels, low, high; see {odd[0]!r}"
-        )
-    name, kind, size = document["name"], document["kind"], document["size"]
-    if not isinstance(name, str) or not isinstance(kind, str) or type(size) is not int:
-        raise DataError(
-            f"{where}: name and kind must be text and size a whole number, not {name!r}, {kind!r}, {size!r}"
-        )
-    labels, low, high = (document.get(key, []) for key in ("labels", "low", "high"))
-    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
-        raise DataError(f"{where}: the labels of {name!r} must be a list of texts, not {labels!r}")
-    for bound in (low, high):
-        if not isinstance(bound, list) or not all(type(x) in (int, float) for x in bound):
-            raise DataError(f"{where}: low and high of {name!r} must be lists of numbers, not {bound!r}")
-    return ActionComponent(name, kind, size, tuple(labels), tuple(map(float, low)), tuple(map(float, high)))
 
 
 def _button_choices(labels: tuple[str, ...], size: int) -> list[tuple[int, ...]]:

@@ -6,22 +6,18 @@ Train, val and test are split by episode; episodes with identical content never 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.actions import ActionSpace
-from ahriuwu_cli.data.documents import as_text, document_hash, to_json
-from ahriuwu_cli.data.metadata import FORMAT, MAX_BYTES, SPLITS, check_document, check_facts, read_document
-from ahriuwu_cli.data.tensors import TensorInfo, as_any_file, read_header, read_rows
+from ahriuwu_cli.data.documents import document_hash
+from ahriuwu_cli.data.metadata import SPLITS, read_document
+from ahriuwu_cli.data.tensors import TensorInfo, read_header, read_rows
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
-from ahriuwu_cli.folders import replacing, whole
-from ahriuwu_cli.places import check_folder
+from ahriuwu_cli.folders import whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -180,130 +176,6 @@ class EpisodeStore:
         return found
 
 
-class EpisodeWriter:
-    """Context manager that writes a dataset folder: `add` episodes, and leaving it assigns splits and renames.
-
-    Everything goes to a hidden folder beside the target, which takes its name at the end: whatever stops the writing,
-    nothing is left behind and an earlier dataset stays as it was.
-
-    fps is the rate of the stored frames; frame_skip how many steps of the world one stored frame takes. Refuses
-    (UserError) a folder that is not empty, unless overwrite is set and the folder is a dataset.
-    then: as of `replacing`.
-    """
-
-    def __init__(
-        self,
-        path: Path | str,
-        *,
-        height: int,
-        width: int,
-        fps: float,
-        action_space: ActionSpace,
-        name: str | None = None,
-        source: dict[str, Any] | None = None,
-        frame_skip: int = 1,
-        seed: int = 0,
-        fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        overwrite: bool = False,
-        then: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.path = Path(path).absolute()
-        self.action_space = action_space
-        self._shape = (height, width, 3)
-        self._fractions = fractions
-        self._overwrite, self._then = overwrite, then
-        self._facts = {
-            "format": FORMAT,
-            "name": name or as_text(self.path.name),
-            "source": source or {},
-            "fps": fps,
-            "frame_skip": frame_skip,
-            "height": height,
-            "width": width,
-            "action_space": action_space.to_json(),
-            "seed": seed,
-        }
-        self._episodes: list[dict[str, Any]] = []
-        check_target(self.path, overwrite)
-        check_fractions(fractions)  # now, not after an hour of recording
-        check_facts(self._facts, str(self.path / "dataset.json"))
-        self._place = ExitStack()
-        self._staging: Path | None = None
-
-    @property
-    def frames(self) -> int:
-        """How many frames have been added."""
-        return sum(e["frames"] for e in self._episodes)
-
-    def __enter__(self) -> EpisodeWriter:
-        with ExitStack() as stack:
-            self._staging = stack.enter_context(replacing(self.path, self._overwrite, self._then))
-            (self._staging / "episodes").mkdir()
-            self._place = stack.pop_all()
-        return self
-
-    def add(self, frames: np.ndarray, actions: np.ndarray | None, source: str = "", split: str | None = None) -> str:
-        """Write one episode, frames uint8 (T, H, W, 3) and actions float32 (T-1, A) or None; returns its id.
-
-        split: train, val or test; left out, it is drawn from the writer's fractions at the end.
-        Raises DataError on a wrong shape, a wrong count of actions, or actions outside the action space; OSError when
-        the disk is full.
-        """
-        import numpy as np
-        from safetensors.numpy import save_file
-
-        where = f"episode {source or len(self._episodes)}"
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != self._shape:
-            raise DataError(f"{where}: frames are {frames.dtype} {frames.shape}, not uint8 (T, {self._shape})")
-        if len(frames) < 2:
-            raise DataError(f"{where}: {len(frames)} frame(s) show no action; an episode needs at least 2")
-        tensors = {"frames": np.ascontiguousarray(frames)}
-        if actions is not None:
-            self.action_space.validate(actions, where)
-            if len(actions) != len(frames) - 1:
-                raise DataError(f"{where}: {len(frames)} frames need {len(frames) - 1} actions, not {len(actions)}")
-            if self.action_space.width == 0:
-                raise DataError(f"{where}: actions were given, but the dataset's action space is empty")
-            tensors["actions"] = np.ascontiguousarray(actions)
-        episode_id = f"{len(self._episodes):06d}"
-        file = self._staging / "episodes" / f"{episode_id}.safetensors"
-        with as_any_file(file):
-            save_file(tensors, file)
-        digest = file_hash(file)
-        assert split is None or split in SPLITS, split
-        episode = Episode(episode_id, split or "", len(frames), actions is not None, digest, source)
-        self._episodes.append(dict(vars(episode)))
-        return episode_id
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._place.__exit__(kind, error, trace)
-            return
-        with self._place:
-            self._finish()
-
-    def _finish(self) -> None:
-        if not self._episodes:
-            raise DataError(f"no episode was written, so {self.path} was not made")
-        given = {e["sha256"]: e["split"] for e in self._episodes if e["split"]}
-        unique = list(dict.fromkeys(e["sha256"] for e in self._episodes if e["sha256"] not in given))
-        # identical episodes share one split
-        drawn = split_episodes(len(unique), self._fractions, self._facts["seed"]) if unique else []
-        splits = given | dict(zip(unique, drawn, strict=True))
-        for episode in self._episodes:
-            episode["split"] = splits[episode["sha256"]]
-        document = self._facts | {"episodes": self._episodes}
-        check_document(document, str(self.path / "dataset.json"))
-        try:
-            page = to_json(document, 1, MAX_BYTES) + "\n"
-        except ValueError as error:
-            raise DataError(f"no dataset.json can be written ({error}): make several datasets of it") from None
-        (self._staging / "dataset.json").write_text(page)
-        check_target(self.path, self._overwrite)  # somebody may have written there meanwhile
-
-
 def _identity(path: Path) -> tuple[int, ...] | None:
     """What changes when a dataset is replaced: the file that is its dataset.json."""
     try:
@@ -311,51 +183,3 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def parse_fractions(text: str) -> tuple[float, float, float]:
-    """The shares of train, val and test from "0.8,0.1,0.1". Raises UserError."""
-    try:
-        train, val, test = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"the splits {text!r} are not three shares: give train,val,test such as 0.8,0.1,0.1") from None
-    check_fractions((train, val, test))
-    return train, val, test
-
-
-def check_fractions(fractions: tuple[float, ...]) -> None:
-    """UserError unless these are three shares that sum to 1 and leave something to train on."""
-    if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(
-            f"splits {fractions} must be three shares (train, val, test) that sum to 1, such as 0.8,0.1,0.1"
-        )
-    if fractions[0] == 0:
-        raise UserError(f"splits {fractions} leave nothing to train on: give train a share above 0")
-
-
-def split_episodes(n: int, fractions: tuple[float, float, float], seed: int) -> list[str]:
-    """The split of each of n episodes, shuffled by the seed. From 3 episodes on, each split with a fraction above zero
-    gets at least one; 2 become train and val; 1 is train. Raises UserError on fractions that are not shares of 1."""
-    import numpy as np
-
-    check_fractions(fractions)
-    wanted = [max(1, round(n * f)) if f > 0 else 0 for f in fractions[1:]]
-    while sum(wanted) > n - 1:  # train keeps one; test gives way before val
-        wanted[1 if wanted[1] >= wanted[0] else 0] -= 1
-    names = ["val"] * wanted[0] + ["test"] * wanted[1]
-    names += ["train"] * (n - len(names))
-    order = np.random.default_rng([seed, n]).permutation(n)
-    return [names[i] for i in order]
-
-
-def check_target(path: Path, overwrite: bool) -> None:
-    """Refuse to write a dataset where something else is, or where none can be. Raises UserError."""
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-        raise UserError(f"{path} exists and is not a folder: choose another --out")
-    check_folder(path, overwrite=True, holds="dataset")
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    if not (path / "dataset.json").is_file():
-        raise UserError(f"{path} is not empty and is not a dataset, so it is left alone: choose another --out")
-    if not overwrite:
-        raise UserError(f"{path} already holds a dataset: choose another --out, or add --overwrite")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.recording import RecordConfig, Recorded, record_episodes
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 

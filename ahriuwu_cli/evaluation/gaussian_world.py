@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ahriuwu_cli.data.actions import ActionComponent, ActionSpace
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.action_component import ActionComponent
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.evaluation.oracles import paper_level
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.rollout import RolloutConfig

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ahriuwu_cli.data.panels import compose_grid
 from ahriuwu_cli.data.resize import area_resize
-from ahriuwu_cli.data.video import compose_grid, write_mp4, write_strip
+from ahriuwu_cli.data.video_writing import write_mp4, write_strip
 from ahriuwu_cli.evaluation.page_style import Html, tag
 
 PANELS = ("truth", "rollout", "difference")

@@ -17,7 +17,7 @@ from ahriuwu_cli.models.cache import AHEAD
 from ahriuwu_cli.models.kernels import SHORT
 
 if TYPE_CHECKING:
-    from ahriuwu_cli.models.dynamics import DynamicsConfig
+    from ahriuwu_cli.models.dynamics_config import DynamicsConfig
     from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizerConfig
 
 FREE, TIMES = 2 << 30, 32

@@ -14,7 +14,8 @@ from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.diffusion.forcing import ONE_STEP_SIZE
 from ahriuwu_cli.diffusion.tau import levels
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer, check_sizes
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.models.dynamics import DynamicsConfig
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.training.shadow import PARTS, Shadow
 
 CARDS = (16, 24, 80)  # GB, of 10^9 bytes

@@ -10,7 +10,7 @@ from ahriuwu_cli.data.documents import document_hash, read_object
 from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import CheckpointError
-from ahriuwu_cli.models.dynamics import DynamicsConfig
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.rollout import RolloutConfig
 
 FORMAT, UNSEALED = "ahriuwu-checkpoint/2", "ahriuwu-checkpoint/1"  # the latter from before there were hashes

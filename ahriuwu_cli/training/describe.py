@@ -11,7 +11,8 @@ import torch
 
 from ahriuwu_cli.diffusion.tau import CONVENTION
 from ahriuwu_cli.errors import DataError
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig, count_parameters
+from ahriuwu_cli.models.dynamics import Dynamics, count_parameters
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.printing import one_line
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world

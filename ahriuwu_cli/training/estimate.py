@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.training.batches import shape_of
 from ahriuwu_cli.training.shadow import PARTS, PHASES, bootstrap_rows, trace_step
 

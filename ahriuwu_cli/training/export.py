@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ahriuwu_cli.data.documents import MAX_RESULT, as_text, read_object
-from ahriuwu_cli.data.episodes import EpisodeStore, EpisodeWriter
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.cell_check import check_scores

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.diffusion.forcing import ONE_STEP_SIZE
 from ahriuwu_cli.models import kernels, products
-from ahriuwu_cli.models.dynamics import Dynamics, DynamicsConfig
+from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.training.batches import Batch, Kinds
 from ahriuwu_cli.training.clip_loss import ClipLoss
 from ahriuwu_cli.training.muon import Muon

@@ -93,7 +93,7 @@ def placed_for(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) 
     like = {}
     for name in tensors:
         index = name.partition(".")[0]
-        if index.isascii() and index.isdigit() and int(index) < len(parameters):
+        if index.isascii() and index.isdigit() and len(index) < 10 and int(index) < len(parameters):
             like[name] = parameters[int(index)]
     return placed_as(tensors, like)
 
