@@ -70,7 +70,7 @@ def train_dynamics(
     predicts: str = options.name(
         "x",
         "--predicts",
-        listed("models.dynamics", "PREDICTS"),
+        listed("models.dynamics_config", "PREDICTS"),
         "What the network gives: x (z_clean), or for ablation v (velocity).",
     ),
     single_image_share: float = options.number(
