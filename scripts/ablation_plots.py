@@ -58,6 +58,7 @@ def _forest(study: Study, table: dict[str, Any], rows: list[Found], columns: lis
             axes.axvline(0, color="#777777", linewidth=0.8)
         axes.set_title(("difference in " if against else "") + LABELS.get(column, f"{column}, dB"), fontsize=7)
         axes.set_yticks([-i for i in range(len(rows))], [f"{f.arm}, {f.view}" for f in rows], fontsize=7)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_ylim(-len(rows) + 0.4, 0.6)
         if not axes.get_subplotspec().is_first_col():
             axes.tick_params(labelleft=False)
