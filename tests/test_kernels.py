@@ -70,6 +70,23 @@ def test_normed_heads_equal_the_plain_path_and_their_gradient_is_exact(monkeypat
     torch.testing.assert_close(kernels.norm_heads(x, gain, kind, turn), by_hand)
 
 
+@pytest.mark.parametrize("length", [5, kernels.SHORT + 1])
+def test_heads_in_bfloat16_attend_in_32_bits_up_to_the_longest_line_that_is_held_in_memory(length):
+    q, k, v = (draw(1, 2, length, 2, 8, seed=i).bfloat16() for i in range(3))
+    gain, turn = draw(8, seed=3).float(), tables("space", 2, length, 8)
+
+    def attended(q, k, v):
+        q, k = (kernels.norm_heads(x, gain, "space", turn) for x in (q, k))
+        return kernels.attend(q, k, kernels.split_heads(v, "space"), None)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attended(q, k, v)
+    assert found.dtype == torch.bfloat16
+    exact = attended(q.float(), k.float(), v.float())
+    error = (found - exact).norm() / exact.norm()
+    assert error < (2e-3 if length <= kernels.SHORT else 2e-2)  # a rounding at the end; else each step's
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_that_are_split_into_lines_are_joined_again(kind):
     x = draw(2, 3, 5, 4, 2)

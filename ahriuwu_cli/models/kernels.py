@@ -31,8 +31,7 @@ Tables = tuple[Tensor, Tensor]  # cos and sin of rotary positions: (T, D / 2), o
 
 def by_hand(x: Tensor) -> bool:
     """Whether the pieces below beat the plain formulas: on a CPU, in 32 bits or more, outside of a compiled graph."""
-    wide = x.dtype in (torch.float32, torch.float64)
-    return wide and x.device.type in ("cpu", "meta") and not torch.compiler.is_compiling()
+    return x.dtype in (torch.float32, torch.float64) and _eager_on_cpu(x)
 
 
 def holds_table(q: Tensor, k: Tensor) -> bool:
@@ -61,7 +60,12 @@ def split_heads(x: Tensor, kind: str) -> Tensor:
 
 
 def norm_heads(x: Tensor, gain: Tensor, kind: str, tables: Tables | None) -> Tensor:
-    """Queries or keys (B, T, S, H, D) normed, scaled by gain (D,) and rotated: (rows, heads, L, D)."""
+    """Queries or keys (B, T, S, H, D) normed, scaled by gain (D,) and rotated: (rows, heads, L, D).
+
+    In the number format of x; of bfloat16 on a CPU in float32, in which attention works there.
+    """
+    if x.dtype == torch.bfloat16 and _eager_on_cpu(x):
+        x = x.float()
     if not by_hand(x):
         y = F.rms_norm(x, x.shape[-1:], gain.to(x.dtype), EPS).permute(ORDERS[kind])
         return _lines(y if tables is None else rotate(y, *tables), kind)
@@ -73,14 +77,16 @@ def norm_heads(x: Tensor, gain: Tensor, kind: str, tables: Tables | None) -> Ten
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q k^T + bias) v of q (rows, H, L, D), k and v (rows, G, M, D), bias (L, M): (rows, H, L, D).
 
-    The scale is not applied here, it belongs into the gain of q. H is a multiple of G: grouped-query attention.
+    In the number format of v. The scale is not applied here, it belongs into the gain of q. H is a multiple of G:
+    grouped-query attention.
     """
     if holds_table(q, k):
-        if q.dtype == torch.float32:
+        if q.dtype == v.dtype == torch.float32:
             return _by_table(q, k, v, bias)
         with torch.autocast(q.device.type, enabled=False):  # 16 bits are too few for scores, and no faster here
-            return _by_table(q.float(), k.float(), v.float(), bias).to(q.dtype)
-    mask = None if bias is None else bias.to(q.dtype)
+            return _by_table(q.float(), k.float(), v.float(), bias).to(v.dtype)
+    mask = None if bias is None else bias.to(v.dtype)
+    q, k = q.to(v.dtype), k.to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -180,6 +186,10 @@ def _norm_gradient(g: Tensor, normed: Tensor, scale: Tensor, weight: Tensor, dx:
     mean = (product @ weight)[..., None].div_(weight.numel())
     torch.mul(g, weight, out=product).addcmul_(normed, mean, value=-1)
     return torch.mul(product, scale, out=dx), d_weight
+
+
+def _eager_on_cpu(x: Tensor) -> bool:
+    return x.device.type in ("cpu", "meta") and not torch.compiler.is_compiling()
 
 
 def _turned(x: Tensor, tables: Tables | None) -> Tensor:

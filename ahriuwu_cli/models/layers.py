@@ -63,6 +63,8 @@ class Attention(nn.Module):
         asked: slice | None = None,
     ) -> Tensor:
         """x (B, T, S, C) -> the same, or only what is asked for: tokens where lines lie in space, else frames."""
+        if torch.is_autocast_enabled(x.device.type):  # once for both products
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         seeking, turn = x, rotary
         if asked is not None:
             seeking = x[:, :, asked] if kind == "space" else x[:, asked]
