@@ -519,13 +519,31 @@ def _track(count: int, kind: bytes = b"soun", tick: int = 1, form: bytes = b"sow
         _box(b"stts", struct.pack(">4I", 0, 1, count, tick)),
         _box(b"stsc", struct.pack(">5I", 0, 1, 1, 48_000, 1)),
         _box(b"stsz", struct.pack(">3I", 0, 4, count)),
-        _box(b"stco", struct.pack(">2I", 0, -(-count // 48_000))),
+        _box(b"stco", struct.pack(">2I", 0, -(-count // 48_000)) + bytes(4 * -(-count // 48_000))),
     ]
     media = _box(b"hdlr", bytes(8) + kind) + _box(b"minf", _box(within, b"".join(tables)))
     return _box(b"moov", _box(b"trak", _box(b"mdia", media)))
 
 
+def _cut_up(edits: int, count: int = 1000, stated: int = 1) -> bytes:
+    """A track of so many pictures whose edits show it again and again."""
+    track = _track(count, kind=b"vide")[16:]
+    edit = _box(b"elst", struct.pack(">2I", 0, stated) + struct.pack(">3I", count, 0, 1 << 16) * edits)
+    return _box(b"moov", _box(b"trak", _box(b"edts", edit) + track))
+
+
+def _claim(name: bytes, version: int, skip: int) -> bytes:
+    """A table that states millions of entries and has none."""
+    return _box(name, bytes([version, 0, 0, 0]) + bytes(skip) + struct.pack(">I", 0x0FFFFF00) + bytes(64))
+
+
 HOUR = 3600 * 48_000  # samples of sound
+CLAIMS = [  # tables, their versions, and bytes before the number of their entries
+    *((name, 0, 0) for name in (b"stts", b"ctts", b"stsc", b"stco", b"co64", b"stss", b"stps", b"keys", b"ipma")),
+    *((b"sbgp", 0, 4), (b"sbgp", 1, 8), (b"sbgp", 2, 4)),
+    *((b"sgpd", 0, 4), (b"sgpd", 1, 8), (b"sgpd", 2, 12), (b"sgpd", 3, 12)),
+    *((b"iinf", 1, 0), (b"iloc", 2, 2), (b"tfra", 0, 8), (b"sidx", 0, 18), (b"sidx", 1, 26)),
+]
 LIES = {
     "pictures": _track(HOUR, kind=b"vide"),
     "of no kind": _track(HOUR, kind=bytes(4)),
@@ -540,7 +558,14 @@ LIES = {
     "of many tables": _box(b"free", b"stts" * (mp4_index.MOST_TABLES + 1)),
     "of many pieces": _box(b"free", b"trun" * (mp4_index.MOST_BOXES + 1)),
     "squeezed": _box(b"moov", _box(b"cmov", b"")),
-    "of many parts": _box(b"free", b"") * (mp4_index.MOST_BOXES + 1),
+    "encrypted": _box(b"moov", _box(b"trak", _box(b"sinf", _box(b"schm", bytes(12))))),
+    "shown again": _cut_up(5000),
+    "of fragments for each track": _box(b"moov", _box(b"trak", b"") * 90) + _box(b"moof", b"") * 90_000,
+    "of parts for each track": _box(b"moov", _box(b"trak", b"") * 90)
+    + _box(b"sidx", bytes(22) + struct.pack(">H", 60_000) + bytes(720_000)),
+    "of voices": _box(b"iacb", bytes(300_000)),
+    "in a long box": struct.pack(">I4sQ2I", 1, b"trun", 24, 0, 60_000_000),
+    **{f"{name.decode()} {version}": _claim(name, version, skip) for name, version, skip in CLAIMS},
 }
 
 
@@ -576,8 +601,9 @@ def test_a_large_index_of_holes_is_not_read(tmp_path):
 def test_films_and_an_hour_of_raw_sound_pass(tmp_path):
     write_mp4(tmp_path / "a.mp4", np.zeros((5, 32, 32, 3), np.uint8), 10)
     (tmp_path / "b.mov").write_bytes(_box(b"mdat", b"stsz" + b"\xff" * 99) + _track(HOUR) + _track(200_000, b"vide"))
+    (tmp_path / "d.mov").write_bytes(_cut_up(500))
     write_gif(tmp_path / "c.gif", np.zeros((5, 32, 32, 3), np.uint8), 10)
-    assert [mp4_index.too_many(tmp_path / name) for name in ("a.mp4", "b.mov", "c.gif")] == ["", "", ""]
+    assert [mp4_index.too_many(tmp_path / name) for name in ("a.mp4", "b.mov", "c.gif", "d.mov")] == [""] * 4
 
 
 @pytest.mark.parametrize("kind", ["large", "other", "cut", "pipe"])
