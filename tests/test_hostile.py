@@ -542,7 +542,7 @@ CLAIMS = [  # tables, their versions, and bytes before the number of their entri
     *((name, 0, 0) for name in (b"stts", b"ctts", b"stsc", b"stco", b"co64", b"stss", b"stps", b"keys", b"ipma")),
     *((b"sbgp", 0, 4), (b"sbgp", 1, 8), (b"sbgp", 2, 4)),
     *((b"sgpd", 0, 4), (b"sgpd", 1, 8), (b"sgpd", 2, 12), (b"sgpd", 3, 12)),
-    *((b"iinf", 1, 0), (b"iloc", 2, 2), (b"tfra", 0, 8), (b"sidx", 0, 18), (b"sidx", 1, 26)),
+    *((b"pssh", 1, 16), (b"iinf", 1, 0), (b"iloc", 2, 2), (b"tfra", 0, 8), (b"sidx", 0, 18), (b"sidx", 1, 26)),
 ]
 LIES = {
     "pictures": _track(HOUR, kind=b"vide"),
@@ -558,7 +558,8 @@ LIES = {
     "of many tables": _box(b"free", b"stts" * (mp4_index.MOST_TABLES + 1)),
     "of many pieces": _box(b"free", b"trun" * (mp4_index.MOST_BOXES + 1)),
     "squeezed": _box(b"moov", _box(b"cmov", b"")),
-    "encrypted": _box(b"moov", _box(b"trak", _box(b"sinf", _box(b"schm", bytes(12))))),
+    "of keys to it": _box(b"moov", _box(b"senc", struct.pack(">2I", 0, 1_000_000))),
+    "of sizes of keys": _box(b"saiz", struct.pack(">I8xBI", 1, 0, 1_000_000)),
     "shown again": _cut_up(5000),
     "of fragments for each track": _box(b"moov", _box(b"trak", b"") * 90) + _box(b"moof", b"") * 90_000,
     "of parts for each track": _box(b"moov", _box(b"trak", b"") * 90)
@@ -601,7 +602,8 @@ def test_a_large_index_of_holes_is_not_read(tmp_path):
 def test_films_and_an_hour_of_raw_sound_pass(tmp_path):
     write_mp4(tmp_path / "a.mp4", np.zeros((5, 32, 32, 3), np.uint8), 10)
     (tmp_path / "b.mov").write_bytes(_box(b"mdat", b"stsz" + b"\xff" * 99) + _track(HOUR) + _track(200_000, b"vide"))
-    (tmp_path / "d.mov").write_bytes(_cut_up(500))
+    text = b"The trunk of a Costco car: no keys are there, in essence of the presence"
+    (tmp_path / "d.mov").write_bytes(_cut_up(500) + _box(b"free", text))
     write_gif(tmp_path / "c.gif", np.zeros((5, 32, 32, 3), np.uint8), 10)
     assert [mp4_index.too_many(tmp_path / name) for name in ("a.mp4", "b.mov", "c.gif", "d.mov")] == [""] * 4
 

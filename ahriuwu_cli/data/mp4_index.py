@@ -33,6 +33,10 @@ _LISTS = {
     b"stsc": (12, _PLAIN),
     b"sbgp": (8, ((12, 32), (16, 32), (12, 32))),
     b"sgpd": (1, ((12, 32), (16, 32), (20, 32))),
+    b"pssh": (16, ((24, 0), (24, 32))),
+    b"trun": (0, _PLAIN),
+    b"senc": (0, _PLAIN),
+    b"saiz": (0, ((9, 32),)),
     b"ipma": (3, _PLAIN),
     b"iinf": (8, ((8, 16), (8, 32))),
     b"iloc": (6, ((10, 16), (10, 16), (10, 32))),
@@ -40,10 +44,11 @@ _LISTS = {
     b"sidx": (12, ((26, 16), (34, 16))),
 }
 _PARTS = (b"tfra", b"sidx")  # lists of which FFmpeg keeps every entry for every track, as it does fragments
-_ITEMS = (b"iinf", b"iloc")  # of which it keeps every entry at the size of some pieces
-_ITEM = 4  # pieces
+_LARGE = (b"senc", b"saiz", b"iinf", b"iloc")  # of which it keeps every entry at the size of some pieces
+_ENTRY = 8  # pieces
 _SOUND_SCENE, _BYTE = b"iacb", 20  # pieces that a byte of it may take: every one may be a stream of sound
-_LOCKS = (b"schm", b"pssh")  # of encrypted films alone
+_WORDS = (b"keys", b"senc", b"stco", b"trun")  # found in texts, where letters follow that make a large number
+_LETTERS = 1 << 29  # above it FFmpeg refuses those four itself
 _LONG, _DATA, _SOUND = b"\0\0\0\1", b"mdat", (b"soun", b"alis", b"url ", b"\0\0\0\0")
 
 
@@ -57,17 +62,15 @@ def too_many(path: Path) -> str:
         return f"its index has more than {MOST_INDEX >> 20} MB or {MOST_BOXES} parts"
     if b"cmov" in index:
         return "its index is compressed"
-    if any(name in index for name in _LOCKS):
-        return "it is encrypted, says its index"
     if any(index.count(name) > MOST_TABLES for name in _TABLES) or index.count(b"trun") > MOST_BOXES:
         return f"its index has more than {MOST_TABLES} tables of a kind"
     counts = {name: sum(_entries(index, name, at) for at in _places(index, name)) for name in _LISTS}
     if sum(count * _LISTS[name][0] for name, count in counts.items()) > len(index):
         return "its index states more entries than it has room for"
     parts = index.count(b"moof") + sum(counts[name] for name in _PARTS)
-    pieces = parts * index.count(b"trak") + _ITEM * sum(counts[name] for name in _ITEMS)
+    pieces = parts * index.count(b"trak") + counts[b"trun"]
+    pieces += _ENTRY * sum(counts[name] for name in _LARGE)
     pieces += _BYTE * sum(_end(index, _SOUND_SCENE, at) - at for at in _places(index, _SOUND_SCENE))
-    pieces += sum(_number(index, at + 8) for at in _places(index, b"trun"))
     ends = [*_places(index, b"trak"), len(index)]
     for start, end in zip([0, *ends], ends, strict=False):
         pieces += _pieces(index[start:end])
@@ -169,7 +172,10 @@ def _entries(content: bytes, name: bytes, at: int) -> int:
     """How many entries the list whose name stands at a byte states."""
     versions = _LISTS[name][1]
     offset, bits = versions[min(content[at + 4] if at + 4 < len(content) else 0, len(versions) - 1)]
-    return _number(content, at + offset) >> 32 - bits
+    if name == b"saiz" and content[at + 7 : at + 8] == b"\1":  # two more words
+        offset += 8
+    count = _number(content, at + offset) >> 32 - bits
+    return 0 if name in _WORDS and count >= _LETTERS else count
 
 
 def _places(content: bytes, name: bytes) -> Iterator[int]:
