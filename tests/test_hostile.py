@@ -24,7 +24,7 @@ from small import small_dataset, small_world
 import ahriuwu_cli
 from ahriuwu_cli.cli import main
 from ahriuwu_cli.commands import options
-from ahriuwu_cli.data import mp4_index
+from ahriuwu_cli.data import mkv_index, mp4_index, whole_video
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.describe import as_text as describe_text
@@ -577,6 +577,45 @@ def test_an_index_of_millions_is_refused_before_memory_is_taken(tmp_path, monkey
     monkeypatch.setattr("av.open", lambda *_, **__: pytest.fail("FFmpeg was asked"))
     with pytest.raises(DataError, match="its index"):
         video_fps(tmp_path / "lie.mp4")
+
+
+def _element(name: str, *content: bytes) -> bytes:
+    content = b"".join(content)
+    return bytes.fromhex(name) + bytes([0x10 | len(content) >> 24]) + (len(content) & 0xFFFFFF).to_bytes(3) + content
+
+
+_LIST = _element("1254c367", b"\x73\x73\x80" * 900)  # tags without content
+_PLACE = _element("114d9b74", _element("4dbb", _element("53ab", _LIST[:4]), _element("53ac", (40).to_bytes(2))))
+ENTRIES = {
+    "tags": _LIST,
+    "tags in tags": _element("1254c367", _element("7373", b"\x67\xc8\x80" * 900)),
+    "encodings": _element("1654ae6b", _element("ae", _element("6d80", b"\x62\x40\x80" * 900))),
+    "planes": _element("1654ae6b", _element("ae", _element("e2", _element("e3", b"\xe4\x80" * 900)))),
+    "cues": _element("1c53bb6b", b"\xbb\x80" * 900),
+    "files": _element("1941a469", b"\x61\xa7\x80" * 900),
+    "chapters": _element("1043a770", _element("45b9", b"\xb6\x80" * 900)),
+    "places": _element("114d9b74", b"\x4d\xbb\x80" * 900),
+    "in a hole": _element("ec", _LIST),
+    "behind damage": b"\0" + _LIST,
+    "in a cluster that a place names": _PLACE + _element("1f43b675", _LIST),
+    "behind a live cluster": bytes.fromhex("1f43b67501ffffffffffffff") + _element("a3", bytes(9)) + _LIST,
+}
+
+
+@pytest.mark.parametrize("lists", ENTRIES.values(), ids=ENTRIES)
+def test_entries_without_content_are_counted_before_memory_is_taken(tmp_path, monkeypatch, lists):
+    (tmp_path / "a.mkv").write_bytes(_element("1a45dfa3") + _element("18538067", lists))
+    assert mkv_index.too_many_entries(tmp_path / "a.mkv") == ""
+    monkeypatch.setattr(whole_video, "FEW_PARTS", 800)
+    monkeypatch.setattr("av.open", lambda *_, **__: pytest.fail("FFmpeg was asked"))
+    with pytest.raises(DataError, match="more than 800 parts"):
+        video_fps(tmp_path / "a.mkv")
+
+
+def test_what_a_matroska_file_has_beside_its_pictures_has_a_limit(tmp_path):
+    (tmp_path / "a.mkv").write_bytes(_element("1a45dfa3") + bytes.fromhex("1853806701ffffffffffffff1941a46908fffffff0"))
+    os.truncate(tmp_path / "a.mkv", 3_000_000_000)
+    assert mkv_index.too_many_entries(tmp_path / "a.mkv") == "it has more than 128 MB that are no pictures"
 
 
 def test_a_video_without_permission_is_a_dataset_s_error(tmp_path, monkeypatch):

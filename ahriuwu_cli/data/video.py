@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
+from ahriuwu_cli.data.mkv_index import too_many_entries
 from ahriuwu_cli.data.mp4_index import too_many
 from ahriuwu_cli.errors import DataError
 
@@ -98,7 +99,7 @@ def _opened(path: Path):
     if not path.is_file():
         raise DataError(f"{path} is not a file: give a video file")
     try:
-        if fault := too_many(path):
+        if fault := too_many(path) or too_many_entries(path):
             raise DataError(f"{path} is damaged or no video ({fault}): convert it first")
     except OSError as error:
         raise DataError(f"{path} cannot be read as video ({error.strerror}): make it readable") from None

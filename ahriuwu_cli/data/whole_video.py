@@ -18,7 +18,8 @@ MOST_PARTS = 2_000_000  # of one file: packets, blocks; ten times those of the l
 FEW_PARTS = 500_000  # that any file may have
 PART = 16  # bytes a part of a file that has more: a picture that stands still takes 22
 SLACK = 1.5  # frame times that the last frame may end before the stated end: rounding, and a cut between two frames
-_SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675  # of Matroska
+MATROSKA = b"\x1a\x45\xdf\xa3"  # how a file begins
+SEGMENT, CLUSTER = 0x18538067, 0x1F43B675  # of Matroska
 
 
 class Clock:
@@ -34,7 +35,7 @@ class Clock:
 
     def frames(self, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
         """The frames of a stream, up to the most packets without one. Raises what PyAV raises."""
-        count = _counter(container.size)
+        count = counter(container.size)
         try:
             for packet in container.demux() if self._of_all else container.demux(stream):
                 before = self._count
@@ -48,7 +49,7 @@ class Clock:
                     self._others = max(self._others, float(last * packet.time_base))
                 if self._count == before:
                     count()
-        except _Broken as error:
+        except Broken as error:
             self._many = str(error)
 
     def fault(self) -> str:
@@ -80,7 +81,7 @@ def broken(path: Path) -> str:
     """What is wrong with the parts of a GIF, AVI, mkv or webm, or nothing; other containers are not walked. OSError."""
     with open(path, "rb") as file:
         magic = file.read(4)
-        walk = {b"GIF8": _gif, b"RIFF": _riff, b"\x1a\x45\xdf\xa3": _matroska}.get(magic)
+        walk = {b"GIF8": _gif, b"RIFF": _riff, MATROSKA: _matroska}.get(magic)
         if walk is None:
             return ""
         file.seek(0, 2)
@@ -88,12 +89,12 @@ def broken(path: Path) -> str:
         file.seek(0)
         try:
             walk(file, size)
-        except _Broken as error:
+        except Broken as error:
             return str(error)
     return ""
 
 
-class _Broken(Exception):
+class Broken(Exception):
     """Where a walk cannot go on."""
 
 
@@ -115,7 +116,7 @@ def _stated_end(container: Any, stream: Any) -> tuple[float | None, bool]:
 
 def _gif(file: BinaryIO, size: int) -> None:
     """Header, colours, then extensions and images in blocks of up to 255 bytes, to the mark of the end."""
-    count = _counter(size)
+    count = counter(size)
     head = _take(file, 13)
     _skip_colours(file, head[10])
     while (kind := _take(file, 1)[0]) != 0x3B:
@@ -123,7 +124,7 @@ def _gif(file: BinaryIO, size: int) -> None:
         if kind == 0x2C:  # an image
             _skip_colours(file, _take(file, 9)[8])
         elif kind != 0x21:
-            raise _Broken(f"there is no part of a GIF at byte {file.tell() - 1}")
+            raise Broken(f"there is no part of a GIF at byte {file.tell() - 1}")
         _take(file, 1)  # what kind of extension, or how many bits a colour has
         while length := _take(file, 1)[0]:
             count()
@@ -137,18 +138,18 @@ def _skip_colours(file: BinaryIO, flags: int) -> None:
 
 def _riff(file: BinaryIO, size: int) -> None:
     """Chunks with their lengths, some of which are lists of chunks; one RIFF after the other to the end of the file."""
-    count = _counter(size)
+    count = counter(size)
     while file.tell() < size and file.read(4) == b"RIFF":  # what is no RIFF after the first is not looked at
         count()
         end = _number(file) + file.tell()
         if end > size:
-            raise _Broken(f"it says that it has {end} bytes and has {size}")
+            raise Broken(f"it says that it has {end} bytes and has {size}")
         _take(file, 4)
         while file.tell() + 8 <= end:
             count()
             name, length = _take(file, 4), _number(file)
             if not all(32 <= byte < 127 for byte in name):
-                raise _Broken(f"there is no chunk of an AVI at byte {file.tell() - 8}")
+                raise Broken(f"there is no chunk of an AVI at byte {file.tell() - 8}")
             if name == b"LIST" and length >= 4 and file.read(4) in (b"movi", b"rec "):
                 continue  # its chunks come next; none reaches beyond the RIFF
             file.seek(-4 if name == b"LIST" and length >= 4 else 0, 1)
@@ -158,34 +159,34 @@ def _riff(file: BinaryIO, size: int) -> None:
 
 def _matroska(file: BinaryIO, size: int) -> None:
     """Elements with their lengths: a head, and the first segment with clusters of blocks in it."""
-    count = _counter(size)
-    name, length = _element(file)
+    count = counter(size)
+    name, length = element(file)
     _skip(file, length or 0, size)
-    name, length = _element(file)
-    if name != _SEGMENT:
-        raise _Broken(f"there is no segment at byte {file.tell()}")
+    name, length = element(file)
+    if name != SEGMENT:
+        raise Broken(f"there is no segment at byte {file.tell()}")
     end = size if length is None else file.tell() + length
     if end > size:
-        raise _Broken(f"it says that it has {end} bytes and has {size}")
+        raise Broken(f"it says that it has {end} bytes and has {size}")
     while file.tell() < end:
         count()
-        name, length = _element(file)
-        if name == _CLUSTER:
+        name, length = element(file)
+        if name == CLUSTER:
             continue  # its blocks come next
         if length is None:
-            raise _Broken(f"the part at byte {file.tell()} has no length")
+            raise Broken(f"the part at byte {file.tell()} has no length")
         _skip(file, length, end)
 
 
-def _element(file: BinaryIO) -> tuple[int, int | None]:
+def element(file: BinaryIO) -> tuple[int, int | None]:
     """Name and length of an element of Matroska; None: it ends where the next of its kind begins."""
     first = _take(file, 1)[0]
     if first < 0x10:
-        raise _Broken(f"there is no part of a Matroska file at byte {file.tell() - 1}")
+        raise Broken(f"there is no part of a Matroska file at byte {file.tell() - 1}")
     name = int.from_bytes(bytes([first]) + _take(file, 8 - first.bit_length()))
     first = _take(file, 1)[0]
     if not first:
-        raise _Broken(f"the length at byte {file.tell() - 1} is none of Matroska")
+        raise Broken(f"the length at byte {file.tell() - 1} is none of Matroska")
     more = 8 - first.bit_length()
     length = int.from_bytes(bytes([first & (0x7F >> more)]) + _take(file, more))
     return name, None if length == (1 << 7 * (more + 1)) - 1 else length
@@ -198,23 +199,23 @@ def _number(file: BinaryIO) -> int:
 def _take(file: BinaryIO, count: int) -> bytes:
     data = file.read(count)
     if len(data) < count:
-        raise _Broken("it ends in the middle")
+        raise Broken("it ends in the middle")
     return data
 
 
 def _skip(file: BinaryIO, count: int, end: int) -> None:
     if file.tell() + count > end:
-        raise _Broken("it ends in the middle")
+        raise Broken("it ends in the middle")
     file.seek(count, 1)
 
 
-def _counter(size: int) -> Callable[[], None]:
+def counter(size: int) -> Callable[[], None]:
     most = left = min(MOST_PARTS, max(FEW_PARTS, size // PART))
 
     def count() -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            raise _Broken(f"it has more than {most} parts in {size} bytes")
+            raise Broken(f"it has more than {most} parts in {size} bytes")
 
     return count
