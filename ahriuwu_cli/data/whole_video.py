@@ -2,7 +2,8 @@
 
 FFmpeg skips over damage and ends where a file was cut; it says so in a log at most. So the parts of a GIF, AVI, mkv or
 webm are walked by their own lengths, a frame that the decoder marks as corrupt is none, and the last frame must reach
-the end that the container states. An mp4 or mov without its index does not open, and states its end there.
+the end that the container states. An mp4 or mov without its index does not open, and states its end there, but where it
+is in fragments (`mp4_fragments`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ahriuwu_cli.data import mp4_fragments
 
 if TYPE_CHECKING:
     import av
@@ -78,15 +81,14 @@ class Clock:
 
 
 def broken(path: Path) -> str:
-    """What is wrong with the parts of a GIF, AVI, mkv or webm, or nothing; other containers are not walked. OSError."""
+    """What is wrong with the parts of a GIF, AVI, mkv, webm or mp4, or nothing. OSError."""
     with open(path, "rb") as file:
         magic = file.read(4)
+        size = file.seek(0, 2)
+        file.seek(0)
         walk = {b"GIF8": _gif, b"RIFF": _riff, MATROSKA: _matroska}.get(magic)
         if walk is None:
-            return ""
-        file.seek(0, 2)
-        size = file.tell()
-        file.seek(0)
+            return mp4_fragments.cut(file, size)
         try:
             walk(file, size)
         except Broken as error:
@@ -110,7 +112,8 @@ def _stated_end(container: Any, stream: Any) -> tuple[float | None, bool]:
         length = float(stream.duration * stream.time_base)
         if container.format.name == "avi" and stream.average_rate:  # FFmpeg shortens the length where a file was cut
             length = max(length, stream.frames / float(stream.average_rate))
-        return float((stream.start_time or 0) * stream.time_base) + length, False
+        begin = stream.start_time if stream.frames else 0  # fragments, which state no number of frames, count from 0
+        return float((begin or 0) * stream.time_base) + length, False
     return (None, False) if container.duration is None else (container.duration / 1e6, True)
 
 
