@@ -13,6 +13,7 @@ from ahriuwu_cli.data.mp4_index import too_many
 from ahriuwu_cli.errors import DataError
 
 if TYPE_CHECKING:
+    import av
     import numpy as np
 
 MAX_PIXELS = 4096 * 4096
@@ -20,6 +21,8 @@ MAX_DECODED = 400_000_000_000  # pixels of all frames that are decoded of one vi
 PATIENCE = 60.0  # seconds in which a file must give its next packet
 # Containers that hold their pictures themselves. Others (playlists, lists of files) would open what they name.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+COVER = 0x400 | 0x800  # what FFmpeg says of a stream: attached picture, thumbnails
+STILLS = ("mjpeg", "png", "bmp", "tiff", "webp")
 
 
 def video_fps(path: Path | str) -> float:
@@ -93,7 +96,7 @@ def read_video(path: Path | str, max_frames: int = 100_000, max_pixels: int = MA
 
 @contextmanager
 def _opened(path: Path):
-    """The container and its first video stream."""
+    """The container and the stream of its film."""
     import av
 
     if not path.is_file():
@@ -110,6 +113,19 @@ def _opened(path: Path):
             f"{path} cannot be read as video ({error.strerror}): give an mp4, mkv, webm, avi, mov or gif"
         ) from None
     with container:
-        if not container.streams.video or container.streams.video[0].codec_context is None:  # or of no known codec
+        stream = _film(container)
+        if stream is None:
             raise DataError(f"{path} holds no video stream: give an mp4, mkv, webm, avi, mov or gif")
-        yield container, container.streams.video[0]
+        yield container, stream
+
+
+def _film(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The first video that is no cover: not marked as one, not much shorter than another, nor in a format of single
+    pictures beside one that is in none. None where there is no video of a known codec."""
+    from ahriuwu_cli.data.whole_video import stated_end
+
+    films = [stream for stream in container.streams.video if stream.codec_context and not stream.disposition & COVER]
+    ends = [None if of_all else end for end, of_all in (stated_end(container, stream) for stream in films)]
+    longest = max((end for end in ends if end is not None), default=0)
+    films = [stream for stream, end in zip(films, ends, strict=True) if end is None or end >= longest / 2]
+    return next((stream for stream in films if stream.codec_context.name not in STILLS), films[0] if films else None)

@@ -29,7 +29,7 @@ class Clock:
     """Gives the frames of a video and says afterwards what was wrong. Made before the first frame is decoded."""
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
-        self._stated, self._of_all = _stated_end(container, stream)
+        self._stated, self._of_all = stated_end(container, stream)
         self._count, self._corrupt, self._many = 0, -1, ""
         self._last: float | None = None  # seconds, when the last frame begins
         self._length = 0.0  # of the last frame
@@ -100,7 +100,7 @@ class Broken(Exception):
     """Where a walk cannot go on."""
 
 
-def _stated_end(container: Any, stream: Any) -> tuple[float | None, bool]:
+def stated_end(container: Any, stream: Any) -> tuple[float | None, bool]:
     """The end of the video in seconds and whether it is that of the longest stream; None where nothing says it."""
     if "DURATION" in stream.metadata:  # Matroska's, a time of the clock, not a length
         try:
