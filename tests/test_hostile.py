@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -14,6 +15,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ from small import small_dataset, small_world
 import ahriuwu_cli
 from ahriuwu_cli.cli import main
 from ahriuwu_cli.commands import options
-from ahriuwu_cli.data import mkv_index, mp4_index, whole_video
+from ahriuwu_cli.data import bounded_file, mkv_index, mp4_index, whole_video
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.describe import as_text as describe_text
@@ -616,6 +618,51 @@ def test_what_a_matroska_file_has_beside_its_pictures_has_a_limit(tmp_path):
     (tmp_path / "a.mkv").write_bytes(_element("1a45dfa3") + bytes.fromhex("1853806701ffffffffffffff1941a46908fffffff0"))
     os.truncate(tmp_path / "a.mkv", 3_000_000_000)
     assert mkv_index.too_many_entries(tmp_path / "a.mkv") == "it has more than 128 MB that are no pictures"
+
+
+def _avi_with_a_hole(path, size: int) -> None:
+    """Three pictures, the last of which states a size that the file has as a hole."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        for grey in (0, 20, 40):
+            picture = av.VideoFrame.from_ndarray(np.full((32, 32, 3), grey, np.uint8), format="rgb24")
+            out.mux(stream.encode(picture.reformat(format="yuvj420p")))
+        out.mux(stream.encode(None))
+    data = bytearray(path.read_bytes())
+    last, movi = data.rindex(b"00dc", 0, data.index(b"idx1")), data.index(b"movi")
+    for at, length in ((last + 4, size), (4, last + size), (movi - 4, last + 8 + size - movi)):
+        data[at : at + 4] = length.to_bytes(4, "little")
+    path.write_bytes(data[: last + 8])
+    os.truncate(path, last + 8 + size)
+
+
+def test_a_picture_of_gigabytes_is_not_read(tmp_path):
+    _avi_with_a_hole(tmp_path / "a.avi", 1_900_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match="a packet of it takes more than 200 MB"):
+        list(iter_video(tmp_path / "a.avi"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB
+
+
+def test_a_file_that_gives_no_packet_in_time_is_left(tmp_path, monkeypatch):
+    write_mp4(tmp_path / "a.mp4", np.zeros((5, 32, 32, 3), np.uint8), 10)
+    monkeypatch.setattr(bounded_file, "PATIENCE", -1.0)
+    with pytest.raises(DataError, match=r"a\.mp4 cannot be read as video \(it gives no packet within"):
+        video_fps(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"GIF8", b"RIFF", b"\x1a\x45\xdf\xa3"])
+def test_a_file_of_few_bytes_is_no_video(tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.mp4 cannot be read as video"):
+        video_fps(tmp_path / "a.mp4")
+
+
+def test_a_gif_is_read_once_more_to_count_its_pictures(tmp_path, monkeypatch):
+    write_gif(tmp_path / "a.gif", np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3)).astype(np.uint8), 10)
+    monkeypatch.setattr(bounded_file, "MOST_READ", (tmp_path / "a.gif").stat().st_size * 3 // 2)
+    assert len(list(iter_video(tmp_path / "a.gif"))) == 20
 
 
 def test_a_video_without_permission_is_a_dataset_s_error(tmp_path, monkeypatch):

@@ -36,22 +36,29 @@ class Clock:
         self._gap = float(1 / stream.average_rate) if stream.average_rate else 0.0  # the largest between two frames
         self._others = 0.0  # the end of the other streams
 
-    def frames(self, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-        """The frames of a stream, up to the most packets without one. Raises what PyAV raises."""
+    def frames(
+        self, container: av.container.InputContainer, stream: av.VideoStream, next_packet: Callable[[], None]
+    ) -> Iterator[av.VideoFrame]:
+        """The frames of a stream, up to the most packets without one; `next_packet` is called before each.
+
+        Raises what PyAV raises.
+        """
         count = counter(container.size)
+        next_packet()
         try:
-            for packet in container.demux() if self._of_all else container.demux(stream):
+            for packet in container.demux():
                 before = self._count
                 if packet.stream.index == stream.index:
                     for frame in packet.decode():
                         self._see(frame)
                         yield frame
-                elif packet.pts is not None:
+                elif self._of_all and packet.pts is not None:
                     # twice: the length that is stated has what a decoder takes to begin (Opus 7 ms), its times have not
                     last = packet.pts + 2 * (packet.duration or 0)
                     self._others = max(self._others, float(last * packet.time_base))
-                if self._count == before:
+                if self._count == before and (self._of_all or packet.stream.index == stream.index):
                     count()
+                next_packet()
         except Broken as error:
             self._many = str(error)
 
