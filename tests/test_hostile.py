@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -14,6 +15,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ from small import small_dataset, small_world
 import ahriuwu_cli
 from ahriuwu_cli.cli import main
 from ahriuwu_cli.commands import options
-from ahriuwu_cli.data import mp4_index
+from ahriuwu_cli.data import bounded_file, mkv_index, mp4_index, whole_video
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.describe import as_text as describe_text
@@ -519,13 +521,31 @@ def _track(count: int, kind: bytes = b"soun", tick: int = 1, form: bytes = b"sow
         _box(b"stts", struct.pack(">4I", 0, 1, count, tick)),
         _box(b"stsc", struct.pack(">5I", 0, 1, 1, 48_000, 1)),
         _box(b"stsz", struct.pack(">3I", 0, 4, count)),
-        _box(b"stco", struct.pack(">2I", 0, -(-count // 48_000))),
+        _box(b"stco", struct.pack(">2I", 0, -(-count // 48_000)) + bytes(4 * -(-count // 48_000))),
     ]
     media = _box(b"hdlr", bytes(8) + kind) + _box(b"minf", _box(within, b"".join(tables)))
     return _box(b"moov", _box(b"trak", _box(b"mdia", media)))
 
 
+def _cut_up(edits: int, count: int = 1000, stated: int = 1) -> bytes:
+    """A track of so many pictures whose edits show it again and again."""
+    track = _track(count, kind=b"vide")[16:]
+    edit = _box(b"elst", struct.pack(">2I", 0, stated) + struct.pack(">3I", count, 0, 1 << 16) * edits)
+    return _box(b"moov", _box(b"trak", _box(b"edts", edit) + track))
+
+
+def _claim(name: bytes, version: int, skip: int) -> bytes:
+    """A table that states millions of entries and has none."""
+    return _box(name, bytes([version, 0, 0, 0]) + bytes(skip) + struct.pack(">I", 0x0FFFFF00) + bytes(64))
+
+
 HOUR = 3600 * 48_000  # samples of sound
+CLAIMS = [  # tables, their versions, and bytes before the number of their entries
+    *((name, 0, 0) for name in (b"stts", b"ctts", b"stsc", b"stco", b"co64", b"stss", b"stps", b"keys", b"ipma")),
+    *((b"sbgp", 0, 4), (b"sbgp", 1, 8), (b"sbgp", 2, 4)),
+    *((b"sgpd", 0, 4), (b"sgpd", 1, 8), (b"sgpd", 2, 12), (b"sgpd", 3, 12)),
+    *((b"pssh", 1, 16), (b"iinf", 1, 0), (b"iloc", 2, 2), (b"tfra", 0, 8), (b"sidx", 0, 18), (b"sidx", 1, 26)),
+]
 LIES = {
     "pictures": _track(HOUR, kind=b"vide"),
     "of no kind": _track(HOUR, kind=bytes(4)),
@@ -540,7 +560,15 @@ LIES = {
     "of many tables": _box(b"free", b"stts" * (mp4_index.MOST_TABLES + 1)),
     "of many pieces": _box(b"free", b"trun" * (mp4_index.MOST_BOXES + 1)),
     "squeezed": _box(b"moov", _box(b"cmov", b"")),
-    "of many parts": _box(b"free", b"") * (mp4_index.MOST_BOXES + 1),
+    "of keys to it": _box(b"moov", _box(b"senc", struct.pack(">2I", 0, 1_000_000))),
+    "of sizes of keys": _box(b"saiz", struct.pack(">I8xBI", 1, 0, 1_000_000)),
+    "shown again": _cut_up(5000),
+    "of fragments for each track": _box(b"moov", _box(b"trak", b"") * 90) + _box(b"moof", b"") * 90_000,
+    "of parts for each track": _box(b"moov", _box(b"trak", b"") * 90)
+    + _box(b"sidx", bytes(22) + struct.pack(">H", 60_000) + bytes(720_000)),
+    "of voices": _box(b"iacb", bytes(300_000)),
+    "in a long box": struct.pack(">I4sQ2I", 1, b"trun", 24, 0, 60_000_000),
+    **{f"{name.decode()} {version}": _claim(name, version, skip) for name, version, skip in CLAIMS},
 }
 
 
@@ -551,6 +579,90 @@ def test_an_index_of_millions_is_refused_before_memory_is_taken(tmp_path, monkey
     monkeypatch.setattr("av.open", lambda *_, **__: pytest.fail("FFmpeg was asked"))
     with pytest.raises(DataError, match="its index"):
         video_fps(tmp_path / "lie.mp4")
+
+
+def _element(name: str, *content: bytes) -> bytes:
+    content = b"".join(content)
+    return bytes.fromhex(name) + bytes([0x10 | len(content) >> 24]) + (len(content) & 0xFFFFFF).to_bytes(3) + content
+
+
+_LIST = _element("1254c367", b"\x73\x73\x80" * 900)  # tags without content
+_PLACE = _element("114d9b74", _element("4dbb", _element("53ab", _LIST[:4]), _element("53ac", (40).to_bytes(2))))
+ENTRIES = {
+    "tags": _LIST,
+    "tags in tags": _element("1254c367", _element("7373", b"\x67\xc8\x80" * 900)),
+    "encodings": _element("1654ae6b", _element("ae", _element("6d80", b"\x62\x40\x80" * 900))),
+    "planes": _element("1654ae6b", _element("ae", _element("e2", _element("e3", b"\xe4\x80" * 900)))),
+    "cues": _element("1c53bb6b", b"\xbb\x80" * 900),
+    "files": _element("1941a469", b"\x61\xa7\x80" * 900),
+    "chapters": _element("1043a770", _element("45b9", b"\xb6\x80" * 900)),
+    "places": _element("114d9b74", b"\x4d\xbb\x80" * 900),
+    "in a hole": _element("ec", _LIST),
+    "behind damage": b"\0" + _LIST,
+    "in a cluster that a place names": _PLACE + _element("1f43b675", _LIST),
+    "behind a live cluster": bytes.fromhex("1f43b67501ffffffffffffff") + _element("a3", bytes(9)) + _LIST,
+}
+
+
+@pytest.mark.parametrize("lists", ENTRIES.values(), ids=ENTRIES)
+def test_entries_without_content_are_counted_before_memory_is_taken(tmp_path, monkeypatch, lists):
+    (tmp_path / "a.mkv").write_bytes(_element("1a45dfa3") + _element("18538067", lists))
+    assert mkv_index.too_many_entries(tmp_path / "a.mkv") == ""
+    monkeypatch.setattr(whole_video, "FEW_PARTS", 800)
+    monkeypatch.setattr("av.open", lambda *_, **__: pytest.fail("FFmpeg was asked"))
+    with pytest.raises(DataError, match="more than 800 parts"):
+        video_fps(tmp_path / "a.mkv")
+
+
+def test_what_a_matroska_file_has_beside_its_pictures_has_a_limit(tmp_path):
+    (tmp_path / "a.mkv").write_bytes(_element("1a45dfa3") + bytes.fromhex("1853806701ffffffffffffff1941a46908fffffff0"))
+    os.truncate(tmp_path / "a.mkv", 3_000_000_000)
+    assert mkv_index.too_many_entries(tmp_path / "a.mkv") == "it has more than 128 MB that are no pictures"
+
+
+def _avi_with_a_hole(path, size: int) -> None:
+    """Three pictures, the last of which states a size that the file has as a hole."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        for grey in (0, 20, 40):
+            picture = av.VideoFrame.from_ndarray(np.full((32, 32, 3), grey, np.uint8), format="rgb24")
+            out.mux(stream.encode(picture.reformat(format="yuvj420p")))
+        out.mux(stream.encode(None))
+    data = bytearray(path.read_bytes())
+    last, movi = data.rindex(b"00dc", 0, data.index(b"idx1")), data.index(b"movi")
+    for at, length in ((last + 4, size), (4, last + size), (movi - 4, last + 8 + size - movi)):
+        data[at : at + 4] = length.to_bytes(4, "little")
+    path.write_bytes(data[: last + 8])
+    os.truncate(path, last + 8 + size)
+
+
+def test_a_picture_of_gigabytes_is_not_read(tmp_path):
+    _avi_with_a_hole(tmp_path / "a.avi", 1_900_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match="a packet of it takes more than 200 MB"):
+        list(iter_video(tmp_path / "a.avi"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB
+
+
+def test_a_file_that_gives_no_packet_in_time_is_left(tmp_path, monkeypatch):
+    write_mp4(tmp_path / "a.mp4", np.zeros((5, 32, 32, 3), np.uint8), 10)
+    monkeypatch.setattr(bounded_file, "PATIENCE", -1.0)
+    with pytest.raises(DataError, match=r"a\.mp4 cannot be read as video \(it gives no packet within"):
+        video_fps(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"GIF8", b"RIFF", b"\x1a\x45\xdf\xa3"])
+def test_a_file_of_few_bytes_is_no_video(tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.mp4 cannot be read as video"):
+        video_fps(tmp_path / "a.mp4")
+
+
+def test_a_gif_is_read_once_more_to_count_its_pictures(tmp_path, monkeypatch):
+    write_gif(tmp_path / "a.gif", np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3)).astype(np.uint8), 10)
+    monkeypatch.setattr(bounded_file, "MOST_READ", (tmp_path / "a.gif").stat().st_size * 3 // 2)
+    assert len(list(iter_video(tmp_path / "a.gif"))) == 20
 
 
 def test_a_video_without_permission_is_a_dataset_s_error(tmp_path, monkeypatch):
@@ -576,8 +688,10 @@ def test_a_large_index_of_holes_is_not_read(tmp_path):
 def test_films_and_an_hour_of_raw_sound_pass(tmp_path):
     write_mp4(tmp_path / "a.mp4", np.zeros((5, 32, 32, 3), np.uint8), 10)
     (tmp_path / "b.mov").write_bytes(_box(b"mdat", b"stsz" + b"\xff" * 99) + _track(HOUR) + _track(200_000, b"vide"))
+    text = b"The trunk of a Costco car: no keys are there, in essence of the presence"
+    (tmp_path / "d.mov").write_bytes(_cut_up(500) + _box(b"free", text))
     write_gif(tmp_path / "c.gif", np.zeros((5, 32, 32, 3), np.uint8), 10)
-    assert [mp4_index.too_many(tmp_path / name) for name in ("a.mp4", "b.mov", "c.gif")] == ["", "", ""]
+    assert [mp4_index.too_many(tmp_path / name) for name in ("a.mp4", "b.mov", "c.gif", "d.mov")] == [""] * 4
 
 
 @pytest.mark.parametrize("kind", ["large", "other", "cut", "pipe"])

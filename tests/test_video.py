@@ -2,6 +2,7 @@
 
 import time
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
@@ -20,8 +21,6 @@ def _clip(t=9, h=32, w=48):
 
 @pytest.mark.parametrize(("h", "w", "fps"), [(32, 48, 8.75), (33, 47, 30000 / 1001), (16, 16, 60)])
 def test_an_mp4_decodes_to_what_was_written(tmp_path, h, w, fps):
-    import av
-
     clip = _clip(9, h, w)
     write_mp4(tmp_path / "a.mp4", clip, fps)
     frames, rate = read_video(tmp_path / "a.mp4")
@@ -114,3 +113,45 @@ def test_what_is_no_video_is_refused_with_a_sentence(tmp_path):
         read_video(tmp_path / "c.mp4", max_pixels=100)
     with pytest.raises(UserError, match="does not exist"):
         write_mp4(tmp_path / "no" / "d.mp4", _clip(), 10)
+
+
+def _two_streams(path, first: tuple[str, str, int], second: tuple[str, str, int], marks=(0, 0)) -> None:
+    """A file of two videos: codec, kind of pixels, and grey pictures of 60 in the first and 200 in the second."""
+    with av.open(str(path), "w") as out:
+        streams = [out.add_stream(codec, rate=10) for codec, _, _ in (first, second)]
+        for stream, (_, pixels, _), mark in zip(streams, (first, second), marks, strict=True):
+            stream.width = stream.height = 64
+            stream.pix_fmt, stream.disposition = pixels, mark
+        for stream, (_, pixels, count), grey in zip(streams, (first, second), (60, 200), strict=True):
+            for _ in range(count):
+                picture = np.full((64, 64, 3), grey, np.uint8)
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)))
+            out.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "mov", "avi", "live.mkv"])
+def test_the_film_is_read_not_the_cover_before_it(tmp_path, kind):
+    film, cover, short = ("mpeg4", "yuv420p", 20), ("mjpeg", "yuvj420p", 1), ("mpeg4", "yuv420p", 1)
+    path = tmp_path / f"a.{kind}"
+    for first, second, grey, count in [(cover, film, 200, 20), (film, cover, 60, 20), (short, film, 200, 20)]:
+        if (kind, first) == ("live.mkv", short):
+            continue  # nothing says how long it is
+        _two_streams(path, first, second)
+        if kind == "live.mkv":
+            path.write_bytes(path.read_bytes().replace(b"DURATION", b"OTHERTAG"))
+        frames, rate = read_video(path)
+        assert (len(frames), rate) == (count, 10)
+        assert abs(float(frames.mean()) - grey) < 4
+
+
+def test_of_two_films_the_first_is_read(tmp_path):
+    first, second = ("mpeg4", "yuv420p", 18), ("mpeg4", "yuv420p", 20)
+    for kind in ("mp4", "mkv", "avi"):
+        _two_streams(tmp_path / f"a.{kind}", first, second)
+        assert len(read_video(tmp_path / f"a.{kind}")[0]) == 18
+
+
+def test_a_marked_cover_is_no_film_however_long_it_is(tmp_path):
+    cover, film = ("mjpeg", "yuvj420p", 1), ("mpeg4", "yuv420p", 1)
+    _two_streams(tmp_path / "a.mp4", cover, film, marks=(0x400, 0))
+    assert abs(float(read_video(tmp_path / "a.mp4")[0].mean()) - 200) < 4

@@ -113,6 +113,64 @@ def test_a_video_that_was_cut_or_has_a_hole_is_refused(tmp_path, kind):
             print(name, count(path), "frames were accepted")
 
 
+FRAGMENTS = {
+    "plain": "empty_moov",
+    "own places": "empty_moov+default_base_moof",
+    "dash": "empty_moov+dash",
+    "listed": "empty_moov+dash+global_sidx",
+    "cmaf": "empty_moov+cmaf+skip_trailer",
+}
+
+
+def boxes(data: bytes) -> list[tuple[bytes, int, int]]:
+    """Names, beginnings and ends of the outermost boxes."""
+    found, at = [], 0
+    while at < len(data):
+        found.append((data[at + 4 : at + 8], at, at + int.from_bytes(data[at : at + 4])))
+        at = found[-1][2]
+    return found
+
+
+@pytest.mark.parametrize("flags", FRAGMENTS.values(), ids=FRAGMENTS)
+def test_an_mp4_in_fragments_passes_whole_and_in_no_other_way(tmp_path, flags):
+    film(tmp_path / "a.mp4", "libx264", sound=3, frag_duration="700000", movflags=flags)
+    whole = (tmp_path / "a.mp4").read_bytes()
+    parts = boxes(whole)
+    fragments = [begin for name, begin, _ in parts if name == b"moof"]
+    assert len(fragments) > 3
+    free = b"\0\0\0\x0cfree1234"
+    renumbered = bytearray(whole)
+    for i, begin in enumerate(fragments):
+        renumbered[begin + 20 : begin + 24] = (10 * i + 10).to_bytes(4)
+    untailed = whole[: next((begin for name, begin, _ in parts if name == b"mfra"), len(whole))]
+    late = [whole[: fragments[0]], whole[fragments[2] :]]  # as a stream that was joined late
+    for content in (whole, whole + free, untailed + free, bytes(renumbered)):
+        (tmp_path / "a.mp4").write_bytes(content)
+        assert count(tmp_path / "a.mp4") == FRAMES
+    if flags != FRAGMENTS["plain"]:  # which counts its bytes from the first of the file
+        (tmp_path / "a.mp4").write_bytes(b"".join(late))
+        assert 0 < count(tmp_path / "a.mp4") < FRAMES
+    third = fragments[2]
+    for content in (
+        *(whole[: third + more] for more in (3, 9, 40, 100)),
+        *(untailed + tail for tail in (b"\0", bytes(3000), b"\0\0\1\0moof")),
+        whole[: fragments[1]] + whole[fragments[2] :],
+        whole[: third + 40] + bytes(24) + whole[third + 64 :],
+    ):
+        (tmp_path / "a.mp4").write_bytes(content)
+        with pytest.raises(DataError):
+            print(len(content) - third, count(tmp_path / "a.mp4"), "frames were accepted")
+
+
+def test_fragments_whose_list_says_that_more_follow_are_refused(tmp_path):
+    film(tmp_path / "a.mp4", "libx264", frag_duration="700000", movflags=FRAGMENTS["listed"])
+    whole = (tmp_path / "a.mp4").read_bytes()
+    fourth = [begin for name, begin, _ in boxes(whole) if name == b"moof"][3]
+    (tmp_path / "a.mp4").write_bytes(whole[:fourth])  # exactly between two
+    with pytest.raises(DataError, match=r"it states 4\.20 s"):
+        count(tmp_path / "a.mp4")
+
+
 def test_import_refuses_a_short_video_in_one_sentence(tmp_path):
     film(tmp_path / "a.mkv", "libvpx")
     whole = (tmp_path / "a.mkv").read_bytes()

@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
+from ahriuwu_cli.data.mkv_index import too_many_entries
 from ahriuwu_cli.data.mp4_index import too_many
 from ahriuwu_cli.errors import DataError
 
 if TYPE_CHECKING:
+    import av
     import numpy as np
 
 MAX_PIXELS = 4096 * 4096
 MAX_DECODED = 400_000_000_000  # pixels of all frames that are decoded of one video: 190,000 frames of 1920 x 1080
-PATIENCE = 60.0  # seconds in which a file must give its next packet
 # Containers that hold their pictures themselves. Others (playlists, lists of files) would open what they name.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+COVER = 0x400 | 0x800  # what FFmpeg says of a stream: attached picture, thumbnails
+STILLS = ("mjpeg", "png", "bmp", "tiff", "webp")
 
 
 def video_fps(path: Path | str) -> float:
     """The frame rate that a video file states, in frames per second. Raises DataError."""
-    with _opened(Path(path)) as (_, stream):
+    with _opened(Path(path)) as (_, stream, _):
         rate = stream.average_rate or stream.guessed_rate
         if not rate or not MIN_FPS <= rate <= MAX_FPS:
             raise DataError(f"{path} does not state its frame rate, or one that no video has: convert it to mp4 first")
@@ -47,7 +50,7 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
     from ahriuwu_cli.data.upright import upright_frame
     from ahriuwu_cli.data.whole_video import Clock, broken
 
-    with _opened(Path(path)) as (container, stream):
+    with _opened(Path(path)) as (container, stream, file):
         if stream.width * stream.height > max_pixels:
             raise DataError(f"{path} is {stream.width}x{stream.height}, above the limit of {max_pixels} pixels a frame")
         stream.codec_context.options = {"max_pixels": str(max_pixels)}
@@ -55,7 +58,7 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
         size, decoded, clock = None, 0, Clock(container, stream)
         untimed = container.format.name == "avi"  # FFmpeg gives its frames the times of packets, in another order
         try:
-            for frame in clock.frames(container, stream):
+            for frame in clock.frames(container, stream, file.next_packet):
                 pixels = frame.height * frame.width
                 decoded += pixels
                 if pixels > max_pixels or decoded > MAX_DECODED:
@@ -92,23 +95,42 @@ def read_video(path: Path | str, max_frames: int = 100_000, max_pixels: int = MA
 
 @contextmanager
 def _opened(path: Path):
-    """The container and its first video stream."""
+    """The container, the stream of its film, and the file that it reads."""
     import av
+
+    from ahriuwu_cli.data.bounded_file import BoundedFile
+    from ahriuwu_cli.data.whole_video import Broken
 
     if not path.is_file():
         raise DataError(f"{path} is not a file: give a video file")
     try:
-        if fault := too_many(path):
+        if fault := too_many(path) or too_many_entries(path):
             raise DataError(f"{path} is damaged or no video ({fault}): convert it first")
     except OSError as error:
         raise DataError(f"{path} cannot be read as video ({error.strerror}): make it readable") from None
-    try:
-        container = av.open(path, options={"format_whitelist": CONTAINERS}, timeout=PATIENCE)
-    except av.error.FFmpegError as error:
-        raise DataError(
-            f"{path} cannot be read as video ({error.strerror}): give an mp4, mkv, webm, avi, mov or gif"
-        ) from None
-    with container:
-        if not container.streams.video or container.streams.video[0].codec_context is None:  # or of no known codec
-            raise DataError(f"{path} holds no video stream: give an mp4, mkv, webm, avi, mov or gif")
-        yield container, container.streams.video[0]
+    with open(path, "rb") as raw:
+        file = BoundedFile(raw, str(path))
+        try:
+            container = av.open(file, options={"format_whitelist": CONTAINERS})
+        except (av.error.FFmpegError, Broken) as error:
+            what = str(error) if isinstance(error, Broken) else error.strerror
+            raise DataError(
+                f"{path} cannot be read as video ({what}): give an mp4, mkv, webm, avi, mov or gif"
+            ) from None
+        with container:
+            stream = _film(container)
+            if stream is None:
+                raise DataError(f"{path} holds no video stream: give an mp4, mkv, webm, avi, mov or gif")
+            yield container, stream, file
+
+
+def _film(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The first video that is no cover: not marked as one, not much shorter than another, nor in a format of single
+    pictures beside one that is in none. None where there is no video of a known codec."""
+    from ahriuwu_cli.data.whole_video import stated_end
+
+    films = [stream for stream in container.streams.video if stream.codec_context and not stream.disposition & COVER]
+    ends = [None if of_all else end for end, of_all in (stated_end(container, stream) for stream in films)]
+    longest = max((end for end in ends if end is not None), default=0)
+    films = [stream for stream, end in zip(films, ends, strict=True) if end is None or end >= longest / 2]
+    return next((stream for stream in films if stream.codec_context.name not in STILLS), films[0] if films else None)
