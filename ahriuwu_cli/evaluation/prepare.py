@@ -19,6 +19,7 @@ from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
 INTERVAL = f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out noise seeds and training seeds"
+NO_MEAN = "the dataset has no train split, so there is no mean frame to compare with"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def check_frames(store: EpisodeStore) -> None:
 def warnings(world: World, store: EpisodeStore, episodes: list[str]) -> list[str]:
     """What a reader of the numbers must know and cannot see in them."""
     found = of_few(episodes)
+    if not store.episodes("train"):
+        found.append(NO_MEAN)
     if (store.fps, store.frame_skip) != (world.fps, world.frame_skip):
         found.append(
             f"the dataset runs at {store.fps:g} frames/s (frame skip {store.frame_skip}), the world was trained at "
