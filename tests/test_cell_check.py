@@ -178,7 +178,7 @@ CONTRADICTIONS = {
     "curve": lambda r: r["curves"]["psnr"].__setitem__(2, None),
     "ends": lambda r: r["curves"].update(psnr_lo=r["curves"]["psnr_hi"], psnr_hi=r["curves"]["psnr_lo"]),
     "steps": lambda r: r["settings"]["generation"].update(sampler="shortcut", steps=3),
-    "no_mean": lambda r: r["warnings"].append(NO_MEAN),
+    "no_mean": lambda r: r["warnings"].insert(0, NO_MEAN),
     "no_mean_curve": lambda r: r["curves"].update(mean_frame=[None] * 5),
     "split": lambda r: r["settings"]["evaluation"].update(split="val"),
 }

@@ -106,7 +106,7 @@ def check_result(result: dict[str, Any]) -> None:
         "action_delta_note": exactly(delta_note(controls, episodes)),
         "drift_db_per_frame": dict.fromkeys(("model", "floor", "ceiling"), slope),
         "curves": {"frame": exactly(list(range(1, last + 1)))} | {name: _curve(name, last) for name in _CURVES},
-        "warnings": _warnings(of_few(episodes) + [NO_MEAN] * no_mean),
+        "warnings": _warnings([NO_MEAN] * no_mean + of_few(episodes)),
         "timing": dict.fromkeys(("seconds", "frames_per_s"), number(0, MOST)),
     }
     for name, form in forms.items():

@@ -79,15 +79,19 @@ def check_frames(store: EpisodeStore) -> None:
 
 def warnings(world: World, store: EpisodeStore, episodes: list[str]) -> list[str]:
     """What a reader of the numbers must know and cannot see in them."""
-    found = of_few(episodes)
-    if not store.episodes("train"):
-        found.append(NO_MEAN)
-    if (store.fps, store.frame_skip) != (world.fps, world.frame_skip):
-        found.append(
-            f"the dataset runs at {store.fps:g} frames/s (frame skip {store.frame_skip}), the world was trained at "
-            f"{world.fps:g} (frame skip {world.frame_skip})"
-        )
-    return found
+    return of_few(episodes) + of_rates(world, store)
+
+
+def of_rates(world: World, store: EpisodeStore) -> list[str]:
+    """The warning of a dataset that runs at another rate than its world."""
+    if (store.fps, store.frame_skip) == (world.fps, world.frame_skip):
+        return []
+    return [f"the dataset runs at {store.fps:g} frames/s (frame skip {store.frame_skip}), {trained_at(world)}"]
+
+
+def trained_at(world: World) -> str:
+    """The end of such a warning."""
+    return f"the world was trained at {world.fps:g} (frame skip {world.frame_skip})"
 
 
 def of_few(episodes: Sequence[str]) -> list[str]:
