@@ -143,15 +143,9 @@ def test_a_rollout_of_a_prompt_of_another_rate_says_so(run, place):
         ("240.mp4", [f"the video runs at 240 frames/s, {trained}"]),
         ("data", [f"the dataset runs at 10 frames/s (frame skip 1), {trained}"]),
     ):
-        asked = (
-            "--out",
-            place / f"of {prompt}",
-            "--length",
-            2,
-            *([] if prompt == "p.png" else ["--context", 1]),
-            "--json",
-        )
-        code, out, err = run("rollout", place / "world", place / prompt, *asked)
+        asked = ("--out", place / f"of {prompt}", "--length", 2, "--json")
+        context = () if prompt == "p.png" else ("--context", 1)
+        code, out, err = run("rollout", place / "world", place / prompt, *asked, *context)
         assert code == 0, err
         assert json.loads(out)["warnings"] == said
         assert [line for line in err.splitlines() if line.startswith("note: ")] == [f"note: {line}" for line in said]
