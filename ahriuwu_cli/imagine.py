@@ -76,6 +76,7 @@ def imagine(
             "frames_per_s": round(len(prompts) * request.samples * request.length / max(film.waited, 1e-9), 2),
             "psnr_db": float(np.mean(film.psnr)) if film.psnr else None,
             "psnr_frames": len(film.psnr),
+            "warnings": prompts[0].warnings,
             "checkpoint": str(world.path),
             "files": {name: str(out / path.name) for name, path in film.files.items()},
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 import zlib
@@ -15,10 +16,11 @@ from ahriuwu_cli.data.action_files import read_actions
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.resize import area_resize, centre_crop
 from ahriuwu_cli.data.upright import upright_image
-from ahriuwu_cli.data.video import MAX_PIXELS, iter_video
+from ahriuwu_cli.data.video import MAX_PIXELS, iter_video, video_fps
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.metrics import gradient_energy
+from ahriuwu_cli.evaluation.prepare import of_rates, trained_at
 
 if TYPE_CHECKING:
     from ahriuwu_cli.world import World
@@ -29,6 +31,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # no other decoder is tried, wha
 _BAD_IMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError, MemoryError,
               struct.error, zlib.error, Warning)  # fmt: skip
 PICKS = ("random", "busiest")
+SAME_RATE = 0.01  # of a rate: 29.97 and 30 frames/s are one, and so is what a short video's clock makes of either
 CANDIDATES = 64  # windows among which the busiest is looked for
 ACTION_SOURCES = ("data", "random", "none", "repeat:NAME", "a .csv or .jsonl file")
 
@@ -73,7 +76,8 @@ class Prompt:
     """Context frames uint8 (P, H, W, 3) and what followed (T, H, W, 3; may be fewer frames than asked, or none).
 
     actions (P + L - 1, A) with known (P + L - 1,): actions[t] takes frame t to t + 1. same_actions: whether they are
-    those that led to `truth`; otherwise what followed is something else, not the truth of this rollout.
+    those that led to `truth`; otherwise what followed is something else, not the truth of this rollout. warnings: what
+    a reader of its numbers must know.
     """
 
     name: str
@@ -82,6 +86,7 @@ class Prompt:
     actions: np.ndarray
     known: np.ndarray
     same_actions: bool
+    warnings: list[str]
 
 
 def shipped_prompt(checkpoint: Path) -> Path:
@@ -119,9 +124,9 @@ def _checked(world: World, request: Request, prompt: Prompt) -> Prompt:
 
 def _from_file(world: World, request: Request, source: str | None) -> Prompt:
     if request.prompt.suffix.lower() in IMAGES:
-        name, context, truth = _from_image(world, request)
+        (name, context, truth), warnings = _from_image(world, request), []
     else:
-        name, context, truth = _from_video(world, request)
+        (name, context, truth), warnings = _from_video(world, request), _of_rate(world, request.prompt)
     steps = len(context) + request.length - 1
     from_file = source is not None and _is_file(source)
     source = source or ("random" if world.action_space.width else "none")
@@ -129,7 +134,7 @@ def _from_file(world: World, request: Request, source: str | None) -> Prompt:
     if not from_file:
         known[: len(context) - 1] = False  # nobody knows what was pressed in this video
     same = not world.action_space.width or from_file
-    return Prompt(name, context, truth, actions, known, same)
+    return Prompt(name, context, truth, actions, known, same, warnings)
 
 
 def _from_data(store: EpisodeStore, source: str | None) -> bool:
@@ -184,7 +189,8 @@ def _from_dataset(
     past = min(request.context - 1, len(recorded))
     actions[:past], known[: request.context - 1] = recorded[:past], past > 0  # the past is as it was recorded
     same = data_actions or not store.action_space.width
-    return Prompt(f"{episode}:{start}", shown[: request.context], shown[request.context :], actions, known, same)
+    context, truth = shown[: request.context], shown[request.context :]
+    return Prompt(f"{episode}:{start}", context, truth, actions, known, same, of_rates(world, store))
 
 
 def _from_video(world: World, request: Request) -> tuple[str, np.ndarray, np.ndarray]:
@@ -199,6 +205,17 @@ def _from_video(world: World, request: Request) -> tuple[str, np.ndarray, np.nda
         raise DataError(f"{request.prompt} has {len(frames)} frames from {first} on, --context is {request.context}")
     clip = np.stack(frames)
     return f"{request.prompt.name}:{first}", clip[: request.context], clip[request.context :]
+
+
+def _of_rate(world: World, path: Path) -> list[str]:
+    """The warning of a video that runs at another rate than the world, as `of_rates` gives it of a dataset."""
+    try:
+        fps = video_fps(path)
+    except DataError as error:  # no rate is stated, which is no reason not to look at the frames
+        return [str(error)]
+    if math.isclose(fps, world.fps, rel_tol=SAME_RATE):
+        return []
+    return [f"the video runs at {fps:g} frames/s, {trained_at(world)}"]
 
 
 def _from_image(world: World, request: Request) -> tuple[str, np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 import json
 import re
 from copy import deepcopy
+from unittest.mock import ANY
 
 import pytest
 from worlds import NO_ACTIONS, breaks_at, moving_pictures, puppet_world, tiny_world
@@ -10,9 +11,13 @@ from worlds import NO_ACTIONS, breaks_at, moving_pictures, puppet_world, tiny_wo
 from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.evaluation.cell_check import check_result
 from ahriuwu_cli.evaluation.cells import FOLDER, run_plan
-from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate
+from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, ready
 from ahriuwu_cli.evaluation.merge import as_finished, read_cells
+from ahriuwu_cli.evaluation.page import page
 from ahriuwu_cli.evaluation.plan import read_plan
+from ahriuwu_cli.evaluation.prepare import NO_MEAN
+from ahriuwu_cli.evaluation.report import evaluation_text
+from ahriuwu_cli.evaluation.saved import save_rollouts, score_rollouts
 from ahriuwu_cli.evaluation.shards import Shards
 from ahriuwu_cli.training.checkpoint import save_world
 
@@ -55,6 +60,30 @@ def test_what_an_evaluation_without_actions_or_of_still_frames_writes_passes(tmp
     store = moving_pictures(tmp_path / "data", episodes=3, space=NO_ACTIONS)
     world = tiny_world(store)
     check_result(plain(evaluate(world, store, EvaluationConfig(windows=1, context=3, horizon=3), world.generation)))
+
+
+def test_without_a_train_split_there_is_no_mean_frame_which_is_said_and_held_to(tmp_path):
+    store = moving_pictures(tmp_path / "data", episodes=6, split="test")
+    world = tiny_world(store)
+    config, manifest = ready(world, store, EvaluationConfig(**ASKED), world.generation)
+    found = plain(evaluate(world, store, config, world.generation, manifest))
+    assert found["status"] == "ok"
+    assert found["warnings"] == [NO_MEAN]
+    assert found["curves"]["mean_frame"] == [None] * 5
+    for row in found["horizons"].values():
+        assert {name for name, value in row.items() if value is None} == {n for n in row if n.startswith("mean_frame_")}
+    check_result(found)
+    assert NO_MEAN in evaluation_text(found)
+    assert NO_MEAN in page(found)
+    save_rollouts(world, store, config, world.generation, manifest, tmp_path / "saved")
+    assert plain(score_rollouts(tmp_path / "saved", store)) == found | {"timing": ANY}
+    for path in (
+        ("curves", "mean_frame", 1),
+        ("horizons", "4", "mean_frame_ssim"),
+        ("horizons", "4", "mean_frame_motion_ratio"),
+    ):
+        assert refused(changed(found, path, 0.5))
+    assert refused(changed(found, ("warnings",), []))
 
 
 def leaves(value, path=()):
@@ -149,6 +178,8 @@ CONTRADICTIONS = {
     "curve": lambda r: r["curves"]["psnr"].__setitem__(2, None),
     "ends": lambda r: r["curves"].update(psnr_lo=r["curves"]["psnr_hi"], psnr_hi=r["curves"]["psnr_lo"]),
     "steps": lambda r: r["settings"]["generation"].update(sampler="shortcut", steps=3),
+    "no_mean": lambda r: r["warnings"].insert(0, NO_MEAN),
+    "no_mean_curve": lambda r: r["curves"].update(mean_frame=[None] * 5),
     "split": lambda r: r["settings"]["evaluation"].update(split="val"),
 }
 

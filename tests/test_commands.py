@@ -132,6 +132,25 @@ def test_a_rollout_starts_from_an_image_or_a_video(run, place):
     assert run("rollout", place / "world", place / "v.mp4", "--out", place / "o3", *options)[0] == 0
 
 
+def test_a_rollout_of_a_prompt_of_another_rate_says_so(run, place):
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(place / "p.png")
+    for fps in (10, 240):
+        write_mp4(place / f"{fps}.mp4", np.full((9, 32, 32, 3), 90, np.uint8), fps)
+    trained = "the world was trained at 10 (frame skip 4)"
+    for prompt, said in (
+        ("p.png", []),
+        ("10.mp4", []),
+        ("240.mp4", [f"the video runs at 240 frames/s, {trained}"]),
+        ("data", [f"the dataset runs at 10 frames/s (frame skip 1), {trained}"]),
+    ):
+        asked = ("--out", place / f"of {prompt}", "--length", 2, "--json")
+        context = () if prompt == "p.png" else ("--context", 1)
+        code, out, err = run("rollout", place / "world", place / prompt, *asked, *context)
+        assert code == 0, err
+        assert json.loads(out)["warnings"] == said
+        assert [line for line in err.splitlines() if line.startswith("note: ")] == [f"note: {line}" for line in said]
+
+
 def test_a_context_without_actions_is_refused_by_a_model_that_never_saw_one(run, place):
     small_dataset(place / "silent", labelled=False)
     base = (

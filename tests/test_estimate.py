@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ahriuwu_cli import cli
 from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
 from ahriuwu_cli.models.dynamics import Dynamics, count_parameters
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.kernels import swiglu
@@ -191,7 +193,7 @@ def dry(tmp_path, monkeypatch, capfd):
             cli.main([str(a) for a in (*command, *options)])
         return stop.value.code, *capfd.readouterr()
 
-    call.folder = tmp_path
+    call.folder, call.said = tmp_path, capfd.readouterr
     return call
 
 
@@ -214,9 +216,14 @@ def test_a_dry_run_forecasts_in_json_and_writes_nothing(dry):
     assert result["parameters"]["total"] == columns + 2 * TINY["width"]  # the dataset's two buttons
 
 
-def test_a_dry_run_for_people_says_what_fits_and_what_was_assumed(dry):
+def test_a_dry_run_for_people_says_what_fits_and_what_was_assumed(dry, monkeypatch):
+    monkeypatch.setitem(SIZES, "vast", SIZES["test"] | {"registers": 4096, "time_attention": "frame"})
     code, out, _ = dry()
     assert code == 0
+    assert out.splitlines()[-1].startswith("size vast does not suit 1 token(s) a frame (attention over ")
+    code, _, err = dry("--size", "vast")
+    assert code == 2
+    assert err == f"error: {out.splitlines()[-1]}\n"
     for words in ("nothing is written", "24 GB", "at the peak", "computed, with 10%"):
         assert words in out
 
@@ -240,6 +247,22 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(dry):
         assert (ended, err.count("error: ")) == (code, 1), err
         assert said in err
     assert files(dry.folder) == before
+
+
+@pytest.mark.parametrize("again", [("--dry-run",), ()], ids=["dry", "run"])
+def test_frames_that_the_default_tokenizer_does_not_suit_are_refused_in_a_dry_run_as_in_the_run(dry, again):
+    with EpisodeWriter(dry.folder / "odd", height=40, width=16, fps=10.0, action_space=ActionSpace()) as writer:
+        for i in range(3):
+            writer.add(np.full((24, 40, 16, 3), i, np.uint8), None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(
+            ["train", "dynamics", str(dry.folder / "odd"), "--out", str(dry.folder / "run"), "--size", "test", *again]
+        )
+    assert stop.value.code == 2
+    assert dry.said()[1] == (
+        "error: frames of 40x16 do not divide into patches of 16x16: choose another --patch or --latent-dim of "
+        "`ahriuwu train tokenizer`\n"
+    )
 
 
 @pytest.mark.slow

@@ -225,6 +225,31 @@ def test_a_column_that_moves_by_less_than_float32_holds_does_not_move(tmp_path):
     assert "x 0 to 1" in note
 
 
+BARE = {  # bare arrays, a file with names, and how the space that both give would order the columns
+    "a button among axes": ("[0.5, 1]", "axis0,axis1\n0.2,0\n", "axis1, axis0"),
+    "a button in that file alone": ("[1, 0]", "axis0,axis1\n0.2,0\n", "axis1, axis0"),
+    "axes": ("[0.5, 0.2]", "axis1,axis0\n0.2,0.4\n", "axis1, axis0"),
+    "buttons": ("[1, 0]", "axis1,axis0\n1,0\n", "axis1, axis0"),
+}
+
+
+@pytest.mark.parametrize("bare_first", [False, True])
+@pytest.mark.parametrize("name", BARE)
+def test_bare_arrays_are_never_taken_for_columns_in_another_order(tmp_path, name, bare_first):
+    bare, named, order = BARE[name]
+    (tmp_path / "bare.jsonl").write_text(bare + "\n")
+    (tmp_path / "named.csv").write_text(named)
+    tables = [read_actions(tmp_path / "named.csv"), read_actions(tmp_path / "bare.jsonl")]
+    if bare_first and name in ("axes", "buttons"):  # whose order counts is named first
+        space, _ = infer_space(tables[::-1])
+        assert space.column_names == ("axis0", "axis1")
+        assert tables[1].order_in(space) == [0, 1]
+        assert tables[0].order_in(space) == [1, 0]
+        return
+    with pytest.raises(DataError, match=rf"bare.jsonl gives bare arrays, and .* \({order}; buttons come first\)"):
+        infer_space(tables[::-1] if bare_first else tables)
+
+
 def test_a_line_of_json_ends_where_a_line_of_a_file_ends(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"a\u2028b": 1}\r\n{"a\u2028b": 0}\n\n'.encode())
     (tmp_path / "a.csv").write_bytes("a\u2028b\r1\r0\r".encode())

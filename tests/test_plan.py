@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -299,10 +300,25 @@ def _fact(**other):
     return lambda arrays, facts: facts.update(other)
 
 
+def _counts(**counts):
+    return _fact(not_finite=counts)
+
+
+def _broken(arrays, facts):
+    """Frames without a score that are not counted."""
+    for name, values in arrays.items():
+        if name.startswith("model/"):
+            values[0] = math.nan
+
+
 SPOILT = [
     _drop, _cut, _score("model/psnr", 61.0), _score("floor/psnr", -1.0), _score("model/ssim", 2.0),
     _score("truth/motion", -0.1), _score("ceiling/mse", 1.5), _score("forced_1/floor", 99.0), _fact(not_finite=[1]),
     _fact(not_finite={"model": "x"}), _fact(frames="x"), _fact(seconds=-1.0),
+    _score("model/psnr", 59.0), _score("shuffled/mse", 0.9), _score("floor/psnr", 0.0), _score("model/ssim", math.nan),
+    _score("floor/mse", math.nan), _score("forced_4/psnr", math.nan), _score("forced_1/psnr", 3.0),
+    _score("model/motion_gt", 0.9), _score("mean_frame/ssim", math.nan), _broken, _fact(frames=7), _counts(model=5),
+    _counts(model=0), _counts(model=0, shuffled=0, random=0, teacher_forced=0, other=3),
 ]  # fmt: skip
 
 
@@ -320,6 +336,22 @@ def test_a_part_whose_hash_fits_but_not_its_content_is_damaged_as_well(plan, tmp
         run_plan(cells, tmp_path, second, device="cpu")
     assert run_plan(cells, tmp_path, first, device="cpu", say=said.append)[0]["state"] == "done"
     assert f"set aside as {part.name}.damaged-1, and measured again" in said[0]
+
+
+def test_parts_that_make_no_cell_together_are_set_aside_and_not_lost(plan, tmp_path):
+    cells = read_plan(plan(ONE))
+    first, second = (Shards(windows=(rank, 2)) for rank in (0, 1))
+    run_plan(cells, tmp_path, first, device="cpu")
+    (part,) = (tmp_path / FOLDER).iterdir()
+    arrays, metadata = read_arrays(part)
+    for name, values in arrays.items():
+        if name.startswith("mean_frame/"):
+            values[:] = math.nan  # as where there is no train split, and this dataset has one
+    write_scores(part, metadata["format"], arrays, json.loads(metadata["identity"]), json.loads(metadata["facts"]))
+    with pytest.raises(DataError, match=r"cell 1 of .*: its parts contradict each other \(.*set aside: run the plan"):
+        run_plan(cells, tmp_path, second, device="cpu")
+    assert sorted(p.suffix for p in (tmp_path / FOLDER).iterdir()) == [".damaged-1", ".damaged-1"]
+    assert [run_plan(cells, tmp_path, s, device="cpu")[0]["state"] for s in (first, second)] == ["part", "done"]
 
 
 def test_a_part_that_another_process_joins_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):

@@ -189,6 +189,11 @@ def _fact(name, value):
     return lambda arrays, facts: facts.update({name: value})
 
 
+def _nothing(arrays, facts):
+    """No frame has a score, and none is counted as broken."""
+    arrays.update({name: values * np.nan for name, values in arrays.items() if name.startswith("model/")})
+
+
 HOSTILE = {  # what somebody made the checksum fit to
     "no psnr": _drop("model/psnr"), "no ssim": _drop("model/ssim"), "no shuffled": _drop("shuffled/psnr"),
     "no clip": _drop("clip"), "another array": lambda arrays, facts: arrays.update({"x": arrays["model/psnr"]}),
@@ -200,6 +205,10 @@ HOSTILE = {  # what somebody made the checksum fit to
     "seconds as text": _fact("seconds", "x"), "negative seconds": _fact("seconds", -1), "no wall": _fact("wall", None),
     "endless seconds": _fact("seconds", 1e308), "a list of counts": _fact("not_finite", [1]),
     "half a frame": _fact("not_finite", 0.5), "true": _fact("not_finite", True), "another fact": _fact("x", 1),
+    "far above its error": _array("model/psnr", lambda v: v * 0 + 59), "nothing": _nothing,
+    "shuffled alone": _array("shuffled/mse", lambda v: v * 0 + 1), "a count of nothing": _fact("not_finite", 5),
+    "no likeness": _array("model/ssim", lambda v: v * np.nan),
+    "motion": _array("model/motion_gt", lambda v: v * 0 + 0.9),
 }  # fmt: skip
 
 

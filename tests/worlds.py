@@ -26,8 +26,11 @@ NO_ACTIONS = ActionSpace()
 SIDE = 16
 
 
-def moving_pictures(path: Path, episodes: int = 12, frames: int = 30, space: ActionSpace = SPACE, seed: int = 0):
-    """A smooth picture that turns left or right as the action says; many val and test episodes. Returns the store."""
+def moving_pictures(
+    path: Path, episodes: int = 12, frames: int = 30, space: ActionSpace = SPACE, seed: int = 0, split=None
+):
+    """A smooth picture that turns left or right as the action says; many val and test episodes, or all of one split.
+    Returns the store."""
     rng = np.random.default_rng(seed)
     ramp = np.arange(SIDE) / SIDE * 2 * np.pi
     with EpisodeWriter(
@@ -41,7 +44,7 @@ def moving_pictures(path: Path, episodes: int = 12, frames: int = 30, space: Act
             wave = np.cos(ramp[None, None, :, None] + place[:, None, None, None] + phase)
             tilt = np.cos(ramp[None, :, None, None] + phase)
             clip = 127 + 80 * wave + 25 * tilt + rng.integers(-10, 11, (frames, SIDE, SIDE, 3))
-            writer.add(clip.clip(0, 255).astype(np.uint8), actions)
+            writer.add(clip.clip(0, 255).astype(np.uint8), actions, split=split)
     return EpisodeStore.open(path)
 
 

@@ -85,6 +85,8 @@ def rollout(
     given = {"steps": steps, "sampler": sampler, "tau_ctx": tau_ctx, "ctx_mode": ctx_mode, "ctx_label": ctx_label}
     with bar("rollout", "frame", quiet=as_json) as progress:
         result = imagine(world, request, given, out, scale, progress, overwrite, then=lambda: complete(out))
+    for warning in result["warnings"]:
+        options.say(f"note: {warning}")
     if as_json:
         typer.echo(json.dumps(result))
         return

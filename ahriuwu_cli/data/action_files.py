@@ -83,14 +83,15 @@ def infer_space(tables: Iterable[ActionTable]) -> tuple[ActionSpace, list[str]]:
     """
     import numpy as np
 
-    first, names, bare, whole = None, (), False, True
+    first, names, bare, whole = None, (), None, True
     for table in tables:
         own, rows = table.columns or _array_names(table.rows.shape[1]), table.rows
         if first is None:
-            first, names, bare = table.path, own, table.columns is None
+            first, names = table.path, own
             low, high, button = np.full(len(own), np.inf), np.full(len(own), -np.inf), np.full(len(own), True)
         if sorted(own) != sorted(names):
             raise DataError(f"{table.path} has the columns {', '.join(own)}, and {first} has {', '.join(names)}")
+        bare = bare or (table.path if table.columns is None else None)
         order = [own.index(name) for name in names]
         low, high = np.minimum(low, rows.min(0)[order]), np.maximum(high, rows.max(0)[order])
         button &= ((rows == 0) | (rows == 1)).all(0)[order]
@@ -105,8 +106,11 @@ def infer_space(tables: Iterable[ActionTable]) -> tuple[ActionSpace, list[str]]:
         return space, [f"inferred one discrete action, 0 to {top}; an actions.json beside the videos declares another"]
     buttons = tuple(n for n, pressed in zip(names, button, strict=True) if pressed)
     axes = tuple(n for n in names if n not in buttons)
-    if bare and buttons and axes and names != (*buttons, *axes):
-        raise DataError(f"{first} mixes buttons and axes in bare arrays: give objects, or declare actions.json")
+    if bare and (*buttons, *axes) != _array_names(len(names)):  # a bare array's values are taken in the space's order
+        raise DataError(
+            f"{bare} gives bare arrays, and the inferred space has another order ({', '.join((*buttons, *axes))}; "
+            f"buttons come first): give objects with names, or declare the space in actions.json"
+        )
     components, found = [], []
     if buttons:
         components.append(ActionComponent("buttons", "binary", len(buttons), buttons))

@@ -15,7 +15,7 @@ from ahriuwu_cli.evaluation.cells import first_difference, identity
 from ahriuwu_cli.evaluation.evaluate import delta_note
 from ahriuwu_cli.evaluation.measure import CONTROLS, table_shapes
 from ahriuwu_cli.evaluation.metrics import CAP_DB
-from ahriuwu_cli.evaluation.prepare import of_few
+from ahriuwu_cli.evaluation.prepare import NO_MEAN, of_few
 from ahriuwu_cli.evaluation.score_files import MOST, tables_of
 from ahriuwu_cli.evaluation.scores import Table
 from ahriuwu_cli.evaluation.settings_check import (
@@ -85,6 +85,8 @@ def check_result(result: dict[str, Any]) -> None:
     made = ("model", *controls, *(["teacher_forced"] if last > 1 else []))
     hold(counts, dict.fromkeys(made, whole(0, int(MOST))), "not_finite_frames")
     tables = _tables(rows, told["windows"], horizons, controls, counts)
+    if no_mean := type(result["warnings"]) is list and NO_MEAN in result["warnings"]:
+        tables["mean_frame"] = {name: np.full_like(each, np.nan) for name, each in tables["mean_frame"].items()}
     episodes = [row["episode"] for row in rows]
     n = {"windows": len(rows), "episodes": len(set(episodes)), "noise_seeds": told["noise_seeds"]}
     at = pick_horizons((told["delta_at"],), last)
@@ -104,12 +106,12 @@ def check_result(result: dict[str, Any]) -> None:
         "action_delta_note": exactly(delta_note(controls, episodes)),
         "drift_db_per_frame": dict.fromkeys(("model", "floor", "ceiling"), slope),
         "curves": {"frame": exactly(list(range(1, last + 1)))} | {name: _curve(name, last) for name in _CURVES},
-        "warnings": _warnings(episodes),
+        "warnings": _warnings([NO_MEAN] * no_mean + of_few(episodes)),
         "timing": dict.fromkeys(("seconds", "frames_per_s"), number(0, MOST)),
     }
     for name, form in forms.items():
         hold(result[name], form, name)
-    _check_curves(result["curves"], result["horizons"], counts["model"] > 0)
+    _check_curves(result["curves"], result["horizons"], counts["model"] > 0, no_mean)
 
 
 def near(value: Any) -> Form:
@@ -144,9 +146,8 @@ def _interval(value: Any) -> bool:
     return all(map(DIFFERENCE, (mean, lo, hi))) and lo - CLOSE <= mean <= hi + CLOSE
 
 
-def _warnings(episodes: Sequence[str]) -> Check:
-    """What must be said of these episodes, then at most that world and dataset run at other rates: a line each."""
-    own = of_few(episodes)
+def _warnings(own: list[str]) -> Check:
+    """What must be said, then at most that world and dataset run at other rates: a line each."""
 
     def fits(value: Any) -> bool:
         if type(value) is not list or value[: len(own)] != own or len(value) > len(own) + 1:
@@ -204,6 +205,8 @@ def _of_horizon(
     for name, value in made.items():
         if name in _TOLD:
             forms[name] = near(value)
+        elif name.startswith("mean_frame_") and made["mean_frame_psnr"] is None:
+            forms[name] = exactly(None)
         elif name.endswith(("ratio", "cosine")):  # null where the truth does not move, too
             forms[name] = or_none(_range(name))
         else:
@@ -220,14 +223,15 @@ def _curve(name: str, length: int) -> Check:
     return lambda value: type(value) is list and len(value) == length and all(map(check, value))
 
 
-def _check_curves(found: Mapping[str, list], rows: Mapping[str, Any], broken: bool) -> None:
+def _check_curves(found: Mapping[str, list], rows: Mapping[str, Any], broken: bool, no_mean: bool) -> None:
     """ValueError where curves contradict the horizons, themselves or what is known of frames that are not finite."""
     values = {name: np.array(found[name], float) for name in _CURVES}
     missing = {name: np.isnan(each) for name, each in values.items()}
     sound = missing["psnr"].any() == broken and np.array_equal(missing["psnr"], missing["ssim"])
     sound &= np.array_equal(missing["psnr_lo"], missing["psnr_hi"]) and not any(
-        missing[name].any() for name in ("floor", "ceiling", "mean_frame")
+        missing[name].any() for name in ("floor", "ceiling")
     )
+    sound &= (missing["mean_frame"] == no_mean).all()
     sound &= not ((values["psnr_lo"] > values["psnr"] + CLOSE) | (values["psnr_hi"] < values["psnr"] - CLOSE)).any()
     for h, row in rows.items():
         psnr, at = row["psnr"], int(h) - 1

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ahriuwu_cli.data.documents import MAX_RESULT, document_hash, read_object, to_json
+from ahriuwu_cli.data.documents import MAX_RESULT, document_hash, parse_object, read_object, to_json
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
@@ -223,13 +223,31 @@ def _run(files: _Files, p: Prepared, folder: Path, split: Shards, bar: Bar | Non
         measured: Measured | None = _measure(whole, share, p, bar)
     else:
         measured = _with_others(whole, share, p, folder, split, bar, say)
-    path = folder / f"{p.digest}.json"
     if measured is None:
         return _look(folder, p, False, say)
-    document = write_cell(path, p, summarise(*whole, measured, time.monotonic() - began))
-    for old in folder.glob(f"{p.digest}.part-*.safetensors"):
+    result = summarise(*whole, measured, time.monotonic() - began)
+    parts = list(folder.glob(f"{p.digest}.part-*.safetensors"))
+    if len(share) < len(p.manifest.windows):
+        _check_joined(result, p, parts)
+    document = write_cell(folder / f"{p.digest}.json", p, result)
+    for old in parts:
         old.unlink(missing_ok=True)
     return document
+
+
+def _check_joined(result: dict[str, Any], p: Prepared, parts: Sequence[Path]) -> None:
+    """DataError for a result of parts that no reader of cells would take; each part was sound for itself."""
+    from ahriuwu_cli.evaluation.cell_check import check_result
+
+    try:
+        check_result(parse_object(to_json(result, most=MAX_RESULT)))
+    except ValueError as error:
+        for part in parts:
+            shards.set_aside(part)
+        raise DataError(
+            f"{p.cell.where}: its parts contradict each other ({error}) and are set aside: run the plan again in as "
+            "many processes"
+        ) from None
 
 
 def _with_others(

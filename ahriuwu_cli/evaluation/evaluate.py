@@ -14,7 +14,7 @@ from ahriuwu_cli.errors import TrainingError, UserError
 from ahriuwu_cli.evaluation.controls import partners
 from ahriuwu_cli.evaluation.generate import generate
 from ahriuwu_cli.evaluation.measure import CONTROLS, Measured, Progress, Source, batches, measure
-from ahriuwu_cli.evaluation.prepare import EvaluationConfig, prepare, settings, warnings
+from ahriuwu_cli.evaluation.prepare import NO_MEAN, EvaluationConfig, prepare, settings, warnings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.scores import join, references, score
 from ahriuwu_cli.evaluation.summary import (
@@ -116,7 +116,7 @@ def summarise(
         "drift_db_per_frame": {who: drift(tables, who, episodes) for who in ("model", "floor", "ceiling")},
         "curves": curves(tables, episodes),
         "windows": by_window(tables, manifest.windows, horizons, controls),
-        "warnings": warnings(world, store, episodes),
+        "warnings": [NO_MEAN] * (not store.episodes("train")) + warnings(world, store, episodes),
         "timing": {
             "seconds": seconds,
             "frames_per_s": measured.frames / max(measured.seconds, 1e-9),

@@ -198,12 +198,14 @@ def table_shapes(windows: int, horizon: int, horizons: Sequence[int], controls: 
 
 
 def score_made(
-    made: Made, frames: np.ndarray, context: int, horizons: Sequence[int], batch: int, mean: np.ndarray
+    made: Made, frames: np.ndarray, context: int, horizons: Sequence[int], batch: int, mean: np.ndarray | None
 ) -> dict[str, Table]:
     """Every table of some windows, averaged over noise seeds: floor, ceiling, mean_frame, truth, model, controls,
-    forced_h."""
+    forced_h. Without a mean frame its scores are NaN."""
     truth, last = frames[:, context:], frames[:, context - 1]
     part, before = references(None, frames, context, batch, mean=mean, again=made.again)
+    if mean is None:
+        part["mean_frame"] = {name: np.full_like(values, np.nan) for name, values in part["floor"].items()}
     for name, rollouts in made.rollouts.items():
         if name.startswith("forced_"):
             continue

@@ -19,6 +19,7 @@ from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
 INTERVAL = f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out noise seeds and training seeds"
+NO_MEAN = "the dataset has no train split, so there is no mean frame to compare with"
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,19 @@ def check_frames(store: EpisodeStore) -> None:
 
 def warnings(world: World, store: EpisodeStore, episodes: list[str]) -> list[str]:
     """What a reader of the numbers must know and cannot see in them."""
-    found = of_few(episodes)
-    if (store.fps, store.frame_skip) != (world.fps, world.frame_skip):
-        found.append(
-            f"the dataset runs at {store.fps:g} frames/s (frame skip {store.frame_skip}), the world was trained at "
-            f"{world.fps:g} (frame skip {world.frame_skip})"
-        )
-    return found
+    return of_few(episodes) + of_rates(world, store)
+
+
+def of_rates(world: World, store: EpisodeStore) -> list[str]:
+    """The warning of a dataset that runs at another rate than its world."""
+    if (store.fps, store.frame_skip) == (world.fps, world.frame_skip):
+        return []
+    return [f"the dataset runs at {store.fps:g} frames/s (frame skip {store.frame_skip}), {trained_at(world)}"]
+
+
+def trained_at(world: World) -> str:
+    """The end of such a warning."""
+    return f"the world was trained at {world.fps:g} (frame skip {world.frame_skip})"
 
 
 def of_few(episodes: Sequence[str]) -> list[str]:

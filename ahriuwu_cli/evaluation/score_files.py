@@ -6,7 +6,7 @@ would write, and numbers to what a score, a clock or a count can be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,18 @@ def write_scores(
 
 
 def read_scores(
-    path: Path, form: str, identity: dict[str, Any], expected: Shapes, facts: Mapping[str, type]
+    path: Path,
+    form: str,
+    identity: dict[str, Any],
+    expected: Shapes,
+    facts: Mapping[str, type],
+    sound: Callable[[dict[str, np.ndarray], dict[str, Any]], bool],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and facts of a file. DataError when it is damaged or is another than expected.
 
     expected: the shape of every array; one of more than two axes holds pictures (uint8), others scores (float64, NaN
-    where a frame was not finite). facts: float (seconds), int (a count) or dict (counts by name), by name.
+    where a frame was not finite). facts: float (seconds), int (a count) or dict (counts by name), by name. sound:
+    whether its counts are those of its arrays; ValueError where these contradict each other.
     """
     try:
         found, metadata = read_header_and_metadata(path)
@@ -72,6 +78,8 @@ def read_scores(
                 raise ValueError(f"its {name} are no counts by name")
             for value in told[name].values() if kind is dict else (told[name],):
                 amount(value, int if kind is dict else kind)
+        if not sound(arrays, told):
+            raise ValueError("its counts are not those of its scores")
     except (DataError, ValueError, KeyError) as error:
         raise DataError(f"{path} is damaged ({error})") from None
     return arrays, told

@@ -54,12 +54,14 @@ def _clip(before: np.ndarray, frames: np.ndarray) -> np.ndarray:
     return np.concatenate([before[:, None], frames], axis=1)
 
 
-def mean_frame(store: EpisodeStore, frames: int = 512) -> np.ndarray:
+def mean_frame(store: EpisodeStore, frames: int = 512) -> np.ndarray | None:
     """The mean of about `frames` evenly spaced frames of the train split, uint8 (H, W, 3): what a collapse shows.
 
-    Of the train split, since a model could not know more.
+    Of the train split, since a model could not know more; None where the dataset has no such split.
     """
     episodes = store.episodes("train")
+    if not episodes:
+        return None
     every = max(1, sum(e.frames for e in episodes) // frames)
     # other phases in other episodes
     taken = [store.frames(e.id, min(i % every, e.frames), None, every) for i, e in enumerate(episodes)]

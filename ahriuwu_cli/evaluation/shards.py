@@ -127,12 +127,19 @@ def read_part(path: Path, identity: dict[str, Any], expected: Shapes) -> Measure
     """FileNotFoundError when it is not there, DataError when it is damaged or holds other settings or windows."""
     from ahriuwu_cli.evaluation.measure import Measured
     from ahriuwu_cli.evaluation.score_files import read_scores, tables_of
+    from ahriuwu_cli.evaluation.table_check import check_tables
+
+    def sound(arrays, facts) -> bool:
+        seeds, counts = identity["evaluation"]["noise_seeds"], facts["not_finite"]
+        lost = check_tables(tables_of(arrays), seeds)  # a mean over noise seeds lacks what one of them lacks
+        fits = counts.keys() == lost.keys() and all(lost[n] <= counts[n] <= lost[n] * seeds for n in counts)
+        return fits and facts["frames"] == arrays["model/psnr"].size * seeds
 
     if not path.exists():
         raise FileNotFoundError(path)
     kinds = {"not_finite": dict, "frames": int, "seconds": float}
     try:
-        arrays, facts = read_scores(path, FORMAT, identity, expected, kinds)
+        arrays, facts = read_scores(path, FORMAT, identity, expected, kinds, sound)
     except DataError:
         if path.exists():
             raise

@@ -24,6 +24,7 @@ from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.score_files import Shapes, flat, read_scores, tables_of, write_scores
 from ahriuwu_cli.evaluation.scores import Table
 from ahriuwu_cli.evaluation.shards import set_aside
+from ahriuwu_cli.evaluation.table_check import check_tables
 from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.places import check_folder
 from ahriuwu_cli.rollout import RolloutConfig
@@ -78,9 +79,15 @@ def read_cell(folder: Path, about: dict[str, Any], expected: Shapes) -> CellScor
     path = cell_file(folder, about)
     if not path.exists():
         return None
-    arrays, facts = read_scores(path, FORMAT, about, expected, {"seconds": float, "wall": float, "not_finite": int})
+    kinds = {"seconds": float, "wall": float, "not_finite": int}
+    arrays, facts = read_scores(path, FORMAT, about, expected, kinds, _is_sound)
     clip = arrays.pop("clip")
     return CellScores(tables_of(arrays), clip, **facts)
+
+
+def _is_sound(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:
+    scores = {name: values for name, values in arrays.items() if name != "clip"}
+    return sum(check_tables(tables_of(scores), seeds=1).values()) == facts["not_finite"]
 
 
 def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:

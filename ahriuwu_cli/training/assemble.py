@@ -29,6 +29,7 @@ from ahriuwu_cli.training.run import Run, run_goes_on
 from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
+DEFAULT = (16, 16), 64  # patch and latent_dim of the tokenizer that a run without one gets
 FIT_FRAMES = 4096  # frames that principal components are fitted to, spread over all episodes
 FIT_BYTES = 1 << 20  # bytes of frames, uint8, taken into memory at a time; fitting needs some forty times as many
 FIT_COVARIANCE = 5 * 8  # bytes for each pair of values of a patch: matrices in float64 at the end of fitting
@@ -62,16 +63,16 @@ def fit_linear_tokenizer(
 
 def fit_for_all(group: Group, store: EpisodeStore, progress: Progress | None = None) -> LinearTokenizer:
     """The tokenizer that a run without one gets: fitted by the lead, the same on every process."""
-    patch, latent_dim, whitening = (16, 16), 64, 0.5
     tokenizer = group.together(
-        lambda: (
-            fit_linear_tokenizer(store, patch, latent_dim, whitening, progress)
-            if group.leads
-            else _unfitted(store, patch, latent_dim)
-        )
+        lambda: fit_linear_tokenizer(store, *DEFAULT, 0.5, progress) if group.leads else default_tokenizer(store)
     )
     group.copy_from_lead(tokenizer.state_dict())
     return tokenizer
+
+
+def default_tokenizer(store: EpisodeStore) -> LinearTokenizer:
+    """The same before it is fitted. UserError for frames that it does not suit."""
+    return _unfitted(store, *DEFAULT)
 
 
 def assemble(
@@ -137,7 +138,7 @@ def _unfitted(store: EpisodeStore, patch: tuple[int, int], latent_dim: int) -> L
             )
         return LinearTokenizer(*sizes).eval()
     except ValueError as error:
-        raise UserError(f"{error}: choose another --patch or --latent-dim") from None
+        raise UserError(f"{error}: choose another --patch or --latent-dim of `ahriuwu train tokenizer`") from None
 
 
 def _facts(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, init_from: Path | None) -> dict:
@@ -191,16 +192,22 @@ def _new_world(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, g
 
 
 def architecture_for(size: str, tokenizer: Tokenizer, store: EpisodeStore, predicts: str = "x") -> DynamicsConfig:
-    """The dynamics of a named size for this tokenizer's latents and this dataset's actions."""
+    """The dynamics of a named size for this tokenizer's latents and this dataset's actions. UserError."""
     if size not in SIZES:
         raise UserError(f"unknown size {size!r}: {did_you_mean(size, tuple(SIZES))}")
-    return DynamicsConfig(
-        tokens=tokenizer.tokens,
-        latent_dim=tokenizer.latent_dim,
-        action_space=action_slots(store.action_space),
-        predicts=predicts,
-        **SIZES[size],
-    )
+    try:
+        return DynamicsConfig(
+            tokens=tokenizer.tokens,
+            latent_dim=tokenizer.latent_dim,
+            action_space=action_slots(store.action_space),
+            predicts=predicts,
+            **SIZES[size],
+        )
+    except ValueError as error:
+        raise UserError(
+            f"size {size} does not suit {tokenizer.tokens} token(s) a frame ({error}): choose another --size, or a "
+            "--tokenizer of larger patches"
+        ) from None
 
 
 def start_from(path: Path, architecture: DynamicsConfig, tokenizer: Tokenizer | None) -> World:
