@@ -56,6 +56,22 @@ def test_a_run_goes_on_when_all_that_counts_is_the_same(tmp_path):
     assert not goes_on(tmp_path / "empty", ASKED, FREE, False, False)
 
 
+def test_a_run_that_starts_again_leaves_what_lies_beside_its_own(tmp_path):
+    begun(tmp_path / "run")
+    for name in ("best", "tokenizer", "mine", "best.kept"):
+        (tmp_path / "run" / name).mkdir()
+    assert RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE).go_on(print) is None
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "run.json", "mine", "best.kept"}
+
+
+def test_a_run_that_starts_over_takes_away_no_other_that_came_into_its_folder_meanwhile(tmp_path):
+    begun(tmp_path / "run", 3)
+    begun(tmp_path / "run" / "another", 3)
+    with pytest.raises(UserError, match=r"--overwrite would take away the run .*run/another"):
+        RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE).begin(True, print)
+    assert len(list(tmp_path.rglob("step-00000003"))) == 2
+
+
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize(
     ("changes", "words"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +25,7 @@ from ahriuwu_cli.data.documents import document_hash, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
-from ahriuwu_cli.places import check_folder
+from ahriuwu_cli.places import check_folder, refuse_to_take_away
 from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.restart import resuming
@@ -74,6 +74,9 @@ class RunFolder:
             self._hold(announce)
             if not overwrite and _content(self.folder):  # somebody was quicker
                 raise UserError(f"{self.folder} is not empty any more: run the same command again")
+            if overwrite:
+                refuse_to_take_away(self.folder)  # nor what came there since `goes_on` looked
+            self._clear(os.listdir(self.folder))
             self._begin(more)
 
     def go_on(
@@ -98,6 +101,7 @@ class RunFolder:
                 found = self.states.load(announce, expected=expected)
                 self.lacking = [] if found is None else self.lost(found[2])
                 if found is None:
+                    self._clear(WRITTEN)  # whatever else lies here is the user's
                     self._begin(more)
                 else:
                     run_log.cut(self.log_file, found[2]["step"], found[2].get("logged", 0), announce)
@@ -218,11 +222,14 @@ class RunFolder:
         if self._lock is None:
             self._lock = take(self.folder, announce)
 
+    def _clear(self, names: Iterable[str]) -> None:
+        """Take these away, what is resumable first, and last what says that here is a run."""
+        for name in sorted(set(names) - {LOCK}, key=lambda name: (name == "run.json", name != "state")):
+            if os.path.lexists(self.folder / name):
+                discard(self.folder / name)
+
     def _begin(self, more: dict[str, Any]) -> None:
-        """Clear the folder, what is resumable first, and say in it what is asked for now."""
-        for path in sorted(self.folder.iterdir(), key=lambda p: (p.name == "run.json", p.name != "state")):
-            if path.name != LOCK:
-                discard(path)
+        """Say in the folder what is asked for now."""
         document = {**self.asked, "command": self.command, "versions": versions(), **more}
         write_whole(self.folder / "run.json", to_json(document, 1) + "\n")
 
@@ -243,6 +250,8 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
         raise UserError("give --resume to go on or --overwrite to start over, not both")
     check_folder(folder, overwrite=True, holds="run")
     refuse_alive(folder)
+    if overwrite:
+        refuse_to_take_away(folder)
     content = _content(folder)
     if overwrite or not content:
         if resume:
