@@ -59,7 +59,7 @@ class RunFolder:
             self.folder / "state", keep, document_hash(self.asked | {"config": config}),
             lambda document: check_document(document, self.needed, config.get("steps")),
         )  # fmt: skip
-        self.again = resuming(command)  # what the user is told to type
+        self.typed, self.again = command, resuming(command)  # what the user is told to type
         self.found: str | None = None  # one sentence on what was there, where there was something
         self.lacking: list[str] = []  # what was lost of it
         self._logged = 0  # the step of the last line with a loss
@@ -199,7 +199,7 @@ class RunFolder:
     def asked_twice(self) -> str:
         """What is to be said to who does not wait until a step is done and saved."""
         saved = self.states.newest()
-        ways = self.where_it_stands() if saved else f"no state is saved yet, start again with: {self.command}"
+        ways = self.where_it_stands() if saved else f"no state is saved yet, start again with: {self.typed}"
         return f"asked twice, so this step was not saved: {ways}"
 
     def _is_ours(self) -> bool:
