@@ -176,6 +176,7 @@ def _with_options(settings: dict, stop) -> dict | None:
         store, encoder = _opened(config, **given)
         return dry_run(store, encoder, config, settings["device"], settings["init_from"], settings["as_json"])
 
+    from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.distributed import join
 
     if config.threads:
@@ -186,6 +187,7 @@ def _with_options(settings: dict, stop) -> dict | None:
         if settings["parallel"] == "fsdp" and group.world == 1:
             typer.echo("one process: --parallel fsdp has nothing to share out", err=True)
         result = _train(group, config, stop, given, quiet=settings["as_json"] or not group.leads)
+        complete(settings["out"])
     return result if group.leads else None
 
 

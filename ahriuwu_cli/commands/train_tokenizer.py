@@ -129,6 +129,7 @@ def _transformer(
     """(tokenizer, its quality, its folder): trained in the run folder `out`, or gone on with, or found finished."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.checkpoint import is_sound_tokenizer, load_tokenizer, pick_device, tokenizer_facts
     from ahriuwu_cli.training.restart import command_line
     from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
@@ -151,6 +152,7 @@ def _transformer(
             store, config, out, where, progress, resume, overwrite=overwrite, stop=stop, command=command_line(),
             announce=lambda sentence: typer.echo(sentence, err=True), keep=keep,
         )  # fmt: skip
+    complete(out)
     return *written, folder
 
 

@@ -90,7 +90,7 @@ class RunFolder:
         self.command = read_run(self.folder)["command"]
         _refuse_links(self.folder)
         glance = self.states.glance()
-        finished = glance is not None and glance.get("step") == glance.get("total") and not self._has_leftovers()
+        finished = glance is not None and self.is_finished(glance) and not self._has_leftovers()
         self.lacking = self.lost(glance) if finished and self.writes else []
         found = self._read(announce, expected) if (finished and not self.lacking) or not self.writes else None
         if found is None and self.writes:
@@ -104,7 +104,9 @@ class RunFolder:
                     self._clear(WRITTEN)  # whatever else lies here is the user's
                     self._begin(more)
                 else:
-                    run_log.cut(self.log_file, found[2]["step"], found[2].get("logged", 0), announce)
+                    step, logged = found[2]["step"], found[2].get("logged", 0)
+                    last_preview = step == found[2]["total"] and bool(self.lacking or not self.is_finished(found[2]))
+                    run_log.cut(self.log_file, step, logged, announce, last_preview)
                     for name in self.lacking:
                         self._set_aside(name)
         self.found = f"{self.folder} holds this run, stopped before its first saved state: starting again from step 0"
@@ -112,11 +114,18 @@ class RunFolder:
             step, total = found[2]["step"], found[2]["total"]
             self.found = f"going on with the run in {self.folder} after step {step} of {total or 'a time budget'}"
             if step == total:
+                self.found += ": its last preview is left"
+            if self.is_finished(found[2]):
                 self.found = f"the run in {self.folder} is finished: all {total} steps are done"
             self._logged = found[2].get("logged", 0)
             if self.lacking:
                 self.found += f"; {' and '.join(self.lacking)} is missing or damaged, and made anew"
         return found
+
+    @staticmethod
+    def is_finished(document: dict[str, Any]) -> bool:
+        """Whether nothing is left to do at this state. States of older versions are of the very end."""
+        return document["step"] == document.get("total") and document.get("finished", True)
 
     def lost(self, document: dict[str, Any]) -> list[str]:
         """What a run at this state must have in its folder, and has not: names."""

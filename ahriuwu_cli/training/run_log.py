@@ -13,6 +13,7 @@ from ahriuwu_cli.errors import CheckpointError
 
 NAME = "metrics.jsonl"
 MAX_LOG = 100_000_000  # bytes: some 300,000 lines
+_PREVIEW = re.compile(rb'\{"step": \d+, "(preview|gain_db_by_sampler)"')
 _LOGGED = re.compile(rb'\{.*?"step": (\d{1,18})[,}]')
 
 
@@ -28,8 +29,10 @@ def append(file: Path, line: str) -> None:
             raise OSError(error.errno, error.strerror, str(file)) from None
 
 
-def cut(file: Path, step: int, logged: int, announce: Callable[[str], None]) -> None:
+def cut(file: Path, step: int, logged: int, announce: Callable[[str], None], preview: bool = False) -> None:
     """Drop the lines after `step`, and one that a kill cut short; say which are missing up to the step `logged`.
+
+    preview: that of `step` is to be done again, so what it said is dropped as well.
 
     CheckpointError where the file is none that a run writes.
     """
@@ -43,7 +46,7 @@ def cut(file: Path, step: int, logged: int, announce: Callable[[str], None]) -> 
         with open(file, "rb") as lines:
             for line in lines:
                 at = _step_of(line)
-                if at is not None and at <= step:
+                if at is not None and at <= step and not (preview and at == step and _PREVIEW.match(line)):
                     kept += line
                     last = max(last, at)
     if len(kept) < size:
