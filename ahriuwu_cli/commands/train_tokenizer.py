@@ -12,7 +12,7 @@ from ahriuwu_cli.errors import UserError
 
 KINDS = ("linear", "transformer")
 TRANSFORMER = (  # options of that kind alone
-    "tokens", "steps", "batch", "frames", "lr", "lpips_weights", "log_every", "save_every", "keep", "resume",
+    "tokens", "steps", "batch", "frames", "lr", "lpips_weights", "seed", "log_every", "save_every", "keep", "resume",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def train_tokenizer(
     frames: int = options.whole(8, "--frames", 1, 10_000, "transformer: frames of a clip."),
     lr: float = options.number(3e-3, "--lr", 0, 10, "transformer: learning rate.", "()"),
     lpips_weights: Path = typer.Option(None, help="transformer: LPIPS v0.1, backbone and heads (extra: lpips)."),
-    seed: int = options.seed("Seed of everything drawn."),
+    seed: int = options.seed("transformer: seed of everything drawn."),
     log_every: int = options.whole(10, "--log-every", 1, options.MANY, "transformer: steps between lines of metrics."),
     save_every: int = options.whole(
         500, "--save-every", 1, options.MANY, "transformer: steps between resumable states."
