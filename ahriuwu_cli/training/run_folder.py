@@ -62,6 +62,7 @@ class RunFolder:
         self.typed, self.again = command, resuming(command)  # what the user is told to type
         self.found: str | None = None  # one sentence on what was there, where there was something
         self.lacking: list[str] = []  # what was lost of it
+        self._log_every = config.get("log_every")  # None where it may have been another one
         self._logged = 0  # the step of the last line with a loss
         self._lock: TextIO | None = None
 
@@ -93,6 +94,8 @@ class RunFolder:
         finished = glance is not None and self.is_finished(glance) and not self._has_leftovers()
         self.lacking = self.lost(glance) if finished and self.writes else []
         found = self._read(announce, expected) if (finished and not self.lacking) or not self.writes else None
+        if found is not None and self.writes:
+            run_log.look(self.log_file, found[2]["step"], found[2].get("logged", 0), announce, self._log_every)
         if found is None and self.writes:
             with self.writing("nothing was trained"):
                 self._hold(announce)
@@ -106,7 +109,7 @@ class RunFolder:
                 else:
                     step, logged = found[2]["step"], found[2].get("logged", 0)
                     last_preview = step == found[2]["total"] and bool(self.lacking or not self.is_finished(found[2]))
-                    run_log.cut(self.log_file, step, logged, announce, last_preview)
+                    run_log.cut(self.log_file, step, logged, announce, last_preview, self._log_every)
                     for name in self.lacking:
                         self._set_aside(name)
         self.found = f"{self.folder} holds this run, stopped before its first saved state: starting again from step 0"
