@@ -19,7 +19,7 @@ from typing import TypeVar
 from ahriuwu_cli.disk import NO_LOCKS, call_it, exchange, lock, random_digits, sync
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.lock import refuse_alive
-from ahriuwu_cli.places import check_folder
+from ahriuwu_cli.places import check_folder, refuse_to_take_away
 from ahriuwu_cli.stopping import unbroken, undoing
 
 NO_FOLDER_LOCKS = NO_LOCKS | {errno.EBADF}  # some disks lock files alone
@@ -31,7 +31,8 @@ T = TypeVar("T")
 class replacing:
     """`with replacing(folder) as temporary`: fill a hidden folder, then put it in the place of `folder`.
 
-    See `put_in_place`; the folder of a run that is alive is left, with a UserError. The hidden folder lies in the
+    See `put_in_place`; the folder of a run that is alive, or with another dataset, world or run in it, is left, with a
+    UserError. The hidden folder lies in the
     nearest folder that exists; other parents are made at the end. Whatever stops the writing, `folder` stays as it was.
     A signal that ends the program removes the hidden folder; what a killed process left is removed by the next that
     writes the same folder: the writer holds a lock on it (`flock`) as long as it lives. overwrite False: what another
@@ -81,6 +82,7 @@ class replacing:
         sync(self.temporary)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         refuse_alive(self.folder)
+        refuse_to_take_away(self.folder)
         with unbroken():
             put_in_place(self.temporary, self.folder, self.overwrite)
             self._then()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -23,10 +24,11 @@ PARTS = {  # of our folders, by what they are
 def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
     """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite.
 
-    Nothing goes among the files of a dataset, a checkpoint or a run. holds: "results" of looking at a world, a
-    "rollout", and "pieces" of results that are written one by one, never take the place of one, or take one away;
-    anything else that is written may replace its own kind. What is put in place as one folder (all but "pieces" and a
-    "run") cannot be the current one, which would be gone under the user's feet, nor one that cannot lose its name.
+    Nothing goes among the files of a dataset, a checkpoint or a run, or takes one away that lies in `out` (a "run" and
+    a "dataset" ask for that themselves). holds: "results" of looking at a world, a "rollout", and "pieces" of results
+    that are written one by one, never take the place of one either; anything else that is written may replace its own
+    kind. What is put in place as one folder (all but "pieces" and a "run") cannot be the current one, which would be
+    gone under the user's feet, nor one that cannot lose its name.
     """
     try:
         near = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
@@ -46,8 +48,8 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
         _refuse_irreplaceable(out, "results" if holds == "results" else f"a {holds}", exists=near == out)
     if near == out and not overwrite and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
-    if near == out and holds in ("results", "rollout"):
-        _refuse_to_take_away(out)
+    if near == out and holds not in ("pieces", "run", "dataset"):
+        refuse_to_take_away(out)
 
 
 def _refuse_linked_parts(out: Path) -> None:
@@ -70,10 +72,16 @@ def refuse_among_others(out: Path, itself: bool = True) -> None:
             raise UserError(f"{out} lies among the files of the {kind} {folder}: choose another --out")
 
 
-def _refuse_to_take_away(out: Path) -> None:
-    """UserError when a dataset, a checkpoint or a run lies anywhere in the folder `out`, which is to be replaced."""
-    for place, _, _ in os.walk(out):
-        if kind := _kind(Path(place)):
+def refuse_to_take_away(out: Path) -> None:
+    """UserError when a dataset, a checkpoint or a run lies anywhere in the folder `out`, which is to be replaced.
+
+    `out` itself may be one, with its own parts and what a killed process left of them under hidden names.
+    """
+    own = "|".join(PARTS.get(_kind(out), ()))
+    for place, folders, _ in os.walk(out):
+        if place == str(out):
+            folders[:] = [name for name in folders if not re.fullmatch(rf"{own}|\.({own})\.\d+\.(tmp|old)", name)]
+        elif kind := _kind(Path(place)):
             raise UserError(f"--overwrite would take away the {kind} {place}: choose another --out than {out}")
 
 

@@ -24,6 +24,8 @@ CONTROLS = (
 )
 _WITH_RETURN, _ALL = re.compile(f"[{CONTROLS}]"), re.compile(f"[\r{CONTROLS}]")
 _SPACE = re.compile(r"\s")
+_BREAKS = re.compile(r"\s*[\t-\r\x1c-\x1f\x85\u2028\u2029]\s*")
+_commands: set[str] = set()  # that are to be typed
 
 
 def printable(text: str, keep_return: bool = False) -> str:
@@ -36,10 +38,18 @@ def one_line(text: object) -> str:
     return printable(_SPACE.sub(" ", str(text)))
 
 
+def to_type(command: str) -> str:
+    """The command of one line, which no sentence that ends with it cuts or changes from here on."""
+    _commands.add(command)
+    return command
+
+
 def one_sentence(text: str) -> str:
     """An error's text on one line, cut in its middle where a value in it is endless."""
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
+    text = printable(_BREAKS.sub(" ", text).strip())
+    command = max((c for c in _commands if text.endswith(c)), key=len, default="")
+    text = text.removesuffix(command)
+    return (text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}") + command
 
 
 class OutputLost(Exception):

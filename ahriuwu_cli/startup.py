@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 
 from ahriuwu_cli.printing import open_missing
-from ahriuwu_cli.training.restart import launcher, speaks
+from ahriuwu_cli.training.restart import speaks, typed
 from ahriuwu_cli.training.signals import StopRequest
 
 _stop: StopRequest | None = None
@@ -26,8 +25,7 @@ def begin() -> None:
         sys.stderr.write(f"error: the current folder cannot be used ({error.strerror}): change to another one\n")
         sys.exit(2)
     if _stop is None:
-        again = f"{launcher()} {shlex.join(sys.argv[1:])}"
-        said = f"nothing half done is left, start again with: {again}"
+        said = f"nothing half done is left, start again with: {typed()}"
         _stop = StopRequest(at_once=said, speaks=speaks(), heeds_ignored=False)
         _stop.__enter__()  # until the process ends
 

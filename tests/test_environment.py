@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from small import small_place
 
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.places import keep_apart
+from ahriuwu_cli.printing import one_sentence, printable
 from ahriuwu_cli.training import restart
 from ahriuwu_cli.training.restart import launcher, stoppable
 
@@ -90,6 +92,27 @@ def test_resume_stands_before_the_end_of_options(monkeypatch, typed, goes_on):
     monkeypatch.setattr(sys, "argv", ["ahriuwu", *shlex.split(typed)])
     monkeypatch.setattr(sys, "orig_argv", ["python", *sys.argv])
     assert restart.resuming(restart.command_line()) == f"ahriuwu {goes_on}"
+
+
+ODD = [
+    "my  runs", "tab\tx", "a\nb", " end ", "\u00a0", "em\u2003space", "it's", "it's\n\\n", '"', "$HOME`x`", "\x1b[31m",
+    "\u202eabc", "ü 漢", "\udce9", "\udce9\n9", "\x01f", "\x9f", "a -- b", "*", "", "~", "d" * 5000, "!", "a\r\nb",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_printed_command_is_what_was_typed_whatever_is_in_it(monkeypatch):
+    words = ["train", "dynamics", *ODD, "--out=a\t b", "--", "\n--"]
+    monkeypatch.setattr(sys, "argv", ["ahriuwu", *words])
+    monkeypatch.setattr(sys, "orig_argv", ["python", *sys.argv])
+    resumed = [*words[:-2], "--resume", *words[-2:]]
+    for command, meant in ((restart.typed(), words), (restart.resuming(restart.command_line()), resumed)):
+        said = one_sentence(f"stopped\n  by {'x' * 9000}; go on with: {command}")
+        assert (said[:12], len(said.partition("; go on")[0]) < 2100) == ("stopped by x", True)
+        pasted = said.split("go on with: ahriuwu ")[1]
+        got = subprocess.run(["bash", "-c", f"printf '%s\\0' {pasted}"], capture_output=True, check=True).stdout
+        assert [os.fsdecode(word) for word in got.split(b"\0")[:-1]] == meant
+        assert printable(pasted) == pasted
 
 
 @pytest.mark.parametrize("variable", [

@@ -91,7 +91,7 @@ def test_what_is_made_in_such_a_folder_can_be_read_again(latin, run):
 def test_the_command_that_goes_on_is_text_whatever_the_interpreter_is_called(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "train", "dynamics", "data"])
     monkeypatch.setattr(sys, "orig_argv", [f"/opt/{LATIN}/python", "-m", "ahriuwu_cli", "train", "dynamics", "data"])
-    assert restart.command_line() == r"'/opt/d\xe9/python' -m ahriuwu_cli train dynamics data"
+    assert restart.command_line() == r"$'/opt/d\xe9/python' -m ahriuwu_cli train dynamics data"
     assert parse_json(to_json(restart.command_line())) == restart.command_line()
 
 

@@ -12,7 +12,8 @@ from typer.main import get_command
 from ahriuwu_cli import cli
 from ahriuwu_cli.commands.guard import guarded
 from ahriuwu_cli.errors import UserError
-from ahriuwu_cli.places import check_folder, keep_apart
+from ahriuwu_cli.folders import replacing
+from ahriuwu_cli.places import check_folder, keep_apart, refuse_to_take_away
 from ahriuwu_cli.training.checkpoint import save_tokenizer, save_world
 
 TRAIN = "--steps 1 --batch 1 --frames 2 --preview-windows 1 --device cpu"
@@ -248,6 +249,65 @@ def test_a_folder_with_a_dataset_a_checkpoint_or_a_run_in_it_is_never_replaced_b
     assert stop.value.code == 2
     assert f"--overwrite would take away the {kind} x/mine/it: choose another --out than x" in capsys.readouterr().err
     assert contents(place) == before
+
+
+MADE = [
+    f"train dynamics data --tokenizer tok --out x {TRAIN}",
+    f"train dynamics data --tokenizer tok --out x --dry-run {TRAIN}",
+    "train tokenizer data --out x --patch 8 --latent-dim 4",
+    "train tokenizer data --kind transformer --steps 1 --patch 8 --out x",
+    "export world --out x",
+    "import videos --out x",
+    "record doom:basic --out x",
+]
+
+
+@pytest.mark.parametrize("words", MADE)
+@pytest.mark.parametrize("kind", ["dataset", "checkpoint", "run"])
+def test_a_dataset_a_checkpoint_or_a_run_is_taken_away_by_nothing_that_replaces_the_folder_around_it(
+    place, words, kind, capsys
+):
+    if words.startswith(("import", "record")):
+        shutil.copytree("data", "x")  # only a dataset is replaced by one
+    inside = place / "x" / "mine" / "it"
+    if kind == "run":
+        inside.mkdir(parents=True)
+        (inside / "run.json").write_text("{}")
+    else:
+        shutil.copytree("data" if kind == "dataset" else "world", inside)
+    before = contents(place)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), "--overwrite"])
+    assert stop.value.code == 2
+    assert f"--overwrite would take away the {kind} x/mine/it: choose another --out than x" in capsys.readouterr().err
+    assert contents(place) == before
+
+
+def test_what_replaces_a_folder_takes_away_the_parts_of_that_folder_itself(tmp_path):
+    for name in ("best", "last/prompt", "tokenizer", ".best.12.tmp", ".last.3.old"):
+        (folder := tmp_path / "run" / name).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (folder / file).touch()
+    with pytest.raises(UserError, match="take away the checkpoint"):
+        refuse_to_take_away(tmp_path / "run")  # of no run yet
+    (tmp_path / "run" / "run.json").touch()
+    refuse_to_take_away(tmp_path / "run")
+    with pytest.raises(UserError, match="take away the run"):
+        refuse_to_take_away(tmp_path)
+    (tmp_path / "run" / "best").rename(tmp_path / "run" / "best.kept")
+    with pytest.raises(UserError, match=r"take away the checkpoint .*run/best\.kept"):
+        refuse_to_take_away(tmp_path / "run")
+
+
+def test_what_came_into_the_folder_that_is_to_be_replaced_while_a_command_worked_is_not_taken_away(tmp_path):
+    (tmp_path / "x").mkdir()
+    writer = replacing(tmp_path / "x")
+    (writer.__enter__() / "new").touch()
+    (tmp_path / "x" / "data").mkdir()
+    (tmp_path / "x" / "data" / "dataset.json").touch()
+    with pytest.raises(UserError, match="take away the dataset"):
+        writer.__exit__(None, None, None)
+    assert [p.name for p in tmp_path.rglob("*")] == ["x", "data", "dataset.json"]
 
 
 def test_a_folder_that_cannot_lose_its_name_is_refused_before_the_work(tmp_path, monkeypatch):

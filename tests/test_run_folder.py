@@ -56,6 +56,22 @@ def test_a_run_goes_on_when_all_that_counts_is_the_same(tmp_path):
     assert not goes_on(tmp_path / "empty", ASKED, FREE, False, False)
 
 
+def test_a_run_that_starts_again_leaves_what_lies_beside_its_own(tmp_path):
+    begun(tmp_path / "run")
+    for name in ("best", "tokenizer", "mine", "best.kept"):
+        (tmp_path / "run" / name).mkdir()
+    assert RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE).go_on(print) is None
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "run.json", "mine", "best.kept"}
+
+
+def test_a_run_that_starts_over_takes_away_no_other_that_came_into_its_folder_meanwhile(tmp_path):
+    begun(tmp_path / "run", 3)
+    begun(tmp_path / "run" / "another", 3)
+    with pytest.raises(UserError, match=r"--overwrite would take away the run .*run/another"):
+        RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE).begin(True, print)
+    assert len(list(tmp_path.rglob("step-00000003"))) == 2
+
+
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -105,14 +121,14 @@ def test_a_resume_of_nothing_says_to_start_it(tmp_path):
 def test_going_on_cuts_the_log_after_the_state_and_clears_what_a_kill_left(tmp_path):
     run = begun(tmp_path / "run", 3, 6)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7}\n{"step": 6}\n{"step": 5')
+        file.write('{"step": 7}\n{"a": 1, "step": 6}\n{"step": 5')
     for name in (".best.7.tmp", ".last.8.old", "state/.step-00000009.partial"):
         (tmp_path / "run" / name).mkdir()
     (tmp_path / "run" / ".mine").touch()
     _, _, document = run.go_on(print)
     run.release()
     assert document["step"] == 6
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 3}\n{"step": 6}\n{"step": 6}\n'
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 3}\n{"step": 6}\n{"a": 1, "step": 6}\n'
     names = {p.name for p in (tmp_path / "run").rglob("*") if p.name.startswith(".")}
     assert names == {".lock", ".mine"}
 
@@ -128,6 +144,49 @@ def test_what_a_kill_left_in_a_finished_run_is_cleared_away_and_nothing_else_is_
     assert "is finished: all 6 steps are done" in run.found
     assert not (tmp_path / "run" / name).exists()
     assert before == [p.stat().st_mtime_ns for p in files]
+
+
+@pytest.mark.parametrize("total", [8, 13])  # finished, unfinished
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ({8}, "7 to 8"),
+        ({2, 4, 6, 7, 8}, "1 to 8"),
+        ({4, 6}, "3 to 6"),
+        ({2, 6}, "1 to 2 and 5 to 6"),
+        ({3, 7}, None),  # previews
+    ],
+)
+def test_lines_that_a_log_lost_anywhere_are_named(tmp_path, total, gone, said):
+    settings = asked(config={**ASKED["config"], "log_every": 2, "steps": total})
+    run = RunFolder(tmp_path / "run", settings, "ahriuwu train", keep=2, free=FREE)
+    run.begin(False, print)
+    for step in range(1, 9):
+        run.log({"loss": 1.5, "step": step} if step % 2 == 0 else {"step": step, "preview": {}})
+    run.save_state(8, {"a": torch.ones(2)}, {"step": 8, "total": total})
+    run.release()
+    whole = run.log_file.read_text().splitlines(keepends=True)
+    run.log_file.write_text("".join(line for step, line in enumerate(whole, 1) if step not in gone))
+    again, heard = RunFolder(tmp_path / "run", settings, "ahriuwu train", keep=2, free=FREE), []
+    assert again.go_on(heard.append)[2]["step"] == 8
+    again.release()
+    named = f"{run.log_file} was cut short: it holds no line of steps {said}, which were trained"
+    assert heard == ([] if said is None else [named])
+
+
+def test_one_step_that_a_log_lost_is_named_as_one(tmp_path):
+    (tmp_path / "log").write_text("".join(f'{{"loss": 1.0, "step": {step}}}\n' for step in (1, 3, 4)))
+    run_log.look(tmp_path / "log", 5, 5, (heard := []).append, every=1)
+    assert "no line of steps 2 and 5, which were trained" in heard[0]
+
+
+def test_what_a_log_says_twice_is_dropped(tmp_path):
+    run = begun(tmp_path / "run", 3, 6)
+    before = run.log_file.read_bytes()
+    run.log_file.write_bytes(before * 2)
+    assert run.go_on(print)[2]["step"] == 6
+    run.release()
+    assert run.log_file.read_bytes() == before
 
 
 def test_a_log_that_dies_while_it_is_cut_is_whole(tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,22 +12,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from killing import differing_bytes
 from small import small_dataset
 
+from ahriuwu_cli import stopping
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
 from ahriuwu_cli.data.episodes import EpisodeStore
-from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
+from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
+from ahriuwu_cli.training import loop
 from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
 from ahriuwu_cli.training.batches import draw_batch, share_of
 from ahriuwu_cli.training.checkpoint import load_world
 from ahriuwu_cli.training.clip_loss import denoiser
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.optimiser import rate
+from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.signals import StopRequest
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_hidden": 32, "window": 6, "time_every": 2, "k_max": 8}
@@ -117,6 +123,63 @@ def test_a_world_that_was_lost_is_made_anew_and_said(data, tmp_path, damage):
     damage(tmp_path / "b" / "best")
     assert "best is missing" in run(data, tmp_path / "b").run.found
     assert load_world(tmp_path / "b" / "best", "cpu").facts["step"] >= 4
+
+
+class Ended(BaseException):
+    """Stands for the end of the process where a signal finds it."""
+
+
+AT_ONCE = "all 6 steps are done and saved, the worlds come of: train --resume"
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "lost", "said"),
+    [
+        (Run, "save", False, "stopped by signal 10 at step 6; state saved, go on with: train --resume"),
+        (loop, "choose_sampler", False, f"stopped by signal 10; {AT_ONCE}"),
+        (Run, "save_world", False, f"stopped by signal 10; {AT_ONCE}"),
+        (loop, "choose_sampler", True, f"stopped by signal 10; {AT_ONCE}"),
+        (Run, "save_world", True, f"stopped by signal 10; {AT_ONCE}"),
+    ],
+)
+def test_a_signal_in_the_last_preview_ends_the_run_and_only_the_preview_is_done_again(
+    data, tmp_path, monkeypatch, place, name, lost, said
+):
+    run(data, tmp_path / "whole")
+    if lost:
+        shutil.copytree(tmp_path / "whole", tmp_path / "r")
+        shutil.rmtree(tmp_path / "r" / "last")
+    before = getattr(place, name)
+
+    def signalled(*arguments, **named):
+        if place is loop or arguments[-1].step == 6:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return before(*arguments, **named)
+
+    def ended(number, sentence):
+        raise Ended(sentence)
+
+    store, tokenizer = data
+    with monkeypatch.context() as patch, StopRequest() as stop:
+        patch.setattr(place, name, signalled)
+        patch.setattr(stopping, "end", ended)
+        trainer = assemble(store, tokenizer, CONFIG, tmp_path / "r", "train", device=torch.device("cpu"))
+        with pytest.raises((Interrupted, Ended)) as stopped:
+            trainer.train(lambda line: None, stop)
+    assert str(stopped.value) == said
+    updates = []
+    monkeypatch.setattr(DynamicsTrainer, "_update", updates.append)
+    again = run(data, tmp_path / "r", resume=True)
+    assert lost or again.run.found.endswith("after step 6 of 6: its last preview is left")
+    assert (updates, differing_bytes(tmp_path / "whole", tmp_path / "r")) == ([], {})
+
+
+def test_a_signal_once_all_is_written_says_that_the_run_is_complete(data, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(StopRequest, "end_at_once", lambda stop, sentence: said.append(sentence))
+    for _ in range(2):  # trained, and found finished
+        run(data, tmp_path / "r")
+        assert said[-1] == f"{tmp_path / 'r'} is complete"
 
 
 def test_a_preview_that_is_not_finite_says_the_step_and_what_is_saved(data, tmp_path, monkeypatch):

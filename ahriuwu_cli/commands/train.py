@@ -137,8 +137,15 @@ def train_dynamics(
         options.only_for(ctx, "contradicts --resume, which keeps what is in --out", "overwrite")
     if forcing != FORCING and forcing in ONE_STEP_SIZE():  # for another than the default torch is there already
         options.only_for(
-            ctx, f"says nothing to --forcing {forcing}, which draws the smallest d alone", "bootstrap_share"
-        )
+            ctx, f"says nothing to --forcing {forcing}, which draws the smallest d alone",
+            "bootstrap_share", "bootstrap_target",
+        )  # fmt: skip
+    if bootstrap_share == 0:
+        options.only_for(ctx, "says nothing to --bootstrap-share 0, which trains no larger steps", "bootstrap_target")
+    if long_frames == frames:
+        raise UserError(f"--long-frames {long_frames} is --frames, so no clip would be longer: choose more of them")
+    if steps is not None and long_every > steps:
+        raise UserError(f"--long-every {long_every} is beyond --steps {steps}, so no clip would be long: choose fewer")
     if steps is not None and budget is not None:
         raise UserError("give either --steps or --budget, not both")
     from ahriuwu_cli.training.restart import stoppable
@@ -176,6 +183,7 @@ def _with_options(settings: dict, stop) -> dict | None:
         store, encoder = _opened(config, **given)
         return dry_run(store, encoder, config, settings["device"], settings["init_from"], settings["as_json"])
 
+    from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.distributed import join
 
     if config.threads:
@@ -186,6 +194,7 @@ def _with_options(settings: dict, stop) -> dict | None:
         if settings["parallel"] == "fsdp" and group.world == 1:
             typer.echo("one process: --parallel fsdp has nothing to share out", err=True)
         result = _train(group, config, stop, given, quiet=settings["as_json"] or not group.leads)
+        complete(settings["out"])
     return result if group.leads else None
 
 

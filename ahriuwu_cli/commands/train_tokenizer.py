@@ -12,7 +12,7 @@ from ahriuwu_cli.errors import UserError
 
 KINDS = ("linear", "transformer")
 TRANSFORMER = (  # options of that kind alone
-    "tokens", "steps", "batch", "frames", "lr", "lpips_weights", "log_every", "save_every", "keep", "resume",
+    "tokens", "steps", "batch", "frames", "lr", "lpips_weights", "seed", "log_every", "save_every", "keep", "resume",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def train_tokenizer(
     frames: int = options.whole(8, "--frames", 1, 10_000, "transformer: frames of a clip."),
     lr: float = options.number(3e-3, "--lr", 0, 10, "transformer: learning rate.", "()"),
     lpips_weights: Path = typer.Option(None, help="transformer: LPIPS v0.1, backbone and heads (extra: lpips)."),
-    seed: int = options.seed("Seed of everything drawn."),
+    seed: int = options.seed("transformer: seed of everything drawn."),
     log_every: int = options.whole(10, "--log-every", 1, options.MANY, "transformer: steps between lines of metrics."),
     save_every: int = options.whole(
         500, "--save-every", 1, options.MANY, "transformer: steps between resumable states."
@@ -129,6 +129,7 @@ def _transformer(
     """(tokenizer, its quality, its folder): trained in the run folder `out`, or gone on with, or found finished."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.checkpoint import is_sound_tokenizer, load_tokenizer, pick_device, tokenizer_facts
     from ahriuwu_cli.training.restart import command_line
     from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
@@ -151,6 +152,7 @@ def _transformer(
             store, config, out, where, progress, resume, overwrite=overwrite, stop=stop, command=command_line(),
             announce=lambda sentence: typer.echo(sentence, err=True), keep=keep,
         )  # fmt: skip
+    complete(out)
     return *written, folder
 
 

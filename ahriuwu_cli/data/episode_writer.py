@@ -18,7 +18,7 @@ from ahriuwu_cli.data.tensors import as_any_file
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.folders import replacing
-from ahriuwu_cli.places import check_folder
+from ahriuwu_cli.places import check_folder, refuse_to_take_away
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,3 +159,4 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} is not empty and is not a dataset, so it is left alone: choose another --out")
     if not overwrite:
         raise UserError(f"{path} already holds a dataset: choose another --out, or add --overwrite")
+    refuse_to_take_away(path)

@@ -66,6 +66,7 @@ class DynamicsTrainer:
         self.now = time.monotonic  # what a time budget counts; a study of equal work gives time.process_time
         self.step = 0
         self.total = self.config.steps  # None until a time budget has decided it
+        self.finished = False  # the last preview is done as well
         self.elapsed = 0.0  # seconds of training (`clock`), over all resumed parts
         self.log = _Log(world.k_max)
         self.best: float | None = None  # gain over persistence at the last previewed horizon, dB
@@ -74,7 +75,8 @@ class DynamicsTrainer:
         """Train to the end (or to step `stop_at`, for tests) and return the world with its averaged weights.
 
         Raises TrainingError on a loss or gradient that is not finite or a disk that is full, DataError where the data
-        went away under the run, Interrupted after a signal. The run's folder is free for others afterwards.
+        went away under the run, Interrupted after a signal; in the last preview one ends the program where it stands.
+        The run's folder is free for others afterwards.
         """
         stop.wait_for_step(self.run.asked_twice)
         with self.run.training(), Watch() as watch:
@@ -90,9 +92,6 @@ class DynamicsTrainer:
         )  # fmt: skip
         saved_at, self.log.since = self.elapsed, time.monotonic()
         report = report if self.group.leads else lambda line: None
-        if self.step == self.total and self.group.sum(torch.tensor(len(self.run.lacking))):  # its worlds were lost
-            self._preview(manifest)
-            self.run.save(self)
         while self.total is None or self.step < self.total:
             if self._decide_total():
                 self.run.save(self)  # the schedule is part of the run: no step is taken on one that a kill could undo
@@ -105,7 +104,7 @@ class DynamicsTrainer:
             if self.step % self.config.log_every == 0 or self.step == self.total:
                 report(self.run.log({**self.log.line(self.group), **self._progress()}))
             # once in a while: imagine held-out windows, keep the best world
-            if self._due(self.config.preview_every, 3):
+            if self.step != self.total and self._due(self.config.preview_every, 3):
                 report(self.run.log({"step": self.step, "preview": self._preview(manifest)}))
                 signal = signal or self.group.agree(0.0, stop.number)[1]  # a preview takes its time
             # once in a while: make the run resumable from here
@@ -113,14 +112,27 @@ class DynamicsTrainer:
             if due or signal or self.step == stop_at or self.elapsed - saved_at > SAVE_SECONDS:
                 self.run.save(self)
                 saved_at = self.elapsed
-            if signal and self.step != self.total:
-                self.group.wait()  # none ends before the state is written
-                raise Interrupted(
-                    f"stopped by signal {signal} at step {self.step}; state saved, go on with: {self.run.again}", signal
-                )
+            self._end_if(signal)
             if self.step == stop_at:
                 break
             clock.rest()
+        # at the end: choose a sampler, write the worlds (anew where they were lost)
+        if self.step == self.total and (not self.finished or self.group.sum(torch.tensor(len(self.run.lacking)))):
+            self._end_if(self.group.agree(0.0, stop.number)[1])  # it came while the state was saved
+            stop.end_at_once(f"all {self.step} steps are done and saved, the worlds come of: {self.run.again}")
+            report(self.run.log({"step": self.step, "preview": self._preview(manifest)}))
+            self.finished = True
+            self.run.save(self)
+        if self.finished:
+            stop.end_at_once(f"{self.run.folder} is complete")
+
+    def _end_if(self, signal: int) -> None:
+        """Interrupted where a signal came and the state is saved."""
+        if signal:
+            self.group.wait()  # none ends before the state is written
+            raise Interrupted(
+                f"stopped by signal {signal} at step {self.step}; state saved, go on with: {self.run.again}", signal
+            )
 
     def _update(self) -> tuple[list[tuple[Batch, ShortcutLoss]], Tensor, int]:
         """One optimiser step over all micro-batches: (what each gave, gradient norm, frames seen)."""

@@ -56,6 +56,7 @@ class Run(RunFolder):
             "total": trainer.total,
             "elapsed": trainer.elapsed,
             "best": trainer.best,
+            "finished": trainer.finished,
             "optimizers": optimizers,
             "grad_norms": norms,
             **trainer.group.facts(trainer.config),
@@ -82,6 +83,7 @@ class Run(RunFolder):
             load_optimizer_tensors(optimizer, mine, document["optimizers"][i])
         trainer.step, trainer.total, trainer.elapsed = document["step"], document["total"], float(document["elapsed"])
         trainer.best = None if "best" in self.lacking else document["best"]  # lost: the next preview is the best
+        trainer.finished = self.is_finished(document)
         if "log" in tensors and trainer.group.leads:  # the sums of all
             trainer.log.go_on(tensors["log"], document.get("grad_norms", []))
         return {"processes": 1, "parallel": "none"} | document
@@ -89,7 +91,7 @@ class Run(RunFolder):
     def lost(self, document: dict[str, Any]) -> list[str]:
         """Worlds that a run at this state has written, and that are not there, or damaged."""
         written = ["best"] if document.get("best") is not None else []
-        written += ["last"] if document["step"] == document.get("total") else []
+        written += ["last"] if self.is_finished(document) else []
         return [name for name in written if not is_sound(self.folder / name)]
 
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +25,7 @@ from ahriuwu_cli.data.documents import document_hash, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
-from ahriuwu_cli.places import check_folder
+from ahriuwu_cli.places import check_folder, refuse_to_take_away
 from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.restart import resuming
@@ -59,9 +59,10 @@ class RunFolder:
             self.folder / "state", keep, document_hash(self.asked | {"config": config}),
             lambda document: check_document(document, self.needed, config.get("steps")),
         )  # fmt: skip
-        self.again = resuming(command)  # what the user is told to type
+        self.typed, self.again = command, resuming(command)  # what the user is told to type
         self.found: str | None = None  # one sentence on what was there, where there was something
         self.lacking: list[str] = []  # what was lost of it
+        self._log_every = config.get("log_every")  # None where it may have been another one
         self._logged = 0  # the step of the last line with a loss
         self._lock: TextIO | None = None
 
@@ -74,6 +75,9 @@ class RunFolder:
             self._hold(announce)
             if not overwrite and _content(self.folder):  # somebody was quicker
                 raise UserError(f"{self.folder} is not empty any more: run the same command again")
+            if overwrite:
+                refuse_to_take_away(self.folder)  # nor what came there since `goes_on` looked
+            self._clear(os.listdir(self.folder))
             self._begin(more)
 
     def go_on(
@@ -87,9 +91,11 @@ class RunFolder:
         self.command = read_run(self.folder)["command"]
         _refuse_links(self.folder)
         glance = self.states.glance()
-        finished = glance is not None and glance.get("step") == glance.get("total") and not self._has_leftovers()
+        finished = glance is not None and self.is_finished(glance) and not self._has_leftovers()
         self.lacking = self.lost(glance) if finished and self.writes else []
         found = self._read(announce, expected) if (finished and not self.lacking) or not self.writes else None
+        if found is not None and self.writes:
+            run_log.look(self.log_file, found[2]["step"], found[2].get("logged", 0), announce, self._log_every)
         if found is None and self.writes:
             with self.writing("nothing was trained"):
                 self._hold(announce)
@@ -98,9 +104,12 @@ class RunFolder:
                 found = self.states.load(announce, expected=expected)
                 self.lacking = [] if found is None else self.lost(found[2])
                 if found is None:
+                    self._clear(WRITTEN)  # whatever else lies here is the user's
                     self._begin(more)
                 else:
-                    run_log.cut(self.log_file, found[2]["step"], found[2].get("logged", 0), announce)
+                    step, logged = found[2]["step"], found[2].get("logged", 0)
+                    last_preview = step == found[2]["total"] and bool(self.lacking or not self.is_finished(found[2]))
+                    run_log.cut(self.log_file, step, logged, announce, last_preview, self._log_every)
                     for name in self.lacking:
                         self._set_aside(name)
         self.found = f"{self.folder} holds this run, stopped before its first saved state: starting again from step 0"
@@ -108,11 +117,18 @@ class RunFolder:
             step, total = found[2]["step"], found[2]["total"]
             self.found = f"going on with the run in {self.folder} after step {step} of {total or 'a time budget'}"
             if step == total:
+                self.found += ": its last preview is left"
+            if self.is_finished(found[2]):
                 self.found = f"the run in {self.folder} is finished: all {total} steps are done"
             self._logged = found[2].get("logged", 0)
             if self.lacking:
                 self.found += f"; {' and '.join(self.lacking)} is missing or damaged, and made anew"
         return found
+
+    @staticmethod
+    def is_finished(document: dict[str, Any]) -> bool:
+        """Whether nothing is left to do at this state. States of older versions are of the very end."""
+        return document["step"] == document.get("total") and document.get("finished", True)
 
     def lost(self, document: dict[str, Any]) -> list[str]:
         """What a run at this state must have in its folder, and has not: names."""
@@ -195,7 +211,7 @@ class RunFolder:
     def asked_twice(self) -> str:
         """What is to be said to who does not wait until a step is done and saved."""
         saved = self.states.newest()
-        ways = self.where_it_stands() if saved else f"no state is saved yet, start again with: {self.command}"
+        ways = self.where_it_stands() if saved else f"no state is saved yet, start again with: {self.typed}"
         return f"asked twice, so this step was not saved: {ways}"
 
     def _is_ours(self) -> bool:
@@ -218,11 +234,14 @@ class RunFolder:
         if self._lock is None:
             self._lock = take(self.folder, announce)
 
+    def _clear(self, names: Iterable[str]) -> None:
+        """Take these away, what is resumable first, and last what says that here is a run."""
+        for name in sorted(set(names) - {LOCK}, key=lambda name: (name == "run.json", name != "state")):
+            if os.path.lexists(self.folder / name):
+                discard(self.folder / name)
+
     def _begin(self, more: dict[str, Any]) -> None:
-        """Clear the folder, what is resumable first, and say in it what is asked for now."""
-        for path in sorted(self.folder.iterdir(), key=lambda p: (p.name == "run.json", p.name != "state")):
-            if path.name != LOCK:
-                discard(path)
+        """Say in the folder what is asked for now."""
         document = {**self.asked, "command": self.command, "versions": versions(), **more}
         write_whole(self.folder / "run.json", to_json(document, 1) + "\n")
 
@@ -243,6 +262,8 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
         raise UserError("give --resume to go on or --overwrite to start over, not both")
     check_folder(folder, overwrite=True, holds="run")
     refuse_alive(folder)
+    if overwrite:
+        refuse_to_take_away(folder)
     content = _content(folder)
     if overwrite or not content:
         if resume:

@@ -51,6 +51,7 @@ def _fields(step: int, steps: int | None) -> dict[str, Check]:
         "elapsed": _number(step * SHORTEST, LONGEST),
         "best": _or_none(_number(-LOUDEST, LOUDEST)),
         "grad_norms": lambda v: type(v) is list and len(v) <= step and all(map(_number(0, STEEPEST), v)),
+        "finished": lambda value: type(value) is bool,
         "optimizers": lambda value: type(value) is list,
         **counts,
         **texts,
