@@ -234,23 +234,6 @@ def test_overwrite_leaves_nothing_of_what_was_there(place, words, capsys):
     assert not [p for p in place.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("words", REPLACED)
-@pytest.mark.parametrize("kind", ["dataset", "checkpoint", "run"])
-def test_a_folder_with_a_dataset_a_checkpoint_or_a_run_in_it_is_never_replaced_by_results(place, words, kind, capsys):
-    inside = place / "x" / "mine" / "it"
-    if kind == "run":
-        inside.mkdir(parents=True)
-        (inside / "run.json").write_text("{}")
-    else:
-        shutil.copytree("data" if kind == "dataset" else "world", inside)
-    before = contents(place)
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*words.split(), "--overwrite"])
-    assert stop.value.code == 2
-    assert f"--overwrite would take away the {kind} x/mine/it: choose another --out than x" in capsys.readouterr().err
-    assert contents(place) == before
-
-
 MADE = [
     f"train dynamics data --tokenizer tok --out x {TRAIN}",
     f"train dynamics data --tokenizer tok --out x --dry-run {TRAIN}",
@@ -262,7 +245,7 @@ MADE = [
 ]
 
 
-@pytest.mark.parametrize("words", MADE)
+@pytest.mark.parametrize("words", [*REPLACED, *MADE])
 @pytest.mark.parametrize("kind", ["dataset", "checkpoint", "run"])
 def test_a_dataset_a_checkpoint_or_a_run_is_taken_away_by_nothing_that_replaces_the_folder_around_it(
     place, words, kind, capsys
