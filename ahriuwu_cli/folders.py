@@ -32,8 +32,8 @@ class replacing:
     """`with replacing(folder) as temporary`: fill a hidden folder, then put it in the place of `folder`.
 
     See `put_in_place`; the folder of a run that is alive, or with another dataset, world or run in it, is left, with a
-    UserError. The hidden folder lies in the
-    nearest folder that exists; other parents are made at the end. Whatever stops the writing, `folder` stays as it was.
+    UserError. The hidden folder lies in the nearest folder that exists; other parents are made at the end. Whatever
+    stops the writing, `folder` stays as it was.
     A signal that ends the program removes the hidden folder; what a killed process left is removed by the next that
     writes the same folder: the writer holds a lock on it (`flock`) as long as it lives. overwrite False: what another
     process put there meanwhile is kept, with a UserError. An OSError names `folder`, not what is hidden. then: called

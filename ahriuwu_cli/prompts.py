@@ -124,9 +124,9 @@ def _checked(world: World, request: Request, prompt: Prompt) -> Prompt:
 
 def _from_file(world: World, request: Request, source: str | None) -> Prompt:
     if request.prompt.suffix.lower() in IMAGES:
-        (name, context, truth), warnings = _from_image(world, request), []
+        (name, context, truth), said = _from_image(world, request), []
     else:
-        (name, context, truth), warnings = _from_video(world, request), _of_rate(world, request.prompt)
+        (name, context, truth), said = _from_video(world, request), _of_rate(world, request.prompt)
     steps = len(context) + request.length - 1
     from_file = source is not None and _is_file(source)
     source = source or ("random" if world.action_space.width else "none")
@@ -134,7 +134,7 @@ def _from_file(world: World, request: Request, source: str | None) -> Prompt:
     if not from_file:
         known[: len(context) - 1] = False  # nobody knows what was pressed in this video
     same = not world.action_space.width or from_file
-    return Prompt(name, context, truth, actions, known, same, warnings)
+    return Prompt(name, context, truth, actions, known, same, said)
 
 
 def _from_data(store: EpisodeStore, source: str | None) -> bool:

@@ -134,7 +134,7 @@ def parse_size(given: str) -> tuple[int, int]:
 
 
 def parse_splits(given: str) -> tuple[float, float, float]:
-    """Shares of train, val and test, see `data.episodes.parse_fractions`."""
+    """Shares of train, val and test, see `data.splits.parse_fractions`."""
     from ahriuwu_cli.data.splits import parse_fractions
 
     return parse_fractions(given)

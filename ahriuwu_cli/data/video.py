@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ahriuwu_cli.data.bounded_file import BoundedFile
 from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
 from ahriuwu_cli.data.mkv_index import too_many_entries
 from ahriuwu_cli.data.mp4_index import too_many
+from ahriuwu_cli.data.whole_video import Broken, Clock, broken, stated_end
 from ahriuwu_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,7 +50,6 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
     import av
 
     from ahriuwu_cli.data.upright import upright_frame
-    from ahriuwu_cli.data.whole_video import Clock, broken
 
     with _opened(Path(path)) as (container, stream, file):
         if stream.width * stream.height > max_pixels:
@@ -98,9 +99,6 @@ def _opened(path: Path):
     """The container, the stream of its film, and the file that it reads."""
     import av
 
-    from ahriuwu_cli.data.bounded_file import BoundedFile
-    from ahriuwu_cli.data.whole_video import Broken
-
     if not path.is_file():
         raise DataError(f"{path} is not a file: give a video file")
     try:
@@ -127,8 +125,6 @@ def _opened(path: Path):
 def _film(container: av.container.InputContainer) -> av.VideoStream | None:
     """The first video that is no cover: not marked as one, not much shorter than another, nor in a format of single
     pictures beside one that is in none. None where there is no video of a known codec."""
-    from ahriuwu_cli.data.whole_video import stated_end
-
     films = [stream for stream in container.streams.video if stream.codec_context and not stream.disposition & COVER]
     ends = [None if of_all else end for end, of_all in (stated_end(container, stream) for stream in films)]
     longest = max((end for end in ends if end is not None), default=0)

@@ -11,6 +11,7 @@ from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
+from ahriuwu_cli.ranges import FRAME_SKIP
 from ahriuwu_cli.rollout import RolloutConfig
 
 FORMAT, UNSEALED = "ahriuwu-checkpoint/2", "ahriuwu-checkpoint/1"  # the latter from before there were hashes
@@ -76,8 +77,9 @@ def numbers_of(document: dict, k_max: int) -> tuple[float, int, tuple[float, ...
     fps, skip, trained = document["fps"], document["frame_skip"], document["trained_d"]
     if type(fps) not in (int, float) or not MIN_FPS <= fps <= MAX_FPS:
         raise ValueError(f"fps is {fps!r}, not a rate from {MIN_FPS} to {MAX_FPS:g}")
-    if type(skip) is not int or not 1 <= skip <= 10_000:
-        raise ValueError(f"frame_skip is {skip!r}, not a whole number from 1 to 10000")
+    least, most = FRAME_SKIP
+    if type(skip) is not int or not least <= skip <= most:
+        raise ValueError(f"frame_skip is {skip!r}, not a whole number from {least} to {most}")
     sizes = [2.0**-i for i in range(k_max.bit_length())]
     if not trained or not all(type(d) in (int, float) and d in sizes for d in trained):
         raise ValueError(f"trained_d is {trained!r}, not step sizes 1, 1/2, ... 1/{k_max}")
