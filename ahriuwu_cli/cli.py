@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
@@ -135,6 +136,8 @@ def _explain(error: Exception, arguments: list[str]) -> int:
         if unknown := getattr(error, "option_name", None) if hasattr(error, "possibilities") else None:
             known = [name for parameter in context.command.params for name in parameter.opts if name[:2] == "--"]
             sentence = f"unknown option {unknown}: {did_you_mean(unknown, sorted(known))}"
+            if getattr(context.command, "commands", None) and not difflib.get_close_matches(unknown, known, cutoff=0.8):
+                sentence = f"unknown option {unknown}: a command's options follow the command"
         hint = f"; see `{context.command_path} --help`" if context and not sentence.endswith("?") else ""
         _complain(sentence + hint)
         return getattr(error, "exit_code", 2)

@@ -11,6 +11,7 @@ OPTIMIZERS = ("muon", "adamw", "adafactor")
 PRECISIONS = ("float32", "bfloat16")
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 MOST_FRAMES = 1 << 22  # of a step: beyond it are slips of the finger, not clusters
+AT_TAU_CTX = ("horizon", "prefix", "context")  # forcings that draw tau_ctx itself
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class TrainConfig:
             ),
             (self.long_frames > self.batch * self.frames, "long_frames is larger than a whole batch of frames"),
             (not 0 <= self.tau_ctx < 1, f"tau_ctx must be in [0, 1) where 0 is clean, got {self.tau_ctx}"),
+            (
+                self.ramp == "velocity" and self.forcing in AT_TAU_CTX and self.tau_ctx < 1e-6,
+                f"--ramp velocity weighs by 1 / tau^2, and --forcing {self.forcing} draws tau_ctx: give a --tau-ctx "
+                f"of at least 1e-6, not {self.tau_ctx:g}",
+            ),
             (not 0 < self.lr < 10, f"lr {self.lr} is not in (0, 10)"),
             (not 0 <= self.weight_decay < 10, f"weight_decay {self.weight_decay} is not in [0, 10)"),
             (not self.clip > 0, f"clip must be above 0, got {self.clip}"),

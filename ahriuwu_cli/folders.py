@@ -41,8 +41,8 @@ class replacing:
     """
 
     def __init__(self, folder: Path, overwrite: bool = True, then: Callable[[], None] = lambda: None) -> None:
-        folder = Path(folder)
-        self.folder, self.overwrite, self._then = folder.resolve() if folder.is_symlink() else folder, overwrite, then
+        self.folder = Path(os.path.realpath(folder)) if Path(folder).is_symlink() else Path(folder)
+        self.overwrite, self._then = overwrite, then
         self.temporary: Path | None = None
 
     def __enter__(self) -> Path:

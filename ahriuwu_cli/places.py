@@ -87,7 +87,7 @@ def refuse_to_take_away(out: Path) -> None:
 
 def _refuse_irreplaceable(out: Path, by: str, exists: bool) -> None:
     """UserError when another folder cannot take the name of `out`: the current folder, or one whose parent holds it."""
-    if out.resolve() == Path.cwd():
+    if _real(out) == Path.cwd():
         raise UserError(f"{out} is the current folder, which {by} would replace: choose another --out")
     if exists and os.path.ismount(_real(out)):
         raise UserError(f"{out} is a disk of its own, which {by} cannot replace: choose a folder on it for --out")
@@ -124,3 +124,10 @@ def keep_apart(out: Path, inputs: Iterable[Path]) -> None:
 def _real(path: Path) -> Path:
     """Without links. A circle of links stays as it is, where `Path.resolve` raises."""
     return Path(os.path.realpath(path))
+
+
+def refuse_folders(files: Iterable[Path]) -> None:
+    """UserError where one of these names, which files are to get, is a folder's."""
+    for path in files:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, where a result is to go: move it away, or choose another --out")

@@ -1,6 +1,6 @@
 """What settings may be, the same on the command line, in a plan and in files: (lowest, highest), both included.
 
-Nothing is imported here, so that the command line and every reader can ask.
+Nothing is imported here, so that the command line and every reader can ask. `as_number` is how all of them read one.
 """
 
 STEPS = (1, 65536)  # K, model passes a frame
@@ -13,3 +13,10 @@ SEED = (0, 2**63 - 1)
 FRAME_SKIP = (1, 10_000)  # steps of a source that one stored frame takes
 FPS = (0.01, 1000.0)  # frames per second: of a video, a dataset, a world
 TAU_CTX = (0.0, 1.0)  # without its upper end, where nothing of the context is left
+
+
+def as_number(given: object) -> float:
+    """`float` of plain digits: `1_5` may be a slip for `1.5`. ValueError, TypeError, OverflowError."""
+    if isinstance(given, str) and ("_" in given or not given.isascii()):
+        raise ValueError(given)
+    return float(given)

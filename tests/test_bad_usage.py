@@ -57,16 +57,26 @@ NOT_WHOLE = (
     DIGITS,
     *STRANGE,
 )
-NOT_A_NUMBER = ("x", "nan", "inf", "-inf", "1e999", "-1e999", "0,5", str(10**30), DIGITS, *STRANGE)
+NOT_A_NUMBER = ("x", "nan", "inf", "-inf", "1e999", "-1e999", "0,5", "1_0e-1", "١", str(10**30), DIGITS, *STRANGE)
 
 # Texts that a parser reads (Text): what it must refuse, beside all of STRANGE.
 TEXTS = {
     "device": ["gpu", "cuda:", "cuda:-1", "cuda:9999", "CPU", "cuda:0,1"],
-    "size": ["0", "7", "-64", "64x", "x64", "64x64x3", "100000x100000", "1025", str(10**30)],
-    "splits": ["1", "0.8,0.2", "0.8,0.2,0.2", "0,0.5,0.5", "nan,0.1,0.1", "inf,0,0", "-0.2,0.6,0.6", "a,b,c"],
+    "size": ["0", "7", "-64", "64x", "x64", "64x64x3", "100000x100000", "1025", "６４", str(10**30)],
+    "splits": [
+        "1",
+        "0.8,0.2",
+        "0.8,0.2,0.2",
+        "0,0.5,0.5",
+        "nan,0.1,0.1",
+        "inf,0,0",
+        "-0.2,0.6,0.6",
+        "a,b,c",
+        "0.8,0.1,0.1_0",
+    ],
     "patch": ["0", "0x0", "-8", "8x", "big", "999999", str(10**30)],
     "budget": ["0s", "0", "-1m", "soon", "nan", "inf", "1e3s", "99999999h", "5 weeks", str(10**30)],
-    "shard": ["0/4", "5/4", "1/0", "1", "1/", "a/b", "-1/4", "1/99999999"],
+    "shard": ["0/4", "5/4", "1/0", "1", "1/", "a/b", "١/٤", "-1/4", "1/99999999"],
     "taus": ["1", "-0.1", "0,nan", "0,inf", "0,x", "0,,1", "0,0", ",", ",".join(f"0.{i:04d}" for i in range(700))],
     "steps": ["0", "3.5", "4,0", "4,x", "4,4", str(10**30)],
     "sampler": ["eulr", "euler,", "euler,euler"],
@@ -78,7 +88,9 @@ TEXTS = {
 FREE = {
     ("record", "source"): [([], "dom:basic", 2), ([], "doom:", 2), ([], "doom:basik", 2), ([], "gym:🌀", 2)],
     ("rollout", "episode"): [([], v, 3) for v in ("zzz", "-1", "999999", "../000000", *STRANGE[:-1])],
-    ("rollout", "actions"): [([], v, 2) for v in ("rndom", "repeat:", "repeat:UP", "repeat:nan", *STRANGE[:-1])],
+    ("rollout", "actions"): [
+        ([], v, 2) for v in ("rndom", "repeat:", "repeat:UP", "repeat:nan", "repeat:١", *STRANGE[:-1])
+    ],
     ("eval", "looks"): [([], v, 2) for v in ("spred", "all,none", ",", "spread,", *STRANGE[:-1])],
     ("eval", "lpips_hash"): [(["--lpips-weights", "{text}"], v, 2) for v in ("12", "g" * 64, *STRANGE[:-1])],
     ("eval", "fvd_hash"): [(["--fvd-weights", "{text}"], v, 2) for v in ("12", "g" * 64, *STRANGE[:-1])],
@@ -154,6 +166,11 @@ CONTRADICTIONS = [
     ([*DYNAMICS, "--bootstrap-share", "0.6", "--single-image-share", "0.6"], "exceed 1"),
     ([*DYNAMICS, "--forcing", "horizon", "--bootstrap-share", "0.5"], "--forcing horizon"),
     (
+        [*DYNAMICS, "--forcing", "context", "--tau-ctx", "0", "--ramp", "velocity"],
+        "--ramp velocity weighs by 1 / tau^2",
+    ),
+    ([*DYNAMICS, "--forcing", "prefix", "--tau-ctx", "1e-9", "--ramp", "velocity", "--dry-run"], "1 / tau^2"),
+    (
         [*DYNAMICS, "--forcing", "uniform", "--bootstrap-target", "second"],
         "--bootstrap-target says nothing to --forcing",
     ),
@@ -191,6 +208,9 @@ CONTRADICTIONS = [
 ]
 
 UNKNOWN = [
+    (["train", "--json", "dynamics"], "unknown option --json: a command's options follow the command"),
+    (["--json", "info"], "unknown option --json: a command's options follow the command"),
+    (["--versoin"], "did you mean '--version'?"),
     ([], "name a command"),
     (["train"], "name a command"),
     (["rolout"], "did you mean 'rollout'"),

@@ -1,6 +1,7 @@
 """The commands as a person types them: train, rollout, info; and what they answer to nonsense."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import imageio.v3 as iio
@@ -17,6 +18,7 @@ from ahriuwu_cli.imagine import GIF_PIXELS
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.training.checkpoint import save_world
+from ahriuwu_cli.training.describe import as_text
 
 
 @pytest.fixture
@@ -193,6 +195,11 @@ def test_a_world_is_trained_from_the_command_line(run, place):
     code, out, _ = run("info", place / "run", "--json")
     assert code == 0
     assert json.loads(out)["trained_d"] == [2.0**-i for i in range(7)]
+    shutil.copytree(place / "run" / "best", place / "bare")
+    (place / "bare" / "tokenizer").rename(place / "elsewhere")
+    code, _, err = run("info", place / "bare")
+    assert code == 4
+    assert "there is no checkpoint at" in err
     document = json.loads((place / "run" / "run.json").read_text())
     assert document["config"]["batch"] == 2
     assert "train dynamics" in document["command"] or document["command"]
@@ -219,6 +226,11 @@ def test_videos_without_actions_go_the_whole_way(run, tmp_path):
         code, _, err = run(*words)
         assert code == 0, (words, err)
     assert load_file(out / "dream" / "arrays.safetensors")["actions"].shape[-1] == 0
+
+
+def test_info_writes_parameters_in_millions_and_no_other_number():
+    text = as_text({"parameters": 1_234_567, "train": {"seed": 12345, "steps": 20000}, "step": 54321})
+    assert text.split() == ["parameters", "1.23M", "train", "seed", "12345,", "steps", "20000", "step", "54321"]
 
 
 def test_info_lists_sizes_from_one_million_to_one_point_six_billion(run):

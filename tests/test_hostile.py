@@ -39,7 +39,7 @@ from ahriuwu_cli.data.tensors import read_tensors
 from ahriuwu_cli.data.video import iter_video, video_fps
 from ahriuwu_cli.data.video_writing import write_gif, write_mp4
 from ahriuwu_cli.disk import file_hash
-from ahriuwu_cli.errors import CheckpointError, DataError
+from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation.checks import Check, as_table
 from ahriuwu_cli.evaluation.merge import read_cells
 from ahriuwu_cli.evaluation.report import as_csv, in_markdown, table
@@ -48,6 +48,7 @@ from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
+from ahriuwu_cli.places import check_folder
 from ahriuwu_cli.printing import one_line, one_sentence, printable
 from ahriuwu_cli.training import checkpoint
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_world
@@ -438,6 +439,21 @@ def test_links_do_not_lead_out_of_a_dataset(tmp_path):
     (tmp_path / "d" / "episodes").symlink_to(outside / "episodes")
     with pytest.raises(DataError, match="points out of the dataset"):
         EpisodeStore.open(tmp_path / "d")
+
+
+def test_a_link_to_itself_is_no_internal_error(tmp_path):
+    store = small_dataset(tmp_path / "d", episodes=3, frames=6)
+    (tmp_path / "d" / "latents").symlink_to("latents")
+    with pytest.raises(DataError, match="is no folder: remove it"):
+        open_pack(store, small_world().tokenizer)
+    file = tmp_path / "d" / "episodes" / "000001.safetensors"
+    file.unlink()
+    file.symlink_to(file.name)
+    with pytest.raises(DataError, match="Too many levels of symbolic links"):
+        EpisodeStore.open(tmp_path / "d")
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(UserError, match="out"):
+        check_folder(tmp_path / "out", overwrite=True)
 
 
 def test_an_action_space_of_more_columns_or_buttons_than_its_limit_is_refused_at_once():

@@ -138,6 +138,8 @@ def test_a_wide_video_is_cropped_in_the_middle_not_squeezed(tmp_path):
         ({"a.mp4": 10, "a.csv": "action\n1\nleft\n"}, "line 3: .*'left'"),
         ({"a.mp4": 10, "a.csv": "action\nnan\n"}, "finite"),
         ({"a.mp4": 10, "a.csv": "x\n1e39\n"}, "line 2: .* not a finite number"),
+        ({"a.mp4": 10, "a.csv": "x\n1\n1_5\n"}, "line 3: .*'1_5', not a finite number"),
+        ({"a.mp4": 10, "a.jsonl": '{"x_y": "1_5"}\n'}, "line 1: .*'1_5', not a finite number"),
         ({"a.mp4": 10, "a.csv": "x\n-3e38\n3e38\n"}, "the range -3e.38 to 3e.38"),
         ({"a.mp4": 10, "a.csv": b"\xff\xfe\x00"}, "UTF-8"),
         ({"a.mp4": 10, "a.jsonl": '{"a": 1}\n{"b": 1}\n'}, "line 2"),
@@ -261,7 +263,7 @@ def test_a_line_of_json_ends_where_a_line_of_a_file_ends(tmp_path):
 @pytest.mark.parametrize("block", [1, 9, 1 << 15])
 def test_lines_that_are_parsed_together_are_the_rows_that_each_is_and_are_named_as_each(tmp_path, monkeypatch, block):
     monkeypatch.setattr(action_files, "BLOCK", block)
-    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf\n"x","y"\r1, 2\r\n\n"3",1_0\n-1e-3,\xd9\xa3')
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf\n"x","y"\r1, 2\r\n\n"3",1e1\n-1e-3,3')
     (tmp_path / "a.jsonl").write_text('\n{"x{": 1, "y": true}\n  \n\t{"y": "-2.5", "x{": 0.1}  \n')
     read = {name: read_actions(tmp_path / name) for name in ("a.csv", "a.jsonl")}
     assert (read["a.csv"].columns, read["a.csv"].rows.tolist()) == (("x", "y"), [[1, 2], [3, 10], [-0.001, 3]])
@@ -287,7 +289,7 @@ def test_a_header_may_go_over_lines_and_no_row_may(tmp_path):
 LARGE = {  # how a file begins, and the row that it repeats
     "narrow.csv": ("L,R\n", "0,1\n"),
     "wide.csv": (",".join(f"c{i}" for i in range(500)) + "\n", ",".join("1" * 500) + "\n"),
-    "strange.csv": ("x\n", '"1_0"\n'),
+    "strange.csv": ("x\n", '"1e0"\n'),
     "blank.csv": ("x\n1", "\n"),
     "arrays.jsonl": ("", "[0]\n"),
     "wide.jsonl": ("", f"{[1] * 500}\n"),

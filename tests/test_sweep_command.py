@@ -1,7 +1,9 @@
 """`ahriuwu sweep-tau` from the command line: its files, going on, and a default that is written back with evidence."""
 
 import csv
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -13,7 +15,7 @@ from worlds import moving_pictures, tiny_world
 from ahriuwu_cli import cli
 from ahriuwu_cli.commands import sweep_tau
 from ahriuwu_cli.errors import CheckpointError
-from ahriuwu_cli.evaluation import sweep_plots, sweep_run, sweep_verdict
+from ahriuwu_cli.evaluation import report, sweep_plots, sweep_run, sweep_verdict
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.training import checkpoint
@@ -128,6 +130,39 @@ def test_the_same_command_goes_on_and_another_is_refused_unless_resumed(places, 
     code, _, _ = run(places / "world", out, "--taus", "0,.1,.2", "--overwrite", "--no-video")
     assert code == 0
     assert len(rolled) >= 2 * 3  # with true and with shuffled actions
+
+
+def test_a_folder_where_a_result_goes_is_refused_before_the_work(places, run, tmp_path, rolled):
+    out = tmp_path / "sweep"
+    run(places / "world", out, "--taus", ".1,.2")
+    (out / "map.png").unlink()
+    (out / "map.png" / "kept").mkdir(parents=True)
+    before, rolled[:] = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}, []
+    code, _, err = run(places / "world", out, "--taus", ".1,.2,.3", "--resume")
+    assert code == 2
+    assert "map.png is a folder" in err
+    assert rolled == []
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("at", ["sweep.md", "gain.png", "sweep.json"])
+def test_results_that_cannot_all_be_written_leave_the_former_ones(places, run, tmp_path, monkeypatch, at):
+    out, made = tmp_path / "sweep", ("sweep-windows.csv", "sweep.md", "gain.png", "curves.png", "map.png", "sweep.json")
+    run(places / "world", out, "--taus", ".1,.2")
+    before = {name: (out / name).read_bytes() for name in made}
+    sync = report.sync
+
+    def full(path):
+        if path.name.startswith(f".{at}."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        sync(path)
+
+    monkeypatch.setattr(report, "sync", full)
+    code, _, err = run(places / "world", out, "--taus", ".1,.2,.3", "--resume")
+    assert code == 1
+    assert "No space left" in err
+    assert {name: (out / name).read_bytes() for name in made} == before
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
 def test_a_damaged_cell_is_named_even_with_json(places, run, tmp_path):

@@ -19,7 +19,7 @@ from ahriuwu_cli.commands import eval_saved, options
 from ahriuwu_cli.commands.values import listed
 from ahriuwu_cli.commands.values import shard as parse_shard
 from ahriuwu_cli.errors import UserError
-from ahriuwu_cli.places import refuse_among_others
+from ahriuwu_cli.places import refuse_among_others, refuse_folders
 
 
 class DefaultGroup(TyperGroup):
@@ -152,6 +152,7 @@ def _merged_files(folder: Path, out: Path | None, overwrite: bool) -> dict[str, 
     if target.suffix != ".csv":
         raise UserError(f"--out {target} must be a name that ends in .csv")
     files = {kind: target.with_suffix(f".{kind}") for kind in ("csv", "txt", "md")}
+    refuse_folders(files.values())
     if out is None:
         return files
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):

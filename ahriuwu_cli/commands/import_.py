@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import typer
@@ -60,7 +61,7 @@ def import_(
         width=width,
         fps=plan.fps,
         action_space=plan.action_space,
-        source={"kind": "import", "folder": as_text(folder.resolve().name)},
+        source={"kind": "import", "folder": as_text(os.path.basename(os.path.realpath(folder)))},
         seed=seed,
         fractions=fractions,
         overwrite=overwrite,

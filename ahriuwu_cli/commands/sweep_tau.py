@@ -99,7 +99,7 @@ def sweep_tau(
     from ahriuwu_cli.evaluation.cells import weights_hash
     from ahriuwu_cli.evaluation.sweep import Storage, SweepConfig, ready, sweep
     from ahriuwu_cli.folders import claimed
-    from ahriuwu_cli.places import check_folder
+    from ahriuwu_cli.places import check_folder, refuse_folders
     from ahriuwu_cli.training.checkpoint import load_world
 
     config = SweepConfig(
@@ -116,9 +116,11 @@ def sweep_tau(
     plan = ready(world, store, config, world.generation, stored, write_back)
     if write_back and not os.access(world.path, os.W_OK | os.X_OK):
         raise CheckpointError(f"{world.path} cannot be written to: copy the checkpoint, or leave out --write-back")
+    files = _files(out, test=plan.test is not None, video=not no_video)
     weights = weights_hash(world)
     identity = _identity(weights, plan, config, world)
-    sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite)
+    if not sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite):
+        refuse_folders(files.values())
     ctx.with_resource(claimed(out, True, options.say))
     # again, now that nobody else writes there
     if sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite):
@@ -128,12 +130,12 @@ def sweep_tau(
         sweep_cells.note_asked(out, identity)
 
     storage = Storage(out / sweep_cells.FOLDER, weights)
-    plan.manifest.save(out / "windows.json")
+    plan.manifest.save(files["windows.json"])
     rows: list[dict[str, Any]] = []
 
     def on_cell(cell: dict[str, Any]) -> None:
         rows.extend(sweep_report.sweep_rows(cell))
-        report.write_text(out / "sweep.csv", report.as_csv(rows))
+        report.write_text(files["sweep.csv"], report.as_csv(rows))
 
     found = sweep(
         world, store, config, world.generation, plan.manifest, storage=storage, write_back=write_back,
@@ -142,8 +144,7 @@ def sweep_tau(
     )  # fmt: skip
     if decision := found.result["write_back"]:
         decision["written"] = _write_back(world, found.result, allow_nan)
-    result = found.result | {"files": _write_files(out, found, plan, None if no_video else world.fps)}
-    report.write_json(out / "sweep.json", result)
+    result = _write_files(files, found, plan, world.fps)
     typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{sweep_report.sweep_text(result)}\n-> {out}")
     if result["status"] != "ok" and not allow_nan:
         raise typer.Exit(1)
@@ -174,24 +175,32 @@ def _write_back(world: World, result: dict[str, Any], allow_nan: bool) -> bool:
     return True
 
 
-def _write_files(out: Path, found: Sweep, plan: Ready, fps: float | None) -> dict[str, str]:
-    """Everything but sweep.json, which states these paths. fps None: no video."""
+def _files(out: Path, test: bool, video: bool) -> dict[str, Path]:
+    """Where the results go, by their names."""
+    names = ["sweep.json", "sweep.csv", "sweep-windows.csv", "sweep.md", "gain.png", "curves.png", "map.png"]
+    names += ["windows.json", *["windows-test.json"] * test, *["sweep.mp4"] * video]
+    return {name: out / name for name in names}
+
+
+def _write_files(files: dict[str, Path], found: Sweep, plan: Ready, fps: float) -> dict[str, Any]:
+    """All that is made at the end, together, so that none denies another; what sweep.json holds."""
     from ahriuwu_cli.evaluation import report, sweep_plots, sweep_report
 
-    names = ["sweep.json", "sweep.csv", "sweep-windows.csv", "sweep.md", "gain.png", "curves.png", "map.png"]
-    files = {name: out / name for name in [*names, "windows.json"]}
+    result = found.result | {"files": {name: str(path) for name, path in files.items()}}
+    contents: dict[str, report.Content] = {
+        "sweep-windows.csv": report.as_csv(sweep_report.window_rows(found.windows)),
+        "sweep.md": sweep_report.sweep_markdown(found.result),
+        "gain.png": lambda path: sweep_plots.plot_gain_by_tau(found.result, path),
+        "curves.png": lambda path: sweep_plots.plot_sweep_curves(found.result, path),
+        "map.png": lambda path: sweep_plots.plot_gain_map(found.result, path),
+        "sweep.json": report.as_json(result),
+    }
     if plan.test:
-        files["windows-test.json"] = out / "windows-test.json"
-        plan.test.save(files["windows-test.json"])
-    report.write_text(files["sweep-windows.csv"], report.as_csv(sweep_report.window_rows(found.windows)))
-    report.write_text(files["sweep.md"], sweep_report.sweep_markdown(found.result))
-    sweep_plots.plot_gain_by_tau(found.result, files["gain.png"])
-    sweep_plots.plot_sweep_curves(found.result, files["curves.png"])
-    sweep_plots.plot_gain_map(found.result, files["map.png"])
-    if fps:
-        files["sweep.mp4"] = out / "sweep.mp4"
-        _write_video(files["sweep.mp4"], found, plan.manifest.context, fps)
-    return {name: str(path) for name, path in files.items()}
+        contents["windows-test.json"] = plan.test.as_json()
+    if "sweep.mp4" in files:
+        contents["sweep.mp4"] = lambda path: _write_video(path, found, plan.manifest.context, fps)
+    report.write_together({files[name]: content for name, content in contents.items()})
+    return result
 
 
 def _write_video(path: Path, found: Sweep, context: int, fps: float) -> None:

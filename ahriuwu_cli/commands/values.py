@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from ahriuwu_cli.errors import UserError, did_you_mean
+from ahriuwu_cli.ranges import as_number
 
 LONGEST = 4096  # characters of one word of a command line: as many as a path may have
 
@@ -50,7 +51,7 @@ class Number:
 
     def __call__(self, given: Any) -> float:
         try:
-            value = float(given)
+            value = as_number(given)
         except ValueError:
             raise UserError(f"{self.option} {shown(given)} is not a number: give one in {self._range}") from None
         above = value >= self.low if self.ends[0] == "[" else value > self.low

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.ranges import as_number
 
 KINDS = ("discrete", "binary", "continuous")
 MAX_SIZE, MAX_BUTTONS = 4096, 512  # of a component and of all columns; of buttons, since pairs of them are drawn
@@ -77,7 +78,7 @@ class ActionComponent:
             if not equals or name not in self.column_names:
                 return None
             try:
-                return self.column_names.index(name), as_float32(float(value))
+                return self.column_names.index(name), as_float32(as_number(value))
             except ValueError:
                 raise UserError(f"the action {word!r} needs a number after '='") from None
         if equals and (self.kind == "binary" or name != self.name):
@@ -87,7 +88,7 @@ class ActionComponent:
         known = [form(n) for n in names]
         if form(text) in known:
             index = known.index(form(text))
-        elif by_number and text.isdecimal() and len(text) < 6 and int(text) < self.size:
+        elif by_number and text.isascii() and text.isdecimal() and len(text) < 6 and int(text) < self.size:
             index = int(text)
         else:
             return None

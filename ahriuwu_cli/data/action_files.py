@@ -20,6 +20,7 @@ from ahriuwu_cli.data.action_component import MAX_SIZE, ActionComponent, as_floa
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import decode, parse_json, read_bytes
 from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.ranges import as_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -262,7 +263,7 @@ def _floats(rows: list[list[Any]], width: int) -> np.ndarray | None:
 
     if set(map(len, rows)) <= {width}:
         with suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
-            values = np.fromiter(map(float, chain.from_iterable(rows)), np.float64, len(rows) * width)
+            values = np.fromiter(map(as_number, chain.from_iterable(rows)), np.float64, len(rows) * width)
             if np.isfinite(values.astype(np.float32)).all():
                 return values
     return None
@@ -292,7 +293,7 @@ def _check(path: Path, line: int, values: list[Any], columns: tuple[str, ...]) -
 
 def _is_number(value: Any) -> bool:
     try:
-        return math.isfinite(as_float32(float(value)))
+        return math.isfinite(as_float32(as_number(value)))
     except (TypeError, ValueError, OverflowError):
         return False
 

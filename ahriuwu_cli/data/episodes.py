@@ -6,6 +6,7 @@ Train, val and test are split by episode; episodes with identical content never 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,7 @@ class EpisodeStore:
 
     def _check_file(self, episode: Episode) -> dict[str, TensorInfo]:
         file = self.file(episode.id)
-        if file.resolve().parent != self.path.resolve() / "episodes":
+        if os.path.dirname(os.path.realpath(file)) != os.path.join(os.path.realpath(self.path), "episodes"):
             raise DataError(f"{file} points out of the dataset: copy the file in instead of linking to it")
         found = read_header(file)
         tensors, expected = {name: (t.dtype, t.shape) for name, t in found.items()}, self._expected(episode)

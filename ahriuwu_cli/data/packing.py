@@ -48,8 +48,10 @@ def make_pack(
     """
     facts = new_facts(store, tokenizer.fingerprint(), split)
     layout = new_layout(path, store, tokenizer, facts)
-    if path.parent.resolve().parent != Path(store.path).resolve():
+    if os.path.dirname(os.path.realpath(path.parent)) != os.path.realpath(store.path):
         raise DataError(f"{path.parent} leads out of the dataset: make it a folder, since latents are written into it")
+    if os.path.lexists(path.parent) and not path.parent.is_dir():
+        raise DataError(f"{path.parent} is no folder: remove it, since latents are written into a folder of that name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path, announce) as place:

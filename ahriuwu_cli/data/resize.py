@@ -18,7 +18,7 @@ AT_ONCE = 1 << 20  # numbers that are laid beside each other at a time, which fi
 
 def parse_size(text: str) -> tuple[int, int]:
     """(height, width) from "64" or "48x64" (HEIGHTxWIDTH), in pixels. Raises UserError."""
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text.strip())
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text.strip())
     height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not (MIN_SIDE <= height <= MAX_SIDE and MIN_SIDE <= width <= MAX_SIDE):
         raise UserError(

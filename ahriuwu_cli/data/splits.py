@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.ranges import as_number
 
 
 def parse_fractions(text: str) -> tuple[float, float, float]:
     """The shares of train, val and test from "0.8,0.1,0.1". Raises UserError."""
     try:
-        train, val, test = (float(part) for part in text.split(","))
+        train, val, test = (as_number(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"the splits {text!r} are not three shares: give train,val,test such as 0.8,0.1,0.1") from None
     check_fractions((train, val, test))

@@ -59,8 +59,11 @@ class WindowManifest:
 
     def save(self, path: Path) -> None:
         """Write as JSON: a temporary name first, then renamed."""
-        document = {"format": FORMAT, **asdict(self), "hash": self.hash}
-        write_whole(path, to_json(document, 1) + "\n")
+        write_whole(path, self.as_json())
+
+    def as_json(self) -> str:
+        """What `save` writes."""
+        return to_json({"format": FORMAT, **asdict(self), "hash": self.hash}, 1) + "\n"
 
     @staticmethod
     def load(

@@ -14,6 +14,7 @@ from typing import Any
 from ahriuwu_cli.data.documents import MAX_RESULT, to_json
 from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.disk import arriving, sync, write_whole
+from ahriuwu_cli.places import refuse_folders
 from ahriuwu_cli.printing import one_line, printable
 from ahriuwu_cli.stopping import unbroken
 
@@ -22,7 +23,12 @@ Row = dict[str, Any]
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Strict JSON, a temporary name first."""
-    write_text(path, to_json(document, 1, MAX_RESULT) + "\n")
+    write_text(path, as_json(document))
+
+
+def as_json(document: dict[str, Any]) -> str:
+    """Strict JSON, no larger than what is read again."""
+    return to_json(document, 1, MAX_RESULT) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,21 +36,28 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, text)
 
 
-def write_together(texts: Mapping[Path, str], then: Callable[[], None] = lambda: None) -> None:
-    """All these files or none of them, whatever stops the writing, but a kill between two renames. OSError.
+Content = str | Callable[[Path], None]  # a text, or what writes the file at the name that it is given
+
+
+def write_together(files: Mapping[Path, Content], then: Callable[[], None] = lambda: None) -> None:
+    """All these files or none of them, whatever stops the writing, but a kill between two renames. OSError, UserError.
 
     then: called once they have their names, before a signal can end the program again.
     """
+    refuse_folders(files)
     with ExitStack() as stack:
-        hidden = {path: stack.enter_context(arriving(path)) for path in reversed(texts)}  # errors name the first
-        for path, text in texts.items():
-            hidden[path].write_bytes(text.encode())
+        hidden = {path: stack.enter_context(arriving(path)) for path in reversed(files)}  # errors name the first
+        for path, content in files.items():
+            if isinstance(content, str):
+                hidden[path].write_bytes(content.encode())
+            else:
+                content(hidden[path])
             sync(hidden[path])
         with unbroken():
-            for path in texts:
+            for path in files:
                 os.replace(hidden[path], path)
             then()
-        for folder in {path.parent for path in texts}:
+        for folder in {path.parent for path in files}:
             sync(folder)
 
 

@@ -173,7 +173,7 @@ def set_aside(path: Path) -> Path | None:
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--shard {text!r} is not a share: write 1/4 to 4/4 for four shards")
     return int(match[1]) - 1, int(match[2])
@@ -196,6 +196,6 @@ def _from_slurm(environment: Mapping[str, str]) -> tuple[int, int]:
 def _number(environment: Mapping[str, str], name: str) -> int:
     if name not in environment:
         raise UserError(f"SLURM_ARRAY_TASK_ID is set, but not {name}: give --shard 1/4 or the like")
-    if not re.fullmatch(r"\d{1,9}", environment[name]):
+    if not re.fullmatch(r"[0-9]{1,9}", environment[name]):
         raise UserError(f"the environment variable {name} is {environment[name]!r}, not a whole number: unset it")
     return int(environment[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def _facts(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, init_
         "dataset_fingerprint": store.fingerprint,
         "tokenizer_hash": tokenizer.fingerprint(),
         "architecture": architecture | {"action_space": store.action_space.to_json()},
-        "init_from": str(init_from.resolve()) if init_from else None,
+        "init_from": os.path.realpath(init_from) if init_from else None,
     }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.diffusion.tau import CONVENTION
 from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.models.dynamics import Dynamics, count_parameters
@@ -36,10 +38,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
             raise DataError(f"{path} is a run that has not saved a world yet: wait for its first preview")
         if not (path / "tokenizer" / "config.json").is_file():
             raise DataError(f"{path} is a run that has not saved its tokenizer yet: it does so at its end")
-    world_like = (path / "tokenizer" / "config.json").is_file() and any(
-        os.path.lexists(path / name) for name in ("config.json", "model.safetensors")
-    )  # one of the two may be missing: that is for the loader to say
-    if world_like or (path / "best" / "config.json").is_file():
+    if _is_world(path) or (path / "best" / "config.json").is_file():
         world = load_world(path, "cpu")
         return {
             "world": str(world.path),
@@ -62,24 +61,38 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     raise DataError(f"{path} is not a dataset, world, tokenizer or run: give a folder that a command of ours wrote")
 
 
+def _is_world(path: Path) -> bool:
+    """Whether it is a world's folder, by what it says of itself or has beside it: what it lacks, its loader tells."""
+    with suppress(OSError, ValueError):
+        return read_object(path / "config.json").get("kind") == "dynamics"
+    return (path / "tokenizer" / "config.json").is_file() and any(
+        os.path.lexists(path / name) for name in ("config.json", "model.safetensors")
+    )
+
+
 def as_text(facts: dict[str, Any]) -> str:
     """Aligned lines for a terminal."""
     if "sizes" in facts:
         names = ("size", "parameters", "width", "depth", "heads", "kv_heads", "time_every", "window", "conditioning")
-        rows = [names] + [tuple(_cell(row[n]) for n in names) for row in facts["sizes"]]
+        sizes = [row | {"parameters": _millions(row["parameters"])} for row in facts["sizes"]]
+        rows = [names] + [tuple(_cell(row[n]) for n in names) for row in sizes]
         widths = [max(len(r[i]) for r in rows) for i in range(len(names))]
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
     lines = []
     for name, value in facts.items():
+        if name == "parameters":
+            value = _millions(value)
         if isinstance(value, dict):
             value = ", ".join(f"{k} {_cell(v)}" for k, v in value.items() if v is not None)
         lines.append(f"{name:<13} {_cell(value)}")
     return "\n".join(map(one_line, lines))
 
 
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.2f}M" if parameters >= 10_000 else str(parameters)
+
+
 def _cell(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
-        return f"{value / 1e6:,.2f}M"
     if not isinstance(value, list):
         return str(value)
     return ", ".join(f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in value)
