@@ -26,7 +26,7 @@ from small import small_dataset, small_world
 import ahriuwu_cli
 from ahriuwu_cli.cli import main
 from ahriuwu_cli.commands import options
-from ahriuwu_cli.data import bounded_file, mkv_index, mp4_index, whole_video
+from ahriuwu_cli.data import bounded_file, documents, mkv_index, mp4_index, whole_video
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.describe import as_text as describe_text
@@ -141,17 +141,51 @@ def test_json_of_others_is_read_in_one_place():
         (b'{"a": 1, "a": 2}', "stands twice"), (b'{"b": {"a": 1, "a": 1}}', "stands twice"),
         (b'{"a": NaN}', "a is NaN"), (b'{"a": [-Infinity]}', "-Infinity"), (b'{"a": 1e999}', "beyond 64 bits"),
         (b'{"a": 18446744073709551616}', "more than 64 bits"), (b'{"a": ' + b"9" * 5000 + b"}", "more than 64 bits"),
-        (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "nested"), (b"[" * 10**6, "nested"),
+        (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "nested"), (b"[" * 10**5, "nested"),
         (b"\xef\xbb\xbf{}", "byte order mark"), ('{"a": 1}'.encode("utf-16"), "byte order mark"),
         ('{"a": 1}'.encode("utf-16-le"), "Expecting"), (b'{"a": "\xff"}', "not UTF-8"),
         (b'{"a": "\\ud800"}', "surrogate"), (b'{"a": 0, }', "property name|Illegal"),
         (b'{"\\udfff": 1}', "surrogate"), (b"{} {}", "Extra data"), (b"", "Expecting value"),
-        (b"[" + b"0," * 4_000_001 + b"0]", "more than"),
+        (b"[" + b"0," * 4_000_001 + b"0]", "more than 4000000 values"),
+        (b'[{"a":' * 300_001, "more than 600000 arrays and objects"), (b"[" * 600_001, "more than 600000 arrays"),
+        (b'{"a": "' + b"\xc3\xa9" * 12_500_000 + b'"}', "larger than 25 MB and not ASCII"),
     ],
 )  # fmt: skip
 def test_json_that_takes_memory_or_hides_something_is_refused_with_the_reason(text, reason):
     with pytest.raises(ValueError, match=reason):
         parse_object(text)
+
+
+@pytest.mark.parametrize("form", ['"%x":0', '"\\"%x" : 0', '"a":{":%x":":"}', '"%x:":"a"', '"\\\\%x":0'])
+def test_keys_are_counted_before_they_are_kept(monkeypatch, form):
+    monkeypatch.setattr(documents, "MAX_KEYS", 1000)
+
+    def with_keys(count: int) -> str:
+        texts = [f"x: {i}" for i in range(5000)]  # differ, and are no keys
+        return "{" + ",".join([form % i for i in range(count)]) + f', "texts": {json.dumps(texts)}}}'
+
+    if '"a":' not in form:
+        assert len(parse_object(with_keys(990))) == 991
+    with pytest.raises(ValueError, match="more than 1000 different keys"):
+        parse_object(with_keys(1001))
+
+
+def test_rows_that_share_their_keys_may_be_many():
+    rows = {"rows": [{f"{i}": 0 for i in range(20)}] * 30_000}
+    assert documents.to_json(rows).count(":") > documents.MAX_KEYS
+
+
+@pytest.mark.parametrize(
+    "text", ['"' + '\\"' * 30_000, '"' * 300_000, '["\\u0041",' * 100_000], ids=["open", "quotes", "x"]
+)
+def test_keys_are_counted_in_one_pass(monkeypatch, text):
+    monkeypatch.setattr(documents, "MAX_KEYS", -1)
+    tracemalloc.start()
+    before = time.process_time()
+    documents._check_cost(text)
+    assert time.process_time() - before < 2
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_json_of_ours_is_read_as_it_was_written_and_a_pipe_or_a_large_file_is_not_read(tmp_path):

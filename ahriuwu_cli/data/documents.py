@@ -2,8 +2,9 @@
 
 And one writer, which gives nothing that the reader would refuse: what is written can be read again.
 
-Refused, with a reason: more bytes, values or nesting than allowed, a key that stands twice, NaN and infinity, numbers
-beyond 64 bits, text that is not UTF-8 or begins with a byte order mark, halves of surrogate pairs, devices and pipes.
+Refused, with a reason: more bytes, values, keys or nesting than allowed, a key that stands twice, NaN and infinity,
+numbers beyond 64 bits, text that is not UTF-8 or begins with a byte order mark, halves of surrogate pairs, devices and
+pipes. The limits hold what a document takes in memory to some 700 MB, whatever its 100 MB of text say.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import math
 import os
 import re
 import stat
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 10_000_000
 MAX_RESULT = 100_000_000  # of what keeps a row for every window
+MAX_WIDE = 25_000_000  # bytes of a text that is not ASCII, each of whose characters may take four; ours are ASCII
 MAX_VALUES = 4_000_000  # of arrays and objects together; the largest datasets have about six an episode
+MAX_CONTAINERS = 600_000  # arrays and objects, some 200 bytes each; the largest datasets have one an episode
+MAX_KEYS = 500_000  # that differ, some 300 bytes each: names of tensors; rows of results and episodes share theirs
 MAX_DEPTH = 64  # the deepest file of ours has 8
 
 
@@ -43,9 +48,10 @@ def parse_object(data: bytes | str) -> dict[str, Any]:
 
 def parse_json(data: bytes | str) -> Any:
     """Any JSON value in a text. ValueError with the reason."""
+    if len(data) > MAX_WIDE and not data.isascii():
+        raise ValueError(f"it is larger than {MAX_WIDE / 1e6:g} MB and not ASCII")
     text = decode(data) if isinstance(data, bytes) else data
-    if text.count(",") + text.count("{") + text.count("[") > MAX_VALUES:
-        raise ValueError(f"it holds more than {MAX_VALUES} values")
+    _check_cost(text)
     try:
         document = json.loads(
             text, object_pairs_hook=_no_repeats, parse_constant=_no_constant, parse_int=_whole, parse_float=_finite
@@ -109,8 +115,32 @@ _KINDS = {dict: "an object", list: "an array", str: "a text", bool: "true or fal
 _KINDS[type(None)] = "null"
 
 
+# A text and whether it is a key. It matches at every quote outside of a text, closed or not, and never looks back.
+_TEXT = re.compile(r'"((?:[^"\\]++|\\.)*+)"?+[ \t\n\r]*+(:?)', re.DOTALL)
+
+
 class _NoNumber(Exception):
     """NaN, Infinity or -Infinity."""
+
+
+def _check_cost(text: str) -> None:
+    """What takes memory is counted in the text, before there is any of it. ValueError.
+
+    Too much may be counted where texts hold such characters, never too little.
+    """
+    containers = text.count("{") + text.count("[")
+    if containers > MAX_CONTAINERS:
+        raise ValueError(f"it holds more than {MAX_CONTAINERS} arrays and objects")
+    if containers + text.count(",") > MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES} values")
+    if text.count(":") <= MAX_KEYS:
+        return
+    keys: set[str] = set()
+    for match in islice(_TEXT.finditer(text), 2 * MAX_VALUES):  # each value and its key; what has more is not JSON
+        if match[2]:
+            keys.add(match[1])
+            if len(keys) > MAX_KEYS:
+                raise ValueError(f"it holds more than {MAX_KEYS} different keys")
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,9 +17,11 @@ def upright_frame(frame: av.VideoFrame) -> np.ndarray:
     ValueError for other turns than quarters.
     """
     import numpy as np
+    from av.sidedata.sidedata import SideDataContainer
 
     picture = frame.to_ndarray(format="rgb24")
-    stated = frame.side_data.get("DISPLAYMATRIX")
+    # not frame.side_data, which the frame would keep: each would hold the other, and the picture, until a collection
+    stated = SideDataContainer(frame).get("DISPLAYMATRIX")
     if stated is None:
         return picture
     right, down = np.frombuffer(stated, np.int32, 9).reshape(3, 3)[:2, :2]  # where x and y of the picture lead to

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 4096 * 4096
 MAX_DECODED = 400_000_000_000  # pixels of all frames that are decoded of one video: 190,000 frames of 1920 x 1080
+MEMORY = 640_000_000  # bytes of all pictures that a decoder keeps at a time: 20 of 3840 x 2160 in yuv422p10
+KEPT = 17  # of them: the one at work, and those that it is predicted from, 16 at most in any codec
+MOST_THREADS = 16  # FFmpeg takes as many by itself; each may have a picture of its own
+WIDEST = 64  # bits a pixel, where the file does not say
 # Containers that hold their pictures themselves. Others (playlists, lists of files) would open what they name.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 COVER = 0x400 | 0x800  # what FFmpeg says of a stream: attached picture, thumbnails
@@ -46,6 +51,7 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
 
     Raises DataError when it is not one, is damaged, changes its size, or is larger than a limit: the decoder itself is
     told the most pixels of a frame, whatever the file says of them. Whether all of it came is known at its end.
+    Large pictures are decoded in fewer threads, so that those which the decoder keeps stay below MEMORY.
     """
     import av
 
@@ -54,12 +60,23 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
     with _opened(Path(path)) as (container, stream, file):
         if stream.width * stream.height > max_pixels:
             raise DataError(f"{path} is {stream.width}x{stream.height}, above the limit of {max_pixels} pixels a frame")
-        stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        context = stream.codec_context
+        threads = min(MOST_THREADS, MEMORY // max(1, _picture_bytes(context)) - _kept(context))
+        _check_memory(path, context, max(1, threads))
+        max_pixels = min(max_pixels, _most_pixels(context))
+        context.options = {"max_pixels": str(max_pixels)}
         stream.thread_type = "AUTO"
+        if threads < MOST_THREADS:
+            context.thread_count = min(threads, (os.cpu_count() or 1) + 1)
+
+        def next_packet() -> None:
+            file.next_packet()
+            _check_memory(path, context, threads)  # the last packet may have said something else of the pictures
+
         size, decoded, clock = None, 0, Clock(container, stream)
         untimed = container.format.name == "avi"  # FFmpeg gives its frames the times of packets, in another order
         try:
-            for frame in clock.frames(container, stream, file.next_packet):
+            for frame in clock.frames(container, stream, next_packet):
                 pixels = frame.height * frame.width
                 decoded += pixels
                 if pixels > max_pixels or decoded > MAX_DECODED:
@@ -97,8 +114,6 @@ def read_video(path: Path | str, max_frames: int = 100_000, max_pixels: int = MA
 @contextmanager
 def _opened(path: Path):
     """The container, the stream of its film, and the file that it reads."""
-    import av
-
     if not path.is_file():
         raise DataError(f"{path} is not a file: give a video file")
     try:
@@ -106,20 +121,64 @@ def _opened(path: Path):
             raise DataError(f"{path} is damaged or no video ({fault}): convert it first")
     except OSError as error:
         raise DataError(f"{path} cannot be read as video ({error.strerror}): make it readable") from None
+    with _container(path, []) as (container, _):
+        film = _film(container)
+        if film is None:
+            raise DataError(f"{path} holds no video stream: give an mp4, mkv, webm, avi, mov or gif")
+        index, context = film.index, film.codec_context
+        most = _most_pixels(context) if context.format else MAX_PIXELS  # not known: of it one picture is decoded
+    with _container(path, [0] * index + [most]) as (container, file):
+        yield container, container.streams[index], file
+
+
+@contextmanager
+def _container(path: Path, limits: Sequence[int]):
+    """The container and the file that it reads. FFmpeg decodes the first pictures of every stream as it opens it, and
+    keeps them: those of limits[i] pixels at most of stream i, none of the others."""
+    import av
+
     with open(path, "rb") as raw:
         file = BoundedFile(raw, str(path))
         try:
-            container = av.open(file, options={"format_whitelist": CONTAINERS})
+            container = av.open(
+                file,
+                options={"format_whitelist": CONTAINERS, "max_pixels": "0"},
+                stream_options=[{"max_pixels": str(most)} for most in limits],
+            )
         except (av.error.FFmpegError, Broken) as error:
             what = str(error) if isinstance(error, Broken) else error.strerror
             raise DataError(
                 f"{path} cannot be read as video ({what}): give an mp4, mkv, webm, avi, mov or gif"
             ) from None
         with container:
-            stream = _film(container)
-            if stream is None:
-                raise DataError(f"{path} holds no video stream: give an mp4, mkv, webm, avi, mov or gif")
-            yield container, stream, file
+            yield container, file
+
+
+def _check_memory(path: Path | str, context: av.VideoCodecContext, threads: int) -> None:
+    if _picture_bytes(context) * (_kept(context) + threads) > MEMORY:
+        raise DataError(
+            f"{path} takes more than {MEMORY / 1e6:g} MB to decode, {_picture_bytes(context) / 1e6:.0f} MB for each of "
+            "the pictures that its decoder may keep: make it smaller, or convert it to yuv420p first"
+        )
+
+
+def _picture_bytes(context: av.VideoCodecContext) -> int:
+    """Of one decoded picture, with what is cut off before it is shown."""
+    shown, coded = context.width * context.height, context.coded_width * context.coded_height
+    return max(shown, coded) * _bits(context) // 8
+
+
+def _most_pixels(context: av.VideoCodecContext) -> int:
+    """Of a picture, for those that the decoder keeps, and one of a single thread, to stay below MEMORY."""
+    return 8 * MEMORY // _bits(context) // (_kept(context) + 1)
+
+
+def _bits(context: av.VideoCodecContext) -> int:
+    return context.format.padded_bits_per_pixel if context.format else WIDEST
+
+
+def _kept(context: av.VideoCodecContext) -> int:
+    return 1 if context.codec.intra_only else KEPT
 
 
 def _film(container: av.container.InputContainer) -> av.VideoStream | None:
