@@ -5,9 +5,12 @@ import re
 from copy import deepcopy
 from unittest.mock import ANY
 
+import numpy as np
 import pytest
 from worlds import NO_ACTIONS, breaks_at, moving_pictures, puppet_world, tiny_world
 
+from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.evaluation.cell_check import check_result
 from ahriuwu_cli.evaluation.cells import FOLDER, run_plan
@@ -24,8 +27,8 @@ from ahriuwu_cli.training.checkpoint import save_world
 ASKED = {"windows": 6, "context": 3, "horizon": 5}
 # What nothing else in a result tells: it may be another number within its range.
 FREE = re.compile(
-    r"horizons\.\d+\.(\w*ratio|\w*cosine|\w*shift|\w*psnr_of_mse|(floor|ceiling|mean_frame)_ssim|teacher_forced_\w+)"
-    r"|curves\.\w+\.[1-2]|action_delta_moving_db\.\w+\.\d\.\w+|drift_db_per_frame\.\w+\.\w+|timing\.\w+"
+    r"horizons\.\d+\.((ceiling_)?motion_ratio|\w*sharpness_ratio|teacher_forced_\w+)|curves\.(psnr_\w+|mean_frame)\.[1-2]"
+    r"|curves\.(floor|ceiling)\.2|action_delta_moving_db\.\w+\.\d\.\w+|drift_db_per_frame\.\w+\.(lo|hi)|timing\.\w+"
     r"|settings\.(checkpoint|checkpoint_git|dataset|torch|evaluation\.(context|horizons\.2|seed|batch|delta_at)|window_seed|ahriuwu|k_max)"
     r"|settings\.(generation\.tau_ctx|\w*fingerprint|manifest_hash)|windows\.\d\.(episode|start|delta_\w+_1)|names\.\w+"
 )
@@ -84,6 +87,22 @@ def test_without_a_train_split_there_is_no_mean_frame_which_is_said_and_held_to(
     ):
         assert refused(changed(found, path, 0.5))
     assert refused(changed(found, ("warnings",), []))
+
+
+@pytest.mark.parametrize("show", ["black", "flat"])
+def test_what_an_evaluation_of_frames_without_errors_or_motion_writes_passes(tmp_path, show):
+    """Black: nothing moves, and all is at the cap. Flat: the reconstruction is the picture itself."""
+    rng = np.random.default_rng(0)
+    with EpisodeWriter(tmp_path / "data", height=16, width=16, fps=10.0, action_space=NO_ACTIONS, seed=0) as writer:
+        for split in ["train", "test"] * 2:
+            colours = rng.integers(0, 256, (12, 1, 1, 3)) * (show == "flat")
+            writer.add(np.broadcast_to(colours, (12, 16, 16, 3)).astype(np.uint8), None, split=split)
+    store = EpisodeStore.open(tmp_path / "data")
+    for world in (tiny_world(store), puppet_world(store, breaks_at(5))):
+        found = plain(evaluate(world, store, EvaluationConfig(**ASKED, noise_seeds=2), world.generation))
+        assert found["horizons"]["5"]["ceiling_psnr_of_mse"] == 60
+        assert (found["horizons"]["5"]["floor_motion_ratio"] is None) == (show == "black")
+        check_result(found)
 
 
 def leaves(value, path=()):
@@ -162,6 +181,22 @@ def nothing_consistently(result):
         row.update({name: None for name in row if re.match("psnr|gain|ssim|delta", name)})
 
 
+def alike(result):
+    """SSIM is 1 everywhere, whatever PSNR says."""
+    for h, row in result["horizons"].items():
+        row["ssim"] = result["curves"]["ssim"][int(h) - 1] = 1.0
+        for window in result["windows"]:
+            window[f"ssim_{h}"] = 1.0
+
+
+def one_alike(result):
+    """One window's SSIM is 1, and another makes up for it."""
+    one, other, *_ = result["windows"]
+    more = 1 - one["ssim_4"]
+    one["ssim_4"] += more
+    other["ssim_4"] -= more
+
+
 CONTRADICTIONS = {
     "nothing": nothing,
     "nothing_consistently": nothing_consistently,
@@ -181,6 +216,19 @@ CONTRADICTIONS = {
     "no_mean": lambda r: r["warnings"].insert(0, NO_MEAN),
     "no_mean_curve": lambda r: r["curves"].update(mean_frame=[None] * 5),
     "split": lambda r: r["settings"]["evaluation"].update(split="val"),
+    "one_mean": lambda r: r["horizons"]["4"].update(psnr_of_mse=59.0),  # of PSNRs is never below PSNR of the mean error
+    "other_mean": lambda r: r["horizons"]["4"].update(mean_frame_psnr_of_mse=59.0),
+    "floor_mean": lambda r: r["horizons"]["4"].update(floor_psnr_of_mse=r["horizons"]["4"]["floor_psnr_of_mse"] - 0.1),
+    "alike": lambda r: r["horizons"]["4"].update(mean_frame_ssim=1.0),
+    "colour": lambda r: r["horizons"]["4"].update(ceiling_colour_shift=0.5),
+    "moving": lambda r: r["horizons"]["4"].update(mean_frame_motion_ratio=0.3),
+    "frozen": lambda r: r["horizons"]["4"].update(motion_ratio=0.0, motion_cosine=1.0),
+    "no_motion": lambda r: r["horizons"]["4"].update(motion_ratio=None, motion_cosine=None),
+    "no_edges": lambda r: r["horizons"]["4"].update(floor_sharpness_ratio=None),
+    "all_alike": alike,
+    "one_alike": one_alike,
+    "between": lambda r: r["curves"]["ssim"].__setitem__(1, 1.0),
+    "slope": lambda r: r["drift_db_per_frame"]["ceiling"].update(value=9.0, lo=8.0, hi=10.0),
 }
 
 

@@ -304,6 +304,54 @@ def test_a_cell_under_another_name_or_with_other_windows_is_refused(copy):
         read_cells(copy)
 
 
+def higher(result, floor, ceiling):
+    """So many dB more in all that tells of floor and ceiling; all that follows from them is adjusted."""
+    for who, more in (("floor", floor), ("ceiling", ceiling)):
+        result["curves"][who] = [value + more for value in result["curves"][who]]
+        for h, row in result["horizons"].items():
+            for window in result["windows"]:
+                window[f"{who}_{h}"] += more
+                window[f"gain_db_{h}"] -= more * (who == "floor")
+            row[f"{who}_psnr_of_mse"] += more
+            for name, by in ((who, more), ("gain_db", -more * (who == "floor"))):
+                row[name] = {end: value + by for end, value in row[name].items()}
+    result["horizons"]["1"]["teacher_forced_floor"] += floor
+
+
+def other_means(result):
+    for row in result["horizons"].values():
+        row["mean_frame_sharpness_ratio"] += 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: higher(r, -1.0, 0.0), "the data alone decide"),
+        (lambda r: higher(r, 0.0, -5.0), "the data and their tokenizer alone decide"),
+        (other_means, r"the data alone decide \(horizons.1.mean_frame_sharpness_ratio\)"),
+    ],
+)
+def test_cells_of_the_same_windows_that_differ_in_what_no_world_decides_are_not_compared(copy, run, change, said):
+    cells = [c for c in read_cells(copy)[0] if c.identity["evaluation"]["horizon"] == 4]
+    edit(copy / FOLDER / f"{cells[1].name}.json", lambda d: change(d["result"]))
+    assert len(read_cells(copy)[0]) == 4  # alone it contradicts nothing
+    code, _, err = run(copy)
+    assert code == 3
+    assert re.search(rf"cells {cells[0].name} and {cells[1].name} are of the same windows, but .* {said}", err)
+    assert [p.name for p in copy.iterdir()] == [FOLDER]
+
+
+def test_a_reconstruction_that_another_device_rounds_otherwise_or_another_tokenizer_makes_may_differ(done):
+    cells = [c for c in read_cells(done)[0] if c.identity["evaluation"]["horizon"] == 4]
+    higher(cells[1].result, 1e-6, 0.3)
+    merge(cells)
+    higher(cells[1].result, 0.0, -5.0)
+    with pytest.raises(DataError, match="their tokenizer"):
+        merge(cells)
+    cells[1].identity["tokenizer_fingerprint"] = "0" * 64
+    merge(cells)
+
+
 def test_a_folder_without_cells_says_what_to_run_and_parts_are_mentioned(copy, run, tmp_path):
     code, _, err = run(tmp_path)
     assert code == 3

@@ -194,6 +194,24 @@ def _nothing(arrays, facts):
     arrays.update({name: values * np.nan for name, values in arrays.items() if name.startswith("model/")})
 
 
+def _frozen(arrays, facts):
+    """It neither moves nor has edges, and still is like the truth and moves as that does."""
+    for name, value in {"motion": 0, "motion_gg": 1e-3, "motion_gt": 1e-3, "motion_tt": 1e-3, "ssim": 1}.items():
+        arrays[f"model/{name}"][:] = value
+
+
+def _swapped(arrays, facts):
+    """Scores of windows in another order: each is sound for itself."""
+    arrays.update({name: values[::-1].copy() for name, values in arrays.items() if name.startswith("model/")})
+
+
+def _film(part):
+    def change(arrays, facts):
+        arrays["clip"][part] = 255 - arrays["clip"][part]
+
+    return change
+
+
 HOSTILE = {  # what somebody made the checksum fit to
     "no psnr": _drop("model/psnr"), "no ssim": _drop("model/ssim"), "no shuffled": _drop("shuffled/psnr"),
     "no clip": _drop("clip"), "another array": lambda arrays, facts: arrays.update({"x": arrays["model/psnr"]}),
@@ -208,7 +226,9 @@ HOSTILE = {  # what somebody made the checksum fit to
     "far above its error": _array("model/psnr", lambda v: v * 0 + 59), "nothing": _nothing,
     "shuffled alone": _array("shuffled/mse", lambda v: v * 0 + 1), "a count of nothing": _fact("not_finite", 5),
     "no likeness": _array("model/ssim", lambda v: v * np.nan),
-    "motion": _array("model/motion_gt", lambda v: v * 0 + 0.9),
+    "motion": _array("model/motion_gt", lambda v: v * 0 + 0.9), "frozen": _frozen, "other windows": _swapped,
+    "another truth": _array("model/motion_tt", lambda v: v * 1.01), "a film of 7s": _array("clip", lambda v: v * 0 + 7),
+    "other context": _film(np.s_[:, 1]), "another film": _film(np.s_[-1, -1]), "blur": _array("model/energy", np.sqrt),
 }  # fmt: skip
 
 
@@ -218,6 +238,7 @@ def test_a_cell_whose_hash_fits_but_not_its_content_is_set_aside_as_well(store, 
     config, whole = measured
     (path, *_) = sorted(storage.folder.iterdir())
     arrays, metadata = read_arrays(path)
+    arrays = {name: values.copy() for name, values in arrays.items()}
     about, facts = json.loads(metadata["identity"]), json.loads(metadata["facts"])
     HOSTILE[what](arrays, facts)
     write_scores(path, metadata["format"], arrays, about, facts)
@@ -252,13 +273,13 @@ def test_a_cell_is_read_as_it_was_written_nan_included(tmp_path):
     psnr = np.array([[1.0, np.nan], [3.0, 4.0]])
     clip = np.arange(2 * 3 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 4, 3)
     write_cell(tmp_path, about, CellScores({"model": {"psnr": psnr}}, clip, 1.5, 2.5, 1))
-    found = read_cell(tmp_path, about, shapes)
+    found = read_cell(tmp_path, about, shapes, lambda cell: cell.not_finite == 1)
     np.testing.assert_array_equal(found.tables["model"]["psnr"], psnr)
     np.testing.assert_array_equal(found.clip, clip)
     assert (found.seconds, found.wall, found.not_finite) == (1.5, 2.5, 1)
-    assert read_cell(tmp_path, {"a": 2}, shapes) is None
+    assert read_cell(tmp_path, {"a": 2}, shapes, bool) is None
     with pytest.raises(DataError, match="'model/psnr' is not what these settings give"):
-        read_cell(tmp_path, about, shapes | {"model/psnr": (3, 2)})
+        read_cell(tmp_path, about, shapes | {"model/psnr": (3, 2)}, bool)
 
 
 def test_a_folder_is_gone_on_with_when_it_holds_the_same_sweep_and_else_only_when_asked(tmp_path):

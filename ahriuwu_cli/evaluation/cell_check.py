@@ -1,7 +1,7 @@
 """Results of evaluations held to what the same work would write: entries, types, ranges, and no contradiction.
 
-What the scores of a result's own windows decide is made from them anew, by the functions that made it. Of the rest,
-such as motion and seconds, only form and range are known.
+What the scores of a result's own windows decide is made from them anew, by the functions that made it. Of the rest
+form and range are known, and that metrics of the same frames must not deny each other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from ahriuwu_cli.evaluation.cells import first_difference, identity
 from ahriuwu_cli.evaluation.evaluate import delta_note
 from ahriuwu_cli.evaluation.measure import CONTROLS, table_shapes
-from ahriuwu_cli.evaluation.metrics import CAP_DB
+from ahriuwu_cli.evaluation.metrics import CAP_DB, psnr_from_mse
 from ahriuwu_cli.evaluation.prepare import NO_MEAN, of_few
 from ahriuwu_cli.evaluation.score_files import MOST, tables_of
 from ahriuwu_cli.evaluation.scores import Table
@@ -31,7 +31,8 @@ from ahriuwu_cli.evaluation.settings_check import (
     text,
     whole,
 )
-from ahriuwu_cli.evaluation.summary import by_horizon, by_window, delta, jsonable, pick_horizons
+from ahriuwu_cli.evaluation.summary import by_horizon, by_window, delta, drift, jsonable, pick_horizons
+from ahriuwu_cli.evaluation.table_check import LEVELS, STILL, errors_of, likeness_of
 
 CLOSE = 1e-5  # results have 6 decimals, and some numbers are made of several
 DRAWS = 0.2  # of an interval's length: more than two bootstraps of the same numbers ever differ
@@ -42,6 +43,8 @@ _RANGES = {  # by the end of a number's name
     "ssim": number(-1, 1), "ratio": number(0, MOST), "cosine": number(-1 - CLOSE, 1 + CLOSE), "shift": number(0, 1),
 }  # fmt: skip
 _TOLD = ("psnr", "floor", "ceiling", "gain_db", "ssim")  # of a horizon: windows tell it
+_LOOKS = ("psnr_of_mse", "ssim", "colour_shift", "sharpness_ratio", "motion_ratio", "motion_cosine")
+_ROUNDED = 1e-6  # of one number
 _CURVES = ("psnr", "psnr_lo", "psnr_hi", "floor", "ceiling", "mean_frame", "ssim")
 _ENTRIES = (
     "kind", "status", "not_finite_frames", "settings", "n", "last", "horizons", "action_delta_db",
@@ -85,6 +88,7 @@ def check_result(result: dict[str, Any]) -> None:
     made = ("model", *controls, *(["teacher_forced"] if last > 1 else []))
     hold(counts, dict.fromkeys(made, whole(0, int(MOST))), "not_finite_frames")
     tables = _tables(rows, told["windows"], horizons, controls, counts)
+    _check_likeness(tables["model"], told["noise_seeds"])
     if no_mean := type(result["warnings"]) is list and NO_MEAN in result["warnings"]:
         tables["mean_frame"] = {name: np.full_like(each, np.nan) for name, each in tables["mean_frame"].items()}
     episodes = [row["episode"] for row in rows]
@@ -111,7 +115,15 @@ def check_result(result: dict[str, Any]) -> None:
     }
     for name, form in forms.items():
         hold(result[name], form, name)
+    for i, h in enumerate(horizons):
+        psnr = {who: tables[who]["psnr"][:, i] for who in ("model", "floor", "ceiling")}
+        _check_horizon(result["horizons"][str(h)], psnr, told["noise_seeds"], counts["model"] > 0)
     _check_curves(result["curves"], result["horizons"], counts["model"] > 0, no_mean)
+    curves = {name: np.array(result["curves"][name], float) for name in _CURVES}
+    _check_likeness(curves, told["noise_seeds"] * len(rows))
+    for who, name in (("model", "psnr"), ("floor", "floor"), ("ceiling", "ceiling")) if last > 1 else ():
+        slope = drift({who: {"psnr": curves[name][None]}}, who, episodes[:1])
+        hold(result["drift_db_per_frame"][who]["value"], near(slope.value), f"drift_db_per_frame.{who}")
 
 
 def near(value: Any) -> Form:
@@ -216,6 +228,45 @@ def _of_horizon(
     else:
         forced = or_none(DB) if counts["teacher_forced"] else DB, DB
     return forms | dict(zip(("teacher_forced_psnr", "teacher_forced_floor"), forced, strict=True))
+
+
+def _check_likeness(table: Table, draws: int) -> None:
+    """ValueError where SSIM denies PSNR, each a mean of so many frames."""
+    low, high = likeness_of(*errors_of(table["psnr"], draws))
+    if ((table["ssim"] < low - CLOSE) | (table["ssim"] > high + CLOSE)).any():  # NaN is neither
+        raise ValueError("its ssim and psnr contradict each other")
+
+
+def _check_horizon(row: Mapping[str, Any], psnr: Mapping[str, np.ndarray], seeds: int, broken: bool) -> None:
+    """ValueError where the metrics of one frame deny each other. psnr: dB of model, floor and ceiling, (W,) each.
+
+    broken: whether a frame of the model was not finite, which makes its motion null.
+    """
+    unmoved, flat = row["floor_motion_ratio"] is None, row["floor_sharpness_ratio"] is None  # as the truth is, then
+    for who in ("model", "floor", "ceiling", "mean_frame"):
+        name = "" if who == "model" else f"{who}_"
+        at = {metric: row[f"{name}{metric}"] for metric in _LOOKS}
+        if at["psnr_of_mse"] is None:
+            continue  # nothing is known of these frames
+        if who == "mean_frame":
+            least, most = errors_of(np.array(row["mean_frame_psnr"]), len(psnr["floor"]))
+        else:
+            least, most = errors_of(psnr[who], seeds if who == "model" else 1)
+        low, high = psnr_from_mse(most.mean()) - CLOSE, psnr_from_mse(least.mean()) + CLOSE
+        hold(at["psnr_of_mse"], number(low, high), f"{name}psnr_of_mse")
+        least, most = errors_of(np.array(at["psnr_of_mse"]), 1)
+        low, high = likeness_of(least, most)
+        hold(at["ssim"], number(low - CLOSE, high + CLOSE), f"{name}ssim")
+        hold(at["colour_shift"], number(0, most**0.5 + CLOSE), f"{name}colour_shift")
+        hold(at["sharpness_ratio"] is None, exactly(flat), f"{name}sharpness_ratio")
+        for metric in ("motion_ratio", "motion_cosine"):
+            if not (broken and who == "model" and at[metric] is None):
+                hold(at[metric] is None, exactly(unmoved), f"{name}{metric}")
+        if at["motion_ratio"] is not None and at["motion_cosine"] is not None:
+            if who in STILL:
+                hold(at["motion_ratio"], number(0, 0), f"{name}motion_ratio")
+            reach = LEVELS * (at["motion_ratio"] + _ROUNDED * (who not in STILL)) ** 0.5
+            hold(at["motion_cosine"], number(-reach, reach), f"{name}motion_cosine")
 
 
 def _curve(name: str, length: int) -> Check:

@@ -228,18 +228,20 @@ def _run(files: _Files, p: Prepared, folder: Path, split: Shards, bar: Bar | Non
     result = summarise(*whole, measured, time.monotonic() - began)
     parts = list(folder.glob(f"{p.digest}.part-*.safetensors"))
     if len(share) < len(p.manifest.windows):
-        _check_joined(result, p, parts)
+        _check_joined(measured, result, p, parts)
     document = write_cell(folder / f"{p.digest}.json", p, result)
     for old in parts:
         old.unlink(missing_ok=True)
     return document
 
 
-def _check_joined(result: dict[str, Any], p: Prepared, parts: Sequence[Path]) -> None:
+def _check_joined(measured: Measured, result: dict[str, Any], p: Prepared, parts: Sequence[Path]) -> None:
     """DataError for a result of parts that no reader of cells would take; each part was sound for itself."""
     from ahriuwu_cli.evaluation.cell_check import check_result
+    from ahriuwu_cli.evaluation.table_check import check_tables
 
     try:
+        check_tables(measured.tables, p.config.noise_seeds)
         check_result(parse_object(to_json(result, most=MAX_RESULT)))
     except ValueError as error:
         for part in parts:

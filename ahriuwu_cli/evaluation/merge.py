@@ -16,6 +16,7 @@ import numpy as np
 
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation import report
+from ahriuwu_cli.evaluation.agreement import check_agreement
 from ahriuwu_cli.evaluation.cell_check import check_cell
 from ahriuwu_cli.evaluation.cells import FOLDER, digest, read_cell
 from ahriuwu_cli.evaluation.protocol import WindowManifest, paired_bootstrap
@@ -198,6 +199,7 @@ def _table(group: list[FinishedCell], reference: str | None, among: set[str]) ->
     other = next((c.name for c in group if c.horizons != horizons), None)
     if other is not None:
         raise DataError(f"cell {other} reports other frames than cell {group[0].name} of these windows: move it away")
+    check_agreement(group)
     asked = [c for c in group if c.name in among]
     if len(asked) > 1:
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.score_files import Shapes, flat, read_scores, tables_of, write_scores
 from ahriuwu_cli.evaluation.scores import Table
 from ahriuwu_cli.evaluation.shards import set_aside
-from ahriuwu_cli.evaluation.table_check import check_tables
 from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.places import check_folder
 from ahriuwu_cli.rollout import RolloutConfig
@@ -74,20 +74,23 @@ def write_cell(folder: Path, about: dict[str, Any], scores: CellScores) -> None:
     write_scores(cell_file(folder, about), FORMAT, flat(scores.tables) | {"clip": scores.clip}, about, facts)
 
 
-def read_cell(folder: Path, about: dict[str, Any], expected: Shapes) -> CellScores | None:
-    """The finished cell, or None when it is not there. DataError when its file is damaged or holds something else."""
+def read_cell(
+    folder: Path, about: dict[str, Any], expected: Shapes, sound: Callable[[CellScores], bool]
+) -> CellScores | None:
+    """The finished cell, or None when it is not there. DataError when its file is damaged or holds something else.
+
+    sound: whether its count of frames is that of its scores; ValueError where it contradicts itself or what is known.
+    """
     path = cell_file(folder, about)
     if not path.exists():
         return None
     kinds = {"seconds": float, "wall": float, "not_finite": int}
-    arrays, facts = read_scores(path, FORMAT, about, expected, kinds, _is_sound)
-    clip = arrays.pop("clip")
-    return CellScores(tables_of(arrays), clip, **facts)
+    return _cell(*read_scores(path, FORMAT, about, expected, kinds, lambda *found: sound(_cell(*found))))
 
 
-def _is_sound(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:
+def _cell(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> CellScores:
     scores = {name: values for name, values in arrays.items() if name != "clip"}
-    return sum(check_tables(tables_of(scores), seeds=1).values()) == facts["not_finite"]
+    return CellScores(tables_of(scores), arrays["clip"], **facts)
 
 
 def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:

@@ -19,11 +19,14 @@ from ahriuwu_cli.evaluation.score_files import Shapes
 from ahriuwu_cli.evaluation.scores import BASIC, FULL, Table, join, references, score
 from ahriuwu_cli.evaluation.sweep_cells import CellScores, identity, put_aside, read_cell, write_cell
 from ahriuwu_cli.evaluation.sweep_grid import SweepConfig, name, walked
+from ahriuwu_cli.evaluation.table_check import check_tables
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
 Bar = Callable[[str], AbstractContextManager[Progress | None]]  # title -> progress(passes made, passes to make)
 Say = Callable[[str], None]
+SAME = 1e-6  # scores of the same frames
+REDONE = 0.02  # motion that starts at a reconstruction, which another device may have rounded otherwise
 NAMED = ("sampler", "ctx_mode", "ctx_label")
 
 
@@ -147,11 +150,29 @@ class Runner:
             return None
         about = self._identity(cell)
         try:
-            return read_cell(self.storage.folder, about, self._shapes(about["shown"]))
+            return read_cell(self.storage.folder, about, self._shapes(about["shown"]), self._is_sound)
         except DataError as error:
             if new := put_aside(self.storage.folder, about):
                 self.complain(f"{error}: set aside as {new.name}, and done again")
             return None
+
+    def _is_sound(self, scores: CellScores) -> bool:
+        """Whether a cell counts the frames that its tables lack. ValueError where these deny each other, what was
+        measured here of the same windows, or the frames that the cell shows."""
+        lost = check_tables(self.fixed | scores.tables, seeds=1)
+        shown, context = len(scores.clip), self.manifest.context
+        truth, before = self.truth_clip(), np.concatenate(self._before)[:shown]
+        if not np.array_equal(scores.clip[:, :context], truth[:, :context]):
+            raise ValueError("its clip has another context than these windows")
+        seen = score(scores.clip[:, context:], truth[:, context:], before=before, true_before=truth[:, context - 1])
+        for metric, values in seen.items():
+            gap = np.abs(scores.tables["model"][metric][:shown] - values)
+            slack = np.full(gap.shape, SAME)
+            if metric in ("motion", "motion_gg", "motion_gt"):
+                slack[:, 0] = REDONE
+            if (gap > slack).any():  # NaN, of a frame that was not finite, is not
+                raise ValueError(f"'model/{metric}' is not that of its clip")
+        return sum(lost.values()) == scores.not_finite
 
     def _shapes(self, shown: int) -> Shapes:
         """Of all that a cell holds."""
