@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from killing import differing_bytes
-from small import small_dataset
+from small import LEARNERS, small_dataset
 
 from ahriuwu_cli import stopping
-from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.config import PRECISIONS, TrainConfig
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
@@ -85,6 +85,21 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(data, tmp_path, confi
     assert [s for s, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("optimizer", "state"), LEARNERS)
+def test_a_state_that_is_saved_before_the_next_step_is_the_one_that_was_loaded(
+    data, tmp_path, optimizer, state, precision
+):
+    config = replace(CONFIG, optimizer=optimizer, optimizer_state=state, precision=precision, log_every=5)
+    run(data, tmp_path / "r", config, stop_at=2)
+    trainer = assemble(*data, config, tmp_path / "r", "train", device=torch.device("cpu"))
+    before = {path: path.read_bytes() for path in (tmp_path / "r" / "state").rglob("*.*")}
+    trainer.run.save(trainer)
+    trainer.run.release()
+    assert len(before) == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "r" / "state").rglob("*.*")} == before
+
+
 def test_a_line_of_metrics_that_a_kill_cut_short_is_gone_after_a_resume(data, tmp_path):
     run(data, tmp_path / "r", stop_at=3)
     with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
@@ -145,7 +160,8 @@ AT_ONCE = "all 6 steps are done and saved, the worlds come of: train --resume"
 def test_a_signal_in_the_last_preview_ends_the_run_and_only_the_preview_is_done_again(
     data, tmp_path, monkeypatch, place, name, lost, said
 ):
-    run(data, tmp_path / "whole")
+    config = replace(CONFIG, optimizer_state="bfloat16")  # the state is saved again, with no step between
+    run(data, tmp_path / "whole", config)
     if lost:
         shutil.copytree(tmp_path / "whole", tmp_path / "r")
         shutil.rmtree(tmp_path / "r" / "last")
@@ -163,13 +179,13 @@ def test_a_signal_in_the_last_preview_ends_the_run_and_only_the_preview_is_done_
     with monkeypatch.context() as patch, StopRequest() as stop:
         patch.setattr(place, name, signalled)
         patch.setattr(stopping, "end", ended)
-        trainer = assemble(store, tokenizer, CONFIG, tmp_path / "r", "train", device=torch.device("cpu"))
+        trainer = assemble(store, tokenizer, config, tmp_path / "r", "train", device=torch.device("cpu"))
         with pytest.raises((Interrupted, Ended)) as stopped:
             trainer.train(lambda line: None, stop)
     assert str(stopped.value) == said
     updates = []
     monkeypatch.setattr(DynamicsTrainer, "_update", updates.append)
-    again = run(data, tmp_path / "r", resume=True)
+    again = run(data, tmp_path / "r", config, resume=True)
     assert lost or again.run.found.endswith("after step 6 of 6: its last preview is left")
     assert (updates, differing_bytes(tmp_path / "whole", tmp_path / "r")) == ([], {})
 
