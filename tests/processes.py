@@ -102,7 +102,7 @@ def resumed(folder: Path, mode: str, group: Group, half: Path) -> list[str]:
     """Go on with what another number of processes began; what was said of it."""
     name, said = half.name.removesuffix(" half"), []
     trainer = trainer_for(folder, RUNS[name], half, group, resume=True, announce=said.append)
-    (before,) = half.glob("state/*/state-*")  # named by its hash
+    before = max(half.glob("state/*/state-*"))  # the newest, named by its hash
     group.wait()
     trainer.run.save(trainer)
     group.wait()
