@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ahriuwu_cli.data.pack_check import check_some
 from ahriuwu_cli.data.pack_format import OtherFormat, read_pack_header
+from ahriuwu_cli.data.pack_journal import sweep
 from ahriuwu_cli.data.packing import make_pack
 from ahriuwu_cli.data.tensors import fill, read_header
 from ahriuwu_cli.errors import DataError
@@ -135,6 +136,7 @@ def open_pack(
 
     if not is_there(_silent):  # asked again under the packer's lock, and said there
         make_pack(path, store, tokenizer, split, is_there, progress or _silent, announce, workers)
+    sweep(path)
     facts, layout = read_pack_header(path)
     check_some(path, facts, layout, store.action_space)
     return LatentPack(path, facts, store.action_space)
