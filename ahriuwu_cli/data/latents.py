@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ class LatentPack:
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])[:-1]
         self._tensors = read_header(path)
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the pack is
+        weakref.finalize(self, self._file.close)  # and however its use ends
         self._ends: dict[int, np.ndarray] = {}
         count = self._tensors["latents"].shape[0]
         if int(self.lengths.sum()) != count:
