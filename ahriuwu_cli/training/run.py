@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.errors import CheckpointError
-from ahriuwu_cli.training.checkpoint import is_sound, load_tokenizer, save_tokenizer, save_world
+from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, save_tokenizer, save_world
 from ahriuwu_cli.training.run_folder import Announce, Asked, RunFolder, goes_on, read_run
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
@@ -36,7 +36,6 @@ class Run(RunFolder):
     """The folder of one run. `facts` (dataset, tokenizer, architecture) must be the same when it is gone on with."""
 
     needed = ("total", "elapsed", "best", "optimizers")
-    stays = ("tokenizer",)
 
     def __init__(self, folder: Path, config: TrainConfig, facts: dict, command: str, writes: bool = True) -> None:
         super().__init__(folder, _asked(config, facts), command, config.keep, FREE, writes)
@@ -98,18 +97,11 @@ class Run(RunFolder):
 
     def keep_tokenizer(self, tokenizer: Tokenizer, announce: Announce) -> None:
         """Write the tokenizer that is this run's own, unless it is there, so that going on needs no second fit."""
-        if self.writes and not self._keeps(tokenizer):
+        if self.writes and not is_sound_tokenizer(self.folder / "tokenizer"):
             with self.writing():
                 self._hold(announce)  # a finished run does not hold its folder
                 self._set_aside("tokenizer")
                 save_tokenizer(tokenizer, self.folder / "tokenizer", {})
-
-    def _keeps(self, tokenizer: Tokenizer) -> bool:
-        """Whether it is there: this one, since a killed --overwrite can leave the one of the run before."""
-        try:
-            return load_tokenizer(self.folder / "tokenizer").fingerprint() == tokenizer.fingerprint()
-        except CheckpointError:
-            return False
 
     def save_world(self, world: World, name: str, trainer: DynamicsTrainer) -> None:
         """Write the averaged weights as the world `best` or `last`."""

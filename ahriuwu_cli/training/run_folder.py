@@ -49,7 +49,6 @@ class RunFolder:
     """
 
     needed: tuple[str, ...] = ("total",)  # what the document of each of its states says
-    stays: tuple[str, ...] = ()  # what it has read of its folder by the time that it starts from step 0 again
 
     def __init__(
         self, folder: Path, asked: Asked, command: str, keep: int, free: tuple[str, ...], writes: bool = True
@@ -106,8 +105,7 @@ class RunFolder:
                 found = self.states.load(announce, expected=expected)
                 self.lacking = [] if found is None else self.lost(found[2])
                 if found is None:
-                    # whatever else lies here is the user's; run.json is replaced, so that a kill leaves a run
-                    self._clear({*WRITTEN} - {"run.json", *self.stays})
+                    self._clear(WRITTEN)  # whatever else lies here is the user's
                     self._begin(more)
                 else:
                     step, logged = found[2]["step"], found[2].get("logged", 0)
