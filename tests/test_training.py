@@ -24,6 +24,7 @@ from ahriuwu_cli.data.episode_writer import EpisodeWriter
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
 from ahriuwu_cli.evaluation.cells import weights_hash
+from ahriuwu_cli.lock import refuse_alive
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.training import assemble as assemble_module
 from ahriuwu_cli.training import loop
@@ -325,6 +326,13 @@ def test_a_run_that_lost_its_tokenizer_fits_it_again_and_goes_on_with_no_other(
         fits(tmp_path / "r")
     damage(tmp_path / "r" / "tokenizer")
     shutil.copytree(tmp_path / "r", tmp_path / "other")
+
+    def held(tokenizer, folder, facts):
+        with pytest.raises(UserError, match="alive"):
+            refuse_alive(folder.parent)
+        save_tokenizer(tokenizer, folder, facts)
+
+    monkeypatch.setattr("ahriuwu_cli.training.run.save_tokenizer", held)
     fits(tmp_path / "r")
     assert f"{tmp_path / 'r' / 'tokenizer'} is missing or damaged, and fitted anew" in capfd.readouterr().err
     (tmp_path / "r" / "tokenizer.damaged").unlink(missing_ok=True)
