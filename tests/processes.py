@@ -101,7 +101,13 @@ def clips(folder: Path, mode: str, group: Group) -> None:
 def resumed(folder: Path, mode: str, group: Group, half: Path) -> list[str]:
     """Go on with what another number of processes began; what was said of it."""
     name, said = half.name.removesuffix(" half"), []
-    train(trainer_for(folder, RUNS[name], half, group, resume=True, announce=said.append))
+    trainer = trainer_for(folder, RUNS[name], half, group, resume=True, announce=said.append)
+    before = max(half.glob("state/*/state-*"))  # the newest, named by its hash
+    group.wait()
+    trainer.run.save(trainer)
+    group.wait()
+    assert before.exists(), "a state that was saved before the next step differs from the one that was loaded"
+    train(trainer)
     return said
 
 

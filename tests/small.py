@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ahriuwu_cli.config import OPTIMIZERS, PRECISIONS
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
@@ -17,6 +18,9 @@ from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.training.checkpoint import action_slots, save_world
 from ahriuwu_cli.world import World
 
+LEARNERS = [  # optimizer and optimizer_state, all that there are
+    (name, state) for name in OPTIMIZERS for state in PRECISIONS if name == "muon" or state == "float32"
+]
 SPACE = ActionSpace((ActionComponent("keys", "binary", 2, ("LEFT", "RIGHT")),))
 
 

@@ -1,6 +1,8 @@
 """Latent packs: encoded once per tokenizer, never mixed up, windows that stay within an episode."""
 
+import gc
 import resource
+import warnings
 
 import numpy as np
 import pytest
@@ -45,6 +47,14 @@ def test_windows_are_uniform_over_all_starts_and_never_cross_an_episodes_end(sto
     assert len(counts) == len(pack.ids) * 13
     expected = 20_000 / len(counts)
     assert ((counts - expected) ** 2 / expected).sum() < len(counts) + 5 * (2 * len(counts)) ** 0.5  # chi-square
+
+
+def test_a_pack_is_closed_when_nobody_has_it_any_more(store):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        open_pack(store, fit_linear_tokenizer(store, (8, 8), 6, 0.5))
+        gc.collect()
+    assert [str(warning.message) for warning in said] == []
 
 
 def test_windows_longer_than_every_episode_are_refused(store):

@@ -134,16 +134,6 @@ def test_a_momentum_in_bfloat16_takes_half_the_bytes_and_leads_to_the_same_place
     assert (rounded - exact).norm() < 0.02 * (exact - 1).norm()
 
 
-def test_a_loaded_momentum_keeps_its_number_format_and_its_bits():
-    _, optimizer = steps(state=torch.bfloat16)
-    before = next(iter(optimizer.state.values()))["momentum_buffer"].clone()
-    p = torch.nn.Parameter(torch.ones(16, 24))
-    other = Muon([p], lr=0.01, state=torch.bfloat16)
-    other.load_state_dict(optimizer.state_dict())
-    assert torch.equal(other.momentum(p), before)
-    assert other.momentum(p).dtype == torch.bfloat16
-
-
 def test_it_does_not_matter_how_many_matrices_are_made_orthogonal_at_once(monkeypatch):
     together, _ = steps(shapes=((16, 24),) * 5)
     monkeypatch.setattr(muon_module, "STACKED", 2 * 16 * 24)

@@ -71,6 +71,11 @@ def _hidden(store, kind):
     return found[0] if found else None
 
 
+def _pack(store):
+    (path,) = (store.path / "latents").glob("*.safetensors")
+    return path
+
+
 def _packer(store, folder, workers, pause, *more):
     command = [
         sys.executable,
@@ -304,6 +309,52 @@ def test_a_disk_without_locks_is_said_and_packed_without_a_trace(store, tokenize
     path.unlink()
     _stopped(store, tokenizer, 20)
     assert not [p for p in path.parent.iterdir() if p.suffix != ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("stopped", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.EIO, "fails"), DiskError)]
+)
+def test_a_journal_that_outlived_its_partial_pack_is_named_by_info_and_removed_by_the_next_opening(
+    store, tokenizer, monkeypatch, stopped, raised
+):
+    def stop(*_):
+        raise stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "sync", stop)  # the pack has its name by then
+        with pytest.raises(raised):
+            open_pack(store, tokenizer)
+    left = [_hidden(store, "journal")]
+    left += [
+        left[0].with_name(f"{left[0].name}.new"),
+        left[0].with_name(left[0].name.replace("journal", "host-7.journal")),
+    ]
+    for path in left[1:]:
+        path.touch()
+    _, packs = check_packs(store)
+    assert not packs.ok
+    assert all(f"{path} is left of a killed packer: delete it" in packs.detail for path in left)
+    monkeypatch.setattr(packing, "encode_parts", None)
+    with pack_journal.locked(_pack(store), print):  # somebody is at work
+        open_pack(store, tokenizer)
+        assert all(path.exists() for path in left)
+    open_pack(store, tokenizer)
+    assert {p.name for p in (store.path / "latents").iterdir()} == {_pack(store).name, _hidden(store, "lock").name}
+    assert len(check_packs(store)) == 1
+
+
+def test_what_was_packed_of_something_else_and_what_lies_behind_a_link_is_left(store, tokenizer, tmp_path):
+    path = open_pack(store, tokenizer).path
+    unfinished = {path.with_name(f".{path.name}.{kind}") for kind in ("partial", "journal", "journal.new")}
+    for name in unfinished:
+        name.touch()
+    open_pack(store, tokenizer)
+    assert unfinished < set(path.parent.iterdir())
+    path.with_name(f".{path.name}.partial").unlink()
+    path.parent.rename(tmp_path / "elsewhere")
+    path.parent.symlink_to(tmp_path / "elsewhere")
+    open_pack(store, tokenizer)
+    assert len(list((tmp_path / "elsewhere").glob(".*journal*"))) == 2
 
 
 def test_an_episode_that_changed_since_it_was_recorded_is_not_packed(store, tokenizer):

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import tracemalloc
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from small import small_dataset
 
 from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
 from ahriuwu_cli.folders import replacing
+from ahriuwu_cli.lock import refuse_alive
 from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.clock import TrainingClock
 from ahriuwu_cli.training.run_folder import RunFolder, goes_on
@@ -305,6 +307,19 @@ def test_a_log_that_lost_its_last_lines_is_gone_on_with_aloud(tmp_path):
     run.go_on(said.append)
     run.release()
     assert "cut short: it holds no line of steps 4 to 6" in said[0]
+
+
+def test_the_lock_of_a_run_that_cannot_go_on_is_closed(tmp_path):
+    run = begun(tmp_path / "run", 3)
+    (tmp_path / "run" / "state" / "step-00000003" / "state.json").write_text("x")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(CheckpointError, match="not JSON"):
+            run.go_on(print)
+        del run
+        gc.collect()
+    assert [str(warning.message) for warning in said] == []
+    refuse_alive(tmp_path / "run")
 
 
 def test_a_state_of_another_run_is_set_aside(tmp_path):

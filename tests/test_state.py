@@ -166,7 +166,26 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.step()
 
 
-@pytest.mark.parametrize("make", [adamw, muon, muon_in_bfloat16, adafactor])
+MAKES = pytest.mark.parametrize("make", [adamw, muon, muon_in_bfloat16, adafactor])
+
+
+@MAKES
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_an_optimizer_that_is_saved_before_its_next_step_is_saved_as_it_was_loaded(make, kind):
+    model = small_model().to(kind)
+    optimizer = make(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved, document = optimizer_tensors(optimizer)
+    again = make(small_model().to(kind))
+    load_optimizer_tensors(again, saved, document)
+    loaded, described = optimizer_tensors(again)
+    assert described == document
+    assert {n: (t.dtype, t.tolist()) for n, t in loaded.items()} == {n: (t.dtype, t.tolist()) for n, t in saved.items()}
+
+
+@MAKES
 def test_an_optimizer_that_was_saved_goes_on_as_if_it_never_stopped(tmp_path, make):
     unbroken = small_model()
     train(unbroken, make(unbroken), range(6))

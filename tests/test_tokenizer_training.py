@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from small import small_dataset
+from small import LEARNERS, small_dataset
 
+from ahriuwu_cli.config import PRECISIONS
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizerConfig
@@ -136,6 +137,24 @@ def test_two_steps_and_a_resume_to_four_equal_four_unbroken_bit_for_bit(store, t
     assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
     again = train_transformer_tokenizer(store, config, tmp_path / "parts", resume=True)  # nothing left to do
     assert again.fingerprint() == whole.fingerprint()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("optimizer", "state"), LEARNERS)
+def test_a_state_that_is_saved_before_the_next_step_is_the_one_that_was_loaded(
+    store, tmp_path, optimizer, state, precision
+):
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, optimizer_state=state, precision=precision)
+    stop, progress = stop_after(2)
+    with pytest.raises(Interrupted):
+        train_transformer_tokenizer(store, config, tmp_path, stop=stop, progress=progress)
+    before = {path: path.read_bytes() for path in (tmp_path / "state").rglob("*.*")}
+    trainer = tokenizer_loop._Trainer(store, config, tmp_path, torch.device("cpu"), "train tokenizer")
+    trainer.begin(True, False, lambda sentence: None)
+    trainer.save()
+    trainer.run.release()
+    assert len(before) == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "state").rglob("*.*")} == before
 
 
 def test_the_global_generator_neither_matters_nor_moves(store, tmp_path):

@@ -13,22 +13,26 @@ import numpy as np
 import pytest
 import torch
 from killing import differing_bytes
-from small import small_dataset
+from small import LEARNERS, small_dataset
 
 from ahriuwu_cli import stopping
-from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.commands import train as command
+from ahriuwu_cli.config import PRECISIONS, TrainConfig
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
 from ahriuwu_cli.evaluation.cells import weights_hash
+from ahriuwu_cli.lock import refuse_alive
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
+from ahriuwu_cli.training import assemble as assemble_module
 from ahriuwu_cli.training import loop
 from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
 from ahriuwu_cli.training.batches import draw_batch, share_of
-from ahriuwu_cli.training.checkpoint import load_world
+from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_tokenizer
 from ahriuwu_cli.training.clip_loss import denoiser
+from ahriuwu_cli.training.distributed import Group
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.optimiser import rate
 from ahriuwu_cli.training.run import Run
@@ -83,6 +87,21 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(data, tmp_path, confi
     losses = [[(x["step"], x["loss"]) for x in lines(tmp_path / r) if "loss" in x] for r in ("whole", "broken")]
     assert losses[0] == losses[1]
     assert [s for s, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("optimizer", "state"), LEARNERS)
+def test_a_state_that_is_saved_before_the_next_step_is_the_one_that_was_loaded(
+    data, tmp_path, optimizer, state, precision
+):
+    config = replace(CONFIG, optimizer=optimizer, optimizer_state=state, precision=precision, log_every=5)
+    run(data, tmp_path / "r", config, stop_at=2)
+    trainer = assemble(*data, config, tmp_path / "r", "train", device=torch.device("cpu"))
+    before = {path: path.read_bytes() for path in (tmp_path / "r" / "state").rglob("*.*")}
+    trainer.run.save(trainer)
+    trainer.run.release()
+    assert len(before) == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "r" / "state").rglob("*.*")} == before
 
 
 def test_a_line_of_metrics_that_a_kill_cut_short_is_gone_after_a_resume(data, tmp_path):
@@ -145,7 +164,8 @@ AT_ONCE = "all 6 steps are done and saved, the worlds come of: train --resume"
 def test_a_signal_in_the_last_preview_ends_the_run_and_only_the_preview_is_done_again(
     data, tmp_path, monkeypatch, place, name, lost, said
 ):
-    run(data, tmp_path / "whole")
+    config = replace(CONFIG, optimizer_state="bfloat16")  # the state is saved again, with no step between
+    run(data, tmp_path / "whole", config)
     if lost:
         shutil.copytree(tmp_path / "whole", tmp_path / "r")
         shutil.rmtree(tmp_path / "r" / "last")
@@ -163,13 +183,13 @@ def test_a_signal_in_the_last_preview_ends_the_run_and_only_the_preview_is_done_
     with monkeypatch.context() as patch, StopRequest() as stop:
         patch.setattr(place, name, signalled)
         patch.setattr(stopping, "end", ended)
-        trainer = assemble(store, tokenizer, CONFIG, tmp_path / "r", "train", device=torch.device("cpu"))
+        trainer = assemble(store, tokenizer, config, tmp_path / "r", "train", device=torch.device("cpu"))
         with pytest.raises((Interrupted, Ended)) as stopped:
             trainer.train(lambda line: None, stop)
     assert str(stopped.value) == said
     updates = []
     monkeypatch.setattr(DynamicsTrainer, "_update", updates.append)
-    again = run(data, tmp_path / "r", resume=True)
+    again = run(data, tmp_path / "r", config, resume=True)
     assert lost or again.run.found.endswith("after step 6 of 6: its last preview is left")
     assert (updates, differing_bytes(tmp_path / "whole", tmp_path / "r")) == ([], {})
 
@@ -211,6 +231,129 @@ def test_weights_to_start_from_are_not_missed_once_a_state_is_saved(data, tmp_pa
     assert run(data, tmp_path / "again", init_from=tmp_path / "r" / "last").step == 6
     with pytest.raises(CheckpointError, match="no checkpoint"):
         run(data, tmp_path / "new", init_from=tmp_path / "r" / "last")
+
+
+@pytest.fixture
+def fits(data, monkeypatch):
+    """fits(out, ...) is the command without --tokenizer, to its end; only_begin() lets it end before the first step.
+
+    other_bits() has each tokenizer that is fitted from now on differ a little, as on another number of threads.
+    """
+    store, count = data[0], iter(range(1, 1000))
+    given = {"dataset": store.path, "tokenizer": None, "resume": False, "overwrite": False, "init_from": None}
+
+    def fits(out, **options):
+        group = Group(torch.device("cpu"))
+        return command._train(group, CONFIG, StopRequest(), {**given, "out": out, **options}, quiet=True)
+
+    def only_begin():
+        monkeypatch.setattr(DynamicsTrainer, "train", lambda trainer, *_: trainer.run.release())
+
+    def nudged(*arguments):
+        tokenizer = fit_linear_tokenizer(*arguments)
+        tokenizer.mean += next(count) * 1e-6
+        return tokenizer
+
+    fits.only_begin = only_begin
+    fits.other_bits = lambda: monkeypatch.setattr(assemble_module, "fit_linear_tokenizer", nudged)
+    return fits
+
+
+def left_by_kills(work, out, monkeypatch):
+    """Copies of a folder as a kill would leave it, before each thing that `work` renames, makes or removes."""
+    left = []
+
+    def before(act):
+        def copied(*arguments, **named):
+            if out.exists() and not copying:
+                copying.append(True)
+                left.append(out.with_name(f"{out.name} {len(left)}"))
+                shutil.copytree(out, left[-1])
+                copying.clear()
+            return act(*arguments, **named)
+
+        return copied
+
+    copying = []
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "mkdir", "unlink", "rmdir"):
+            patch.setattr(os, name, before(getattr(os, name)))
+        work()
+    return left
+
+
+LIVES = {  # what is there before the life in which the kills fall
+    "the first": lambda out: shutil.rmtree(out),
+    "another": lambda out: None,
+    "without its tokenizer": lambda out: shutil.rmtree(out / "tokenizer"),
+    "with a damaged one": lambda out: (out / "tokenizer" / "model.safetensors").write_bytes(b"x"),
+    "with a file": lambda out: replaced_by_a_file(out / "tokenizer"),
+    "overwritten": lambda out: None,
+}
+
+
+@pytest.mark.parametrize("life", LIVES)
+def test_a_run_has_the_tokenizer_that_it_says_wherever_a_start_of_it_was_killed(
+    data, fits, tmp_path, monkeypatch, life
+):
+    fits.only_begin()
+    fits.other_bits()
+    out = tmp_path / "r"
+    fits(out)
+    first = load_tokenizer(out / "tokenizer").fingerprint()
+    LIVES[life](out)
+    left = left_by_kills(lambda: fits(out, overwrite=life == "overwritten"), out, monkeypatch)
+    assert len(left) > (1 if life == "another" else 3)
+    for folder in (out, *left):
+        if folder is not out:
+            fits(folder)
+        kept = load_tokenizer(folder / "tokenizer").fingerprint()
+        assert read_object(folder / "run.json")["facts"]["tokenizer_hash"] == kept
+        names = {p.name for p in folder.iterdir()} - {"tokenizer.damaged"}
+        assert names == {".lock", "run.json", "tokenizer"}, folder
+    assert (load_tokenizer(out / "tokenizer").fingerprint() == first) == (life == "another")
+
+
+@pytest.mark.parametrize("stop_at", [None, 3])
+@pytest.mark.parametrize("damage", [shutil.rmtree, replaced_by_a_file])
+def test_a_run_that_lost_its_tokenizer_fits_it_again_and_goes_on_with_no_other(
+    fits, tmp_path, monkeypatch, capfd, damage, stop_at
+):
+    fits(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        before = DynamicsTrainer.train
+        patch.setattr(DynamicsTrainer, "train", lambda trainer, *more: before(trainer, *more, stop_at))
+        fits(tmp_path / "r")
+    damage(tmp_path / "r" / "tokenizer")
+    shutil.copytree(tmp_path / "r", tmp_path / "other")
+
+    def held(tokenizer, folder, facts):
+        with pytest.raises(UserError, match="alive"):
+            refuse_alive(folder.parent)
+        save_tokenizer(tokenizer, folder, facts)
+
+    monkeypatch.setattr("ahriuwu_cli.training.run.save_tokenizer", held)
+    fits(tmp_path / "r")
+    assert f"{tmp_path / 'r' / 'tokenizer'} is missing or damaged, and fitted anew" in capfd.readouterr().err
+    (tmp_path / "r" / "tokenizer.damaged").unlink(missing_ok=True)
+    assert differing_bytes(tmp_path / "whole", tmp_path / "r") == {}
+    fits(tmp_path / "r")
+    assert "fitted anew" not in capfd.readouterr().err
+    fits.other_bits()
+    with pytest.raises(UserError, match="tokenizer_hash differs"):
+        fits(tmp_path / "other")
+
+
+def test_a_run_with_a_tokenizer_of_others_is_not_the_run_that_fits_its_own(data, fits, tmp_path):
+    fits.only_begin()
+    save_tokenizer(data[1], tmp_path / "tok", {})
+    fits(tmp_path / "r", tokenizer=tmp_path / "tok")
+    assert not (tmp_path / "r" / "tokenizer").exists()
+    with pytest.raises(UserError, match=r"other settings \(tokenizer_hash differs"):
+        fits(tmp_path / "r")
+    fits(tmp_path / "own")
+    with pytest.raises(UserError, match=r"other settings \(tokenizer_hash differs"):
+        fits(tmp_path / "own", tokenizer=tmp_path / "tok")
 
 
 def test_a_used_folder_is_never_overwritten_unasked(data, tmp_path):

@@ -207,21 +207,30 @@ def _opened(
     overwrite: bool,
     init_from: Path | None,
     processes: int = 1,
+    announce=lambda sentence: None,
 ) -> tuple:
-    """(dataset, tokenizer or None) of a run that may be begun, or gone on with; nothing is written."""
+    """(dataset, tokenizer or None) of a run that may be begun, or gone on with; nothing is written.
+
+    announce gets a sentence where the run that is gone on with has lost the tokenizer that was fitted for it.
+    """
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.errors import CheckpointError
     from ahriuwu_cli.training.batches import check_shares
-    from ahriuwu_cli.training.checkpoint import load_tokenizer
-    from ahriuwu_cli.training.run import has_state, run_goes_on
+    from ahriuwu_cli.training.checkpoint import is_sound_tokenizer, load_tokenizer
+    from ahriuwu_cli.training.run import has_fitted, has_state, run_goes_on
 
     check_shares(config, processes)
     store = EpisodeStore.open(dataset)
     there = run_goes_on(out, config, {}, resume, overwrite)
     if init_from is not None and not init_from.exists() and not (there and has_state(out)):
         raise CheckpointError(f"there is no checkpoint at {init_from}")
-    kept = out / "tokenizer" if there and (out / "tokenizer" / "config.json").is_file() else None
-    return store, load_tokenizer(tokenizer or kept) if tokenizer or kept else None
+    if tokenizer is None and there:
+        kept = out / "tokenizer"
+        if is_sound_tokenizer(kept):
+            tokenizer = kept
+        elif kept.exists() or has_fitted(out):
+            announce(f"{kept} is missing or damaged, and fitted anew")
+    return store, load_tokenizer(tokenizer) if tokenizer else None
 
 
 def _train(group, config, stop, given: dict, quiet: bool) -> dict:
@@ -234,20 +243,24 @@ def _train(group, config, stop, given: dict, quiet: bool) -> dict:
 
     if config.compile:
         group.together(lambda: check_compile(group.device))
-    store, encoder = group.together(lambda: _opened(config, **given, processes=group.world))
+
+    def announce(sentence: str) -> None:
+        if group.leads:
+            typer.echo(sentence, err=True)
+
+    store, encoder = group.together(lambda: _opened(config, **given, processes=group.world, announce=announce))
     out, begun = given["out"], {name: given[name] for name in ("resume", "overwrite", "init_from")}
-    if group.leads:
-        warn_of_bfloat16(config.precision, group.device, lambda sentence: typer.echo(sentence, err=True))
-    if fitted := encoder is None:
+    warn_of_bfloat16(config.precision, group.device, announce)
+    if encoder is None:
         with bar("fit tokenizer", "episode", quiet=quiet) as progress:
             encoder = fit_for_all(group, store, progress)
     with bar("encode", "frame", quiet=quiet) as progress:
         trainer = assemble(
             store, encoder, config, out, command_line(), device=group.device, progress=progress, group=group,
-            announce=lambda s: typer.echo(s, err=True), fitted=fitted, **begun,
+            announce=announce, fits=given["tokenizer"] is None, **begun,
         )  # fmt: skip
-    if trainer.run.found and group.leads:
-        typer.echo(trainer.run.found, err=True)
+    if trainer.run.found:
+        announce(trainer.run.found)
     with training_bar(config, quiet=quiet) as report:
         trainer.train(report, stop)
     return {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ahriuwu_cli.data.pack_check import check_some
 from ahriuwu_cli.data.pack_format import OtherFormat, read_pack_header
+from ahriuwu_cli.data.pack_journal import sweep
 from ahriuwu_cli.data.packing import make_pack
 from ahriuwu_cli.data.tensors import fill, read_header
 from ahriuwu_cli.errors import DataError
@@ -43,6 +45,7 @@ class LatentPack:
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])[:-1]
         self._tensors = read_header(path)
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the pack is
+        weakref.finalize(self, self._file.close)  # and however its use ends
         self._ends: dict[int, np.ndarray] = {}
         count = self._tensors["latents"].shape[0]
         if int(self.lengths.sum()) != count:
@@ -135,6 +138,7 @@ def open_pack(
 
     if not is_there(_silent):  # asked again under the packer's lock, and said there
         make_pack(path, store, tokenizer, split, is_there, progress or _silent, announce, workers)
+    sweep(path)
     facts, layout = read_pack_header(path)
     check_some(path, facts, layout, store.action_space)
     return LatentPack(path, facts, store.action_space)

@@ -5,7 +5,6 @@ A hash alone says that nothing changed since somebody wrote it; so rows are held
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.pack_format import Layout, OtherFormat, Part, hash_part, hashes_of, parts_of, read_pack_header
+from ahriuwu_cli.data.pack_journal import left_behind
 from ahriuwu_cli.data.tensors import DTYPES, fill
 from ahriuwu_cli.data.validate import Check
 from ahriuwu_cli.errors import DataError
@@ -105,13 +105,16 @@ def check_packs(store: EpisodeStore) -> list[Check]:
         if facts["dataset"] != store.fingerprint:
             stale.append(f"{path} was made from other data")
         good += not problems and not misfit
-    unfinished = [os.fspath(p) for p in sorted(folder.glob(".*.partial"))] if folder.is_dir() else []
+    unfinished = []
+    if folder.is_dir():
+        unfinished += [f"{path} is not finished" for path in sorted(folder.glob(".*.partial"))]
+        unfinished += [f"{path} is left of a killed packer: delete it" for path in left_behind(folder)]
     rows = []
     if good or bad:
         rows.append(_row("latent packs match their hashes", bad, f"{good} packs, every part is as it was written"))
     if stale or unfinished:
-        notes = [f"{note}; it is not used" for note in stale] + [f"{name} is not finished" for name in unfinished]
-        rows.append(_row("latent packs", notes, "", warning=True))
+        notes = [f"{note}; it is not used" for note in stale]
+        rows.append(_row("latent packs", notes + unfinished, "", warning=True))
     return rows
 
 

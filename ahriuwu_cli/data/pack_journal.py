@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = "ahriuwu-journal/1"
 MAX_BYTES = 100_000_000
+_OF_LOCK = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 # As `Journal.add` writes it. A search skips millions of other lines in the time that a few take to be parsed.
 _LINE = re.compile(rb'^\{"part": (\d{1,9}), "sha256": "([0-9a-f]{64})"\}$', re.MULTILINE)
 
@@ -48,7 +49,7 @@ def locked(path: Path, announce: Callable[[str], None]) -> Iterator[Workplace]:
     """
     import fcntl
 
-    descriptor = os.open(_hidden(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(_hidden(path, "lock"), _OF_LOCK, 0o666)
     try:
         try:
             held = lock(descriptor)
@@ -69,6 +70,26 @@ def locked(path: Path, announce: Callable[[str], None]) -> Iterator[Workplace]:
         yield Workplace(_hidden(path, "partial"), _hidden(path, "journal"), descriptor)
     finally:
         os.close(descriptor)
+
+
+def left_behind(folder: Path, pack: str = "*.safetensors") -> list[Path]:
+    """Journals without the partial pack that they are of: it got its name, and then its packer was killed."""
+    journals = sorted(folder.glob(f".{pack}.*journal*"))
+    return [p for p in journals if not p.with_name(f"{p.name.rpartition('journal')[0]}partial").exists()]
+
+
+def sweep(path: Path) -> None:
+    """Remove what the packer of a pack left behind, unless one is at work. For who finds the pack there."""
+    if path.parent.is_symlink() or not left_behind(path.parent, path.name):
+        return
+    with suppress(OSError):  # a disk that cannot be written keeps it, and the pack can be read
+        descriptor = os.open(_hidden(path, "lock"), _OF_LOCK, 0o666)
+        try:
+            if lock(descriptor):
+                for left in left_behind(path.parent, path.name):
+                    left.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def read_journal(path: Path, purpose: dict[str, Any]) -> dict[int, str] | None:

@@ -90,18 +90,18 @@ def assemble(
     progress: Progress | None = None,
     group: Group | None = None,
     announce: Callable[[str], None] | None = None,
-    fitted: bool = False,
+    fits: bool = False,
 ) -> DynamicsTrainer:
     """A trainer for a new run in `out`, or for the same run where it is there already, to go on with it.
 
     resume insists on a run being there. All is checked before anything is written. group: the processes that train
     together, this one alone by default. announce gets what a resume changed, and states that are set aside.
-    fitted: the tokenizer was made for this run, which keeps it.
+    fits: no tokenizer was given, so this one was fitted for this run, now or by an earlier start; the run keeps it.
     """
     group = group or Group(device)
     announce = announce or (lambda sentence: None)
     facts = group.together(lambda: _facts(store, tokenizer, config, init_from))
-    there = group.together(lambda: run_goes_on(out, config, facts, resume, overwrite))
+    there = group.together(lambda: run_goes_on(out, config, facts, resume, overwrite, fits))
     world = group.together(lambda: _new_world(store, tokenizer, config, group))
     dynamics, run, found = world.dynamics, Run(out, config, facts, command, writes=group.leads), None
     if init_from is not None and not (there and run.states.newest()):
@@ -111,14 +111,15 @@ def assemble(
     if init_from is None:
         dynamics.channel_scale.copy_(pack.spread())
     trainer = DynamicsTrainer(world, pack, store, run, group)
+    said = {**group.facts(config), "fits_tokenizer": fits}
     if there:
         expected = run.expected(trainer)
-        found = group.together(lambda: run.go_on(announce, expected, **group.facts(config)), lead_first=True)
+        found = group.together(lambda: run.go_on(announce, expected, **said), lead_first=True)
         group.check_same_step(found[2]["step"] if found else 0, out)
     else:
-        group.together(lambda: run.begin(overwrite, announce, **group.facts(config)))
-    if fitted and found is None:
-        group.together(lambda: run.keep_tokenizer(tokenizer))
+        group.together(lambda: run.begin(overwrite, announce, **said))
+    if fits:
+        group.together(lambda: run.keep_tokenizer(tokenizer, announce))
     if found is not None:
         changed = what_changed(run.restore(trainer, found), group, config)
         if changed and group.leads:

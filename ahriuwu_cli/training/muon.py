@@ -124,10 +124,8 @@ class Muon(torch.optim.Optimizer):
             p.add_(placed(update, p), alpha=-group["lr"] * scale)
 
     def momentum(self, p: Tensor) -> Tensor:
-        """The momentum of a parameter, in its number format also after PyTorch's loading made it the parameter's."""
-        state, kind = self.state[p], self.state_dtype or p.dtype
+        """The momentum of a parameter, zero before its first step."""
+        state = self.state[p]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=kind)
-        elif state["momentum_buffer"].dtype != kind:
-            state["momentum_buffer"] = state["momentum_buffer"].to(kind)
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=self.state_dtype)
         return state["momentum_buffer"]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.training.checkpoint import is_sound, save_tokenizer, save_world
-from ahriuwu_cli.training.run_folder import Asked, RunFolder, goes_on
+from ahriuwu_cli.errors import CheckpointError
+from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, save_tokenizer, save_world
+from ahriuwu_cli.training.run_folder import Announce, Asked, RunFolder, goes_on, read_run
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from ahriuwu_cli.training.state_check import Expected, Held, held
@@ -94,10 +95,12 @@ class Run(RunFolder):
         written += ["last"] if self.is_finished(document) else []
         return [name for name in written if not is_sound(self.folder / name)]
 
-    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Write the tokenizer that was fitted for this run, so that going on needs no second fit."""
-        if self.writes:
+    def keep_tokenizer(self, tokenizer: Tokenizer, announce: Announce) -> None:
+        """Write the tokenizer that is this run's own, unless it is there, so that going on needs no second fit."""
+        if self.writes and not is_sound_tokenizer(self.folder / "tokenizer"):
             with self.writing():
+                self._hold(announce)  # a finished run does not hold its folder
+                self._set_aside("tokenizer")
                 save_tokenizer(tokenizer, self.folder / "tokenizer", {})
 
     def save_world(self, world: World, name: str, trainer: DynamicsTrainer) -> None:
@@ -120,9 +123,25 @@ def has_state(folder: Path) -> bool:
     return States(folder / "state", keep=1).newest() is not None
 
 
-def run_goes_on(folder: Path, config: TrainConfig, facts: dict, resume: bool, overwrite: bool) -> bool:
-    """Whether this run goes on with what is in the folder; see `goes_on`. Facts that are not known yet are left out."""
+def run_goes_on(
+    folder: Path, config: TrainConfig, facts: dict, resume: bool, overwrite: bool, fits: bool = False
+) -> bool:
+    """Whether this run goes on with what is in the folder; see `goes_on`. Facts that are not known yet are left out.
+
+    fits: the tokenizer is the run's own. Killed between run.json and its tokenizer, it fits another one, whose last
+    bits depend on threads; nothing was trained on the first.
+    """
+    if fits and has_fitted(folder) and not has_state(folder):
+        facts = {name: value for name, value in facts.items() if name != "tokenizer_hash"}
     return goes_on(folder, _asked(config, facts), FREE, resume, overwrite)
+
+
+def has_fitted(folder: Path) -> bool:
+    """Whether the run in this folder says that its tokenizer is its own; those of older versions do not."""
+    try:
+        return read_run(folder).get("fits_tokenizer") is True
+    except CheckpointError:  # there is none: `goes_on` looks
+        return False
 
 
 def _asked(config: TrainConfig, facts: dict) -> Asked:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,6 +234,7 @@ class RunFolder:
     def _hold(self, announce: Announce) -> None:
         if self._lock is None:
             self._lock = take(self.folder, announce)
+            weakref.finalize(self, self._lock.close)  # also where this ends in an error
 
     def _clear(self, names: Iterable[str]) -> None:
         """Take these away, what is resumable first, and last what says that here is a run."""

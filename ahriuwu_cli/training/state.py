@@ -168,7 +168,11 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], document: dict[str, Any]
 ) -> None:
-    """Put back what `optimizer_tensors` gave into an optimizer that was made alike (`state_check` compares)."""
+    """Put back what `optimizer_tensors` gave into an optimizer that was made alike (`state_check` compares).
+
+    PyTorch's loading makes floats those of the parameter; here each is in its own number format at once, since what is
+    saved again may be saved before the next step.
+    """
     saved = zip(optimizer.state_dict()["param_groups"], document["groups"], strict=True)
     groups = [own | {"lr": group["lr"]} for own, group in saved]
     state: dict[int, dict[str, Tensor]] = {}
@@ -176,6 +180,10 @@ def load_optimizer_tensors(
         index, _, field = name.partition(".")
         state.setdefault(int(index), {})[field] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, fields in state.items():
+        loaded = optimizer.state[parameters[index]]
+        loaded.update({field: value.to(loaded[field].device) for field, value in fields.items()})
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
