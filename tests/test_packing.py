@@ -291,8 +291,16 @@ def test_a_pack_that_cannot_have_its_room_is_refused_before_the_first_frame(stor
     assert not _hidden(store, "partial")
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(store, tokenizer):
+def test_a_folder_that_cannot_be_written_is_a_sentence(store, tokenizer, monkeypatch):
     (store.path / "latents").write_text("a file, where the folder should be")
+    with pytest.raises(DataError, match="is no folder: remove it"):
+        open_pack(store, tokenizer)
+    (store.path / "latents").unlink()
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refused)  # who runs the tests may be root, whom no mode keeps out
     with pytest.raises(DataError, match=r"cannot write .*make it writable"):
         open_pack(store, tokenizer)
 
