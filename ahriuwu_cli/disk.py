@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ahriuwu_cli.stopping import undoing
@@ -36,19 +36,61 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def arriving(path: Path) -> Iterator[Path]:
-    """Yields a hidden name beside path, which no other process takes, to write: it is gone afterwards.
+    """Yields an empty file of a hidden name beside path, which no other process takes, to fill: it is gone afterwards.
 
-    Rename it to have it; a signal that ends the program removes it. An OSError names `path`, not the hidden name.
+    Rename it to have it; a signal that ends the program removes it, and what a killed process left `clear_files`, which
+    knows it by its lock. An OSError names `path`, not the hidden name.
     """
     temporary = path.with_name(f".{path.name}.{random_digits()}.tmp")
-    with undoing(lambda: temporary.unlink(missing_ok=True)):
+    with undoing(lambda: temporary.unlink(missing_ok=True)), ExitStack() as stack:
         try:
+            while (held := _alive(temporary, os.O_CREAT)) is None:
+                pass  # somebody who clears files was quicker than the lock
+            stack.callback(os.close, held)
             yield temporary
         except OSError as error:
             call_it(error, path, temporary)
             raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def clear_files(folder: Path, names: str) -> None:
+    """Remove what killed writers left in `folder` of files whose names match, and never what a live one fills.
+
+    names: a regular expression. On a disk without locks nobody knows which is which, so all stay.
+    """
+    with suppress(OSError):  # there is no such folder, or it may not be read: then there is nothing to clear
+        for left in os.listdir(folder):
+            name = left
+            while found := re.fullmatch(r"\.(.+)\.\d+\.tmp", name):
+                name = found[1]
+            if name != left and re.fullmatch(names, name):
+                with suppress(OSError):
+                    _clear_file(folder / left)
+
+
+def _clear_file(path: Path) -> None:
+    if (held := _alive(path, 0)) is not None:
+        try:
+            if lock(held):
+                path.unlink()
+        finally:
+            os.close(held)
+
+
+def _alive(path: Path, how: int) -> int | None:
+    """A descriptor of a regular file with its lock, where there are locks; None where another one has it. OSError."""
+    held = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o666)
+    try:
+        lock(held)
+        there = os.stat(path, follow_symlinks=False)
+        if stat.S_ISREG(there.st_mode) and os.path.samestat(there, os.fstat(held)):
+            return held
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(held)
+    return None
 
 
 def write_whole(path: Path, content: bytes | str, replace: bool = True) -> bool:

@@ -38,7 +38,8 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
         if part == ".." and not os.path.lexists(back := Path(*out.parts[:i] or ["."])):
             raise UserError(f"{out} leads through {back}, which does not exist: choose another --out")
     if not near.is_dir():
-        raise UserError(f"{near} is a file: choose a folder for --out")
+        what = "a link that leads nowhere" if near.is_symlink() and not near.exists() else "a file"
+        raise UserError(f"{near} is {what}: choose a folder for --out")
     if not os.access(near, os.W_OK | os.X_OK):
         raise UserError(f"{near} cannot be written to: choose another --out")
     refuse_among_others(out, itself=holds in ("results", "rollout", "pieces"))

@@ -51,6 +51,18 @@ def test_windows_of_frames_and_actions_come_back_bit_for_bit(tmp_path):
     assert pickle.loads(pickle.dumps(store)).fingerprint == store.fingerprint
 
 
+def test_a_dataset_may_be_written_through_a_link_to_an_empty_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    store = _write(tmp_path / "link", [_episode(0)])
+    np.testing.assert_array_equal(store.frames("000000", 0, 12), _episode(0)[0])
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "lost").symlink_to("nowhere")
+    for name, sentence in (("lost", "lost exists and is not a folder"), ("lost/below", "is a link that leads nowhere")):
+        with pytest.raises(UserError, match=sentence):
+            _write(tmp_path / name, [_episode(0)])
+
+
 def test_safetensors_itself_reads_the_same(tmp_path):
     from safetensors.numpy import load_file
 

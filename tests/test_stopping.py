@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ahriuwu_cli import cli, folders, startup, stopping
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.validate import validate
-from ahriuwu_cli.disk import remove
+from ahriuwu_cli.disk import arriving, clear_files, remove
 from ahriuwu_cli.evaluation import sweep_plots
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -120,10 +121,10 @@ def scored(place) -> Path:
     return place
 
 
-def _ended(words: str, cwd: Path, at: int = 0) -> tuple[int, str, int]:
+def _ended(words: str, cwd: Path, at: int = 0, by: int = signal.SIGTERM) -> tuple[int, str, int]:
     """Of a command in a fork: exit code, what it said on stderr, and how often it changed what lies on the disk.
 
-    at: the change right after which it gets SIGTERM.
+    at: the change right after which it gets the signal `by`.
     """
     gc.collect()  # a fork that frees FFmpeg's threads hangs
     reads, writes = os.pipe()
@@ -136,7 +137,7 @@ def _ended(words: str, cwd: Path, at: int = 0) -> tuple[int, str, int]:
                 nonlocal count
                 result, count = real(*arguments, **named), count + 1
                 if count == at:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), by)
                 return result
 
             return call
@@ -202,6 +203,56 @@ def test_what_is_stopped_while_it_writes_its_results_has_left_all_of_them_or_wha
         else:
             assert f"nothing half done is left, start again with: ahriuwu {words}" in said
             assert _contents(bench) == seen
+
+
+@pytest.mark.parametrize(
+    "words", [*PIECE_BY_PIECE, "eval merge planned --out made.csv --overwrite", "eval plan plan.jsonl --out made"]
+)
+def test_files_that_a_killed_command_left_go_with_the_next(bench, scored, words):
+    (bench / "plan.jsonl").symlink_to(scored / "plan.jsonl")
+    changes, left, dead = _ended(words, bench)[2], 0, -signal.SIGKILL
+    for moment in range(1, changes + 1, max(1, changes // 8)):
+        for made in ("a", "made"):
+            shutil.rmtree(bench / made, ignore_errors=True)
+        assert _ended(words, bench, at=moment, by=signal.SIGKILL)[0] == dead
+        left += bool(list(bench.rglob(".*")))
+        assert _ended(words, bench)[0] == 0
+        assert not list(bench.rglob(".*")), moment
+    assert left
+
+
+def test_files_that_are_being_written_stay_and_what_is_not_ours(tmp_path):
+    reads, writes = os.pipe()
+    children = []
+    for _ in range(2):
+        gc.collect()
+        children.append(os.fork())
+        if not children[-1]:
+            with arriving(tmp_path / "a.csv") as hidden:
+                hidden.write_text("half")
+                os.write(writes, b"x")
+                time.sleep(60)
+    assert os.read(reads, 1) + os.read(reads, 1) == b"xx"
+    os.kill(children[0], signal.SIGKILL)
+    os.waitpid(children[0], 0)
+    for name in (".a.csv.7.tmp", "..a.csv.7.tmp.8.tmp"):
+        (tmp_path / name).touch()
+    others = {"a.csv", ".b.csv.7.tmp", ".a.csv.tmp", ".a.csv.x.tmp", ".a.csv.9.tmp", ".a.csv.10.tmp"}
+    for name in others:
+        if name == ".a.csv.9.tmp":
+            (tmp_path / name).symlink_to("a.csv")
+        else:
+            os.mkfifo(tmp_path / name) if name == ".a.csv.10.tmp" else (tmp_path / name).touch()
+    try:
+        clear_files(tmp_path, r"a\.csv")
+        (alive,) = {p.name for p in tmp_path.iterdir()} - others
+        assert (tmp_path / alive).read_text() == "half"
+    finally:
+        os.kill(children[1], signal.SIGKILL)
+        os.waitpid(children[1], 0)
+    clear_files(tmp_path, r"a\.csv")
+    assert {p.name for p in tmp_path.iterdir()} == others
+    clear_files(tmp_path / "nowhere", ".+")
 
 
 @pytest.mark.parametrize("words", PIECE_BY_PIECE)

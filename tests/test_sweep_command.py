@@ -145,6 +145,14 @@ def test_a_folder_where_a_result_goes_is_refused_before_the_work(places, run, tm
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
+def test_what_a_sweep_is_asked_to_leave_out_does_not_stay_of_the_one_before(places, run, tmp_path):
+    out = tmp_path / "sweep"
+    run(places / "world", out, "--taus", ".1,.2")
+    assert {"windows-test.json", "sweep.mp4"} <= set(os.listdir(out))
+    run(places / "world", out, "--taus", ".1,.2", "--resume", "--no-test", "--no-video")
+    assert {"cells", *json.loads((out / "sweep.json").read_text())["files"]} == set(os.listdir(out))
+
+
 @pytest.mark.parametrize("at", ["sweep.md", "gain.png", "sweep.json"])
 def test_results_that_cannot_all_be_written_leave_the_former_ones(places, run, tmp_path, monkeypatch, at):
     out, made = tmp_path / "sweep", ("sweep-windows.csv", "sweep.md", "gain.png", "curves.png", "map.png", "sweep.json")

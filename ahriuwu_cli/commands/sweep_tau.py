@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -95,6 +96,7 @@ def sweep_tau(
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.commands.windows import choose_windows
     from ahriuwu_cli.data.episodes import EpisodeStore
+    from ahriuwu_cli.disk import clear_files
     from ahriuwu_cli.evaluation import report, sweep_cells, sweep_report
     from ahriuwu_cli.evaluation.cells import weights_hash
     from ahriuwu_cli.evaluation.sweep import Storage, SweepConfig, ready, sweep
@@ -129,6 +131,8 @@ def sweep_tau(
     else:
         sweep_cells.note_asked(out, identity)
 
+    clear_files(out, "|".join(map(re.escape, files)))
+    clear_files(out / sweep_cells.FOLDER, ".+")
     storage = Storage(out / sweep_cells.FOLDER, weights)
     plan.manifest.save(files["windows.json"])
     rows: list[dict[str, Any]] = []
@@ -200,6 +204,8 @@ def _write_files(files: dict[str, Path], found: Sweep, plan: Ready, fps: float) 
     if "sweep.mp4" in files:
         contents["sweep.mp4"] = lambda path: _write_video(path, found, plan.manifest.context, fps)
     report.write_together({files[name]: content for name, content in contents.items()})
+    for name in _files(Path(), test=True, video=True).keys() - files.keys():  # of the sweep before, which had them
+        (files["sweep.json"].parent / name).unlink(missing_ok=True)
     return result
 
 

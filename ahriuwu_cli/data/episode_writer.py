@@ -150,7 +150,7 @@ class EpisodeWriter:
 
 def check_target(path: Path, overwrite: bool) -> None:
     """Refuse to write a dataset where something else is, or where none can be. Raises UserError."""
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+    if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{path} exists and is not a folder: choose another --out")
     check_folder(path, overwrite=True, holds="dataset")
     if not path.is_dir() or not any(path.iterdir()):

@@ -19,7 +19,7 @@ import torch
 
 from ahriuwu_cli.data.documents import MAX_RESULT, document_hash, parse_object, read_object, to_json
 from ahriuwu_cli.data.episodes import EpisodeStore
-from ahriuwu_cli.disk import write_whole
+from ahriuwu_cli.disk import clear_files, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation import shards
 from ahriuwu_cli.evaluation.evaluate import measure_share, ready, summarise
@@ -85,6 +85,7 @@ def run_plan(
     found = {p.digest: _look(folder, p, split.leads, say) for p in mine}
     if mine:
         folder.mkdir(parents=True, exist_ok=True)
+        clear_files(folder, ".+")
     rows = []
     for p in mine:
         document, state = found[p.digest], "skipped"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from ahriuwu_cli.diffusion.tau import LABEL
-from ahriuwu_cli.disk import arriving
 from ahriuwu_cli.evaluation.plots import BLUE, GREY
 
 ORANGE, RED = "#c8641e", "#c22f2f"
@@ -98,9 +96,7 @@ def _figure(width: float, height: float):
 
 
 def _save(figure, path: Path) -> None:
-    with arriving(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-        os.replace(temporary, path)
+    figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def _floats(values: list[float | None]) -> list[float]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
-
-from ahriuwu_cli.disk import arriving
 
 GREY, BLUE = "#777777", "#1f6fb4"
 
@@ -44,9 +41,7 @@ def _finish(figure, axes, path: Path) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    with arriving(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-        os.replace(temporary, path)
+    figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def _floats(values: list[float | None]) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ahriuwu_cli.data.documents import MAX_RESULT, to_json
 from ahriuwu_cli.diffusion.tau import LABEL
-from ahriuwu_cli.disk import arriving, sync, write_whole
+from ahriuwu_cli.disk import arriving, clear_files, sync, write_whole
 from ahriuwu_cli.places import refuse_folders
 from ahriuwu_cli.printing import one_line, printable
 from ahriuwu_cli.stopping import unbroken
@@ -45,6 +45,8 @@ def write_together(files: Mapping[Path, Content], then: Callable[[], None] = lam
     then: called once they have their names, before a signal can end the program again.
     """
     refuse_folders(files)
+    for path in files:
+        clear_files(path.parent, re.escape(path.name))
     with ExitStack() as stack:
         hidden = {path: stack.enter_context(arriving(path)) for path in reversed(files)}  # errors name the first
         for path, content in files.items():

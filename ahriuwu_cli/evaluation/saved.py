@@ -24,7 +24,7 @@ import numpy as np
 from ahriuwu_cli.data.documents import document_hash, parse_object, read_object, to_json
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.tensors import checksum, read_arrays, read_header
-from ahriuwu_cli.disk import write_whole
+from ahriuwu_cli.disk import clear_files, write_whole
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.evaluation.cells import first_difference, identity, weights_hash
 from ahriuwu_cli.evaluation.evaluate import measure_share, summarise
@@ -61,6 +61,7 @@ def save_rollouts(
     """
     index = _index(world, store, config, generation, manifest)
     out.mkdir(parents=True, exist_ok=True)
+    clear_files(out, rf"{re.escape(INDEX)}|windows\.json|part-.+")
     began = write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False)
     if not began:
         told = _read_index(out)

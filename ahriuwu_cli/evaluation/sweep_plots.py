@@ -203,13 +203,7 @@ def _headline(figure, result: dict[str, Any], more: str) -> None:
 
 
 def _save(figure, path: Path) -> None:
-    import io
-
-    from ahriuwu_cli.disk import write_whole
-
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
-    write_whole(path, content.getvalue())
+    figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def _colors(count: int) -> list:
