@@ -123,9 +123,19 @@ def replaced_by_a_file(world):
     world.touch()
 
 
-@pytest.mark.parametrize(
-    "damage", [shutil.rmtree, lambda world: (world / "model.safetensors").write_bytes(b""), replaced_by_a_file]
-)
+def left_with_its_tokenizer_alone(world):
+    (world / "config.json").unlink()
+    (world / "model.safetensors").unlink()
+
+
+LOSSES = [
+    shutil.rmtree, replaced_by_a_file, left_with_its_tokenizer_alone,
+    lambda world: (world / "model.safetensors").write_bytes(b""),
+    lambda world: (world / "model.safetensors").unlink(), lambda world: (world / "config.json").unlink(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", LOSSES)
 def test_a_world_that_was_lost_is_made_anew_and_said(data, tmp_path, damage):
     run(data, tmp_path / "r")
     last = load_world(tmp_path / "r" / "last", "cpu")
@@ -138,6 +148,12 @@ def test_a_world_that_was_lost_is_made_anew_and_said(data, tmp_path, damage):
     before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r").rglob("*") if p.name != ".lock")
     assert run(data, tmp_path / "r").run.lacking == []
     assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r").rglob("*") if p.name != ".lock") == before
+    shutil.rmtree(tmp_path / "r" / "state" / "step-00000006")  # an unfinished run makes them with its next previews
+    for name in ("best", "last"):
+        damage(tmp_path / "r" / name)
+    assert run(data, tmp_path / "r").finished
+    for name in ("best", "last"):
+        assert weights_hash(load_world(tmp_path / "r" / name, "cpu")) == weights_hash(last)
     run(data, tmp_path / "b", stop_at=3)
     damage(tmp_path / "b" / "best")
     assert "best is missing" in run(data, tmp_path / "b").run.found

@@ -111,7 +111,7 @@ class RunFolder:
                     step, logged = found[2]["step"], found[2].get("logged", 0)
                     last_preview = step == found[2]["total"] and bool(self.lacking or not self.is_finished(found[2]))
                     run_log.cut(self.log_file, step, logged, announce, last_preview, self._log_every)
-                    for name in self.lacking:
+                    for name in ("best", "last", "tokenizer"):  # one that is due later as well
                         self._set_aside(name)
         self.found = f"{self.folder} holds this run, stopped before its first saved state: starting again from step 0"
         if found is not None:
