@@ -36,6 +36,7 @@ class Run(RunFolder):
     """The folder of one run. `facts` (dataset, tokenizer, architecture) must be the same when it is gone on with."""
 
     needed = ("total", "elapsed", "best", "optimizers")
+    product = "last"
 
     def __init__(self, folder: Path, config: TrainConfig, facts: dict, command: str, writes: bool = True) -> None:
         super().__init__(folder, _asked(config, facts), command, config.keep, FREE, writes)
