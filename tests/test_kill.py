@@ -202,7 +202,7 @@ def test_a_run_whose_states_are_gone_is_refused_and_nothing_that_came_of_it_is_t
     for _ in range(2):
         code, said = end(start(COMMANDS[kind], cwd))
         assert code == 4, said
-        ways = "put run/state back, or --overwrite starts over"
-        ways += ", --init-from run/best takes its weights into another --out" if (run / "best").exists() else ""
+        world = ", take its weights into another --out by --init-from run/best" if (run / "best").exists() else ""
+        ways = f"put run/state back{world} or start over by --overwrite"
         assert said.splitlines()[-1] == f"error: the states of run are gone, so this run cannot go on: {ways}"
         assert snapshot(run) == kept | {run / ".lock": (run / ".lock").stat().st_mtime_ns}

@@ -27,7 +27,7 @@ from ahriuwu_cli.data.documents import document_hash, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
-from ahriuwu_cli.places import check_folder, refuse_to_take_away
+from ahriuwu_cli.places import KINDS, check_folder, refuse_to_take_away
 from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.restart import resuming
@@ -146,11 +146,13 @@ class RunFolder:
         # before it was said in run.json, nothing but its last work tells
         if self._said.get(_SAVED) is not True and not (self.product and os.path.lexists(self.folder / self.product)):
             return
-        world = next((name for name in ("best", "last") if (self.folder / name / "config.json").is_file()), None)
-        ways = f", --init-from {self.folder / world} takes its weights into another --out" if world else ""
+        ways = [f"put {self.states.folder} back", "start over by --overwrite"]
+        for world in (self.folder / "best", self.folder / "last"):
+            if all((world / name).is_file() for name in KINDS["checkpoint"]):
+                ways.insert(1, f"take its weights into another --out by --init-from {world}")
+                break
         raise CheckpointError(
-            f"the states of {self.folder} are gone, so this run cannot go on: put {self.states.folder} back, or "
-            f"--overwrite starts over{ways}"
+            f"the states of {self.folder} are gone, so this run cannot go on: {', '.join(ways[:-1])} or {ways[-1]}"
         )
 
     def _has_leftovers(self) -> bool:
