@@ -19,6 +19,7 @@ PARTS = {  # of our folders, by what they are
     "run": ("best", "last", "tokenizer", "state"),
     "results": ("cells",),
 }
+OURS = b'"format": ?"ahriuwu-checkpoint/'  # in the first bytes of each file of a checkpoint
 
 
 def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
@@ -78,7 +79,9 @@ def refuse_to_take_away(out: Path) -> None:
 
     `out` itself may be one, with its own parts and what a killed process left of them under hidden names.
     """
-    own = "|".join(PARTS.get(_kind(out), ()))
+    target = _real(out)
+    in_run = _kind(target.parent) == "run" and target.name in PARTS["run"]  # a world, whatever it has lost
+    own = "|".join(PARTS.get(_kind(target) or ("checkpoint" if in_run else None), ()))
     for place, folders, _ in os.walk(out):
         if place == str(out):
             folders[:] = [name for name in folders if not re.fullmatch(rf"{own}|\.({own})\.\d+\.(tmp|old)", name)]
@@ -97,9 +100,19 @@ def _refuse_irreplaceable(out: Path, by: str, exists: bool) -> None:
 
 
 def _kind(folder: Path) -> str | None:
-    """Which of KINDS a folder is."""
-    lie = (kind for kind, names in KINDS.items() if all(os.path.lexists(folder / name) for name in names))
-    return next(lie, None)
+    """Which of KINDS a folder is. A checkpoint that lost one of its files still is one, where the other says so."""
+    lie = {kind: [name for name in names if os.path.lexists(folder / name)] for kind, names in KINDS.items()}
+    whole = (kind for kind, names in lie.items() if len(names) == len(KINDS[kind]))
+    return next(whole, "checkpoint" if any(_is_ours(folder / name) for name in lie["checkpoint"]) else None)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file says that it is of a checkpoint of ours; many a project has files of these names."""
+    with suppress(OSError):
+        if file.is_file():  # reading a pipe would not end
+            with open(file, "rb") as stream:
+                return re.search(OURS, stream.read(1024)) is not None
+    return False
 
 
 def keep_apart(out: Path, inputs: Iterable[Path]) -> None:

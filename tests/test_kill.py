@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from killing import DYNAMICS, TOKENIZER, Life, Nursery, differing_bytes, live_and_die, prepare, wait_for
 
+from ahriuwu_cli.data.documents import read_object, to_json
+
 STEPS = 14
 COMMANDS = {"dynamics": f"{DYNAMICS} --steps {STEPS}", "tokenizer": f"{TOKENIZER} --steps {STEPS}"}
+PRODUCTS = {"dynamics": "last", "tokenizer": "tokenizer"}
 both = pytest.mark.parametrize("kind", COMMANDS)
 
 
@@ -44,6 +47,13 @@ def snapshot(folder: Path) -> dict[Path, int]:
         for path in folder.rglob("*")
         if path.name not in ("output.txt", "exit.txt", folder.name)
     }
+
+
+def forget_the_states(run: Path) -> None:
+    """Let run.json say what it says before the first one is saved."""
+    document = read_object(run / "run.json")
+    assert document.pop("state_saved") is True
+    (run / "run.json").write_text(to_json(document, 1) + "\n")
 
 
 def until_saved(life: Life, run: Path, states: int = 1) -> None:
@@ -161,8 +171,38 @@ def test_a_run_killed_before_its_first_state_starts_again_from_step_0_and_says_s
     run = cwd / "run"
     cwd.mkdir()
     shutil.copytree(place / f"{kind} whole" / "run", run)
-    shutil.rmtree(run / "state")
+    for name in ("state", PRODUCTS[kind]):
+        shutil.rmtree(run / name)
+    forget_the_states(run)
     code, said = end(start(COMMANDS[kind] + " --resume", cwd))
     assert code == 0, said
     assert "run holds this run, stopped before its first saved state: starting again from step 0" in said
     assert differing_bytes(place / f"{kind} whole" / "run", run) == {}
+
+
+@both
+@pytest.mark.parametrize("before", ["finished", "of an older version", "stopped by a signal"])
+def test_a_run_whose_states_are_gone_is_refused_and_nothing_that_came_of_it_is_taken_away(start, place, kind, before):
+    cwd = place / f"{kind} stateless {before}"
+    run = cwd / "run"
+    if before == "stopped by a signal":  # which saved it at a step at which no state was due
+        life = start(f"{COMMANDS[kind]} --save-every 1000", cwd)
+        while not (run / "metrics.jsonl").exists():
+            assert time.sleep(0.002) is None
+            assert not life.has_ended(), life.said()
+        life.signal(signal.SIGTERM)
+        assert life.ends() == 143
+    else:
+        cwd.mkdir()
+        shutil.copytree(place / f"{kind} whole" / "run", run)
+    shutil.rmtree(run / "state")
+    if before == "of an older version":
+        forget_the_states(run)
+    kept = snapshot(run)
+    for _ in range(2):
+        code, said = end(start(COMMANDS[kind], cwd))
+        assert code == 4, said
+        world = ", take its weights into another --out by --init-from run/best" if (run / "best").exists() else ""
+        ways = f"put run/state back{world} or start over by --overwrite"
+        assert said.splitlines()[-1] == f"error: the states of run are gone, so this run cannot go on: {ways}"
+        assert snapshot(run) == kept | {run / ".lock": (run / ".lock").stat().st_mtime_ns}

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -280,6 +281,27 @@ def test_what_replaces_a_folder_takes_away_the_parts_of_that_folder_itself(tmp_p
     (tmp_path / "run" / "best").rename(tmp_path / "run" / "best.kept")
     with pytest.raises(UserError, match=r"take away the checkpoint .*run/best\.kept"):
         refuse_to_take_away(tmp_path / "run")
+
+
+@pytest.mark.parametrize("gone", [{"config.json"}, {"model.safetensors"}, {"config.json", "model.safetensors"}])
+def test_a_world_that_lost_a_file_is_replaced_by_one_with_its_parts_and_by_nothing_else(place, gone, capsys):
+    for folder in ("run/best", "x", "inside/it"):
+        shutil.copytree("world", folder)
+        for name in gone:
+            (place / folder / name).unlink()
+    (place / "run" / "run.json").touch()
+    save_world(small_world(), place / "run" / "best")  # by its place, whatever it lost
+    assert {p.name for p in (place / "run" / "best").iterdir()} == {p.name for p in (place / "world").iterdir()}
+    before = contents(place)
+    for words in (f"eval world data --out x --overwrite {WINDOWS}", "export world --out inside --overwrite"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words.split())
+        assert stop.value.code == 2, words
+        assert re.search("take away the checkpoint|holds a checkpoint", capsys.readouterr().err), words
+    assert contents(place) == before
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", "world", "--out", "x", "--overwrite"])
+    assert stop.value.code == (2 if len(gone) == 2 else 0), capsys.readouterr().err  # a tokenizer in a folder
 
 
 def test_what_came_into_the_folder_that_is_to_be_replaced_while_a_command_worked_is_not_taken_away(tmp_path):

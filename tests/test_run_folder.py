@@ -66,6 +66,34 @@ def test_a_run_that_starts_again_leaves_what_lies_beside_its_own(tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "run.json", "mine", "best.kept"}
 
 
+def test_a_run_says_that_a_state_is_saved_once_it_is_and_starts_again_until_then(tmp_path, monkeypatch):
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    run = begun(tmp_path / "run")
+    for step in (3, 6):  # the kill falls after the state has its name, and before it is said
+        monkeypatch.setattr("ahriuwu_cli.training.run_folder.write_whole", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run.save_state(step, {"a": torch.ones(2)}, {"step": step, "total": 9})
+        monkeypatch.undo()
+        assert run.go_on(print)[2]["step"] == step
+    shutil.rmtree(tmp_path / "run" / "state")
+    assert run.go_on(print) is None
+    run.save_state(3, {"a": torch.ones(2)}, {"step": 3, "total": 9})
+    run.release()
+    shutil.rmtree(tmp_path / "run" / "state")
+    (tmp_path / "run" / "state" / ".step-00000006.partial").mkdir(parents=True)
+    for _ in range(2):
+        again = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+        with pytest.raises(CheckpointError, match=r"states of .*run are gone, so .*/state back or start over by --overwrite$"):
+            again.go_on(print)
+        again.release()
+    again.begin(True, print)
+    again.release()
+    assert again.go_on(print) is None
+    again.release()
+
+
 def test_a_run_that_starts_over_takes_away_no_other_that_came_into_its_folder_meanwhile(tmp_path):
     begun(tmp_path / "run", 3)
     begun(tmp_path / "run" / "another", 3)
@@ -241,7 +269,7 @@ def test_an_overwrite_that_dies_on_the_way_leaves_no_mixture_of_two_runs(tmp_pat
         other.begin(True, print)
     other.release()
     monkeypatch.undo()
-    assert goes_on(tmp_path / "run", ASKED, FREE, False, False)  # still the old run, from step 0
+    assert goes_on(tmp_path / "run", ASKED, FREE, False, False)  # still the old run, without its states
     assert States(tmp_path / "run" / "state", 2).newest() is None
 
 

@@ -123,9 +123,19 @@ def replaced_by_a_file(world):
     world.touch()
 
 
-@pytest.mark.parametrize(
-    "damage", [shutil.rmtree, lambda world: (world / "model.safetensors").write_bytes(b""), replaced_by_a_file]
-)
+def left_with_its_tokenizer_alone(world):
+    (world / "config.json").unlink()
+    (world / "model.safetensors").unlink()
+
+
+LOSSES = [
+    shutil.rmtree, replaced_by_a_file, left_with_its_tokenizer_alone,
+    lambda world: (world / "model.safetensors").write_bytes(b""),
+    lambda world: (world / "model.safetensors").unlink(), lambda world: (world / "config.json").unlink(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", LOSSES)
 def test_a_world_that_was_lost_is_made_anew_and_said(data, tmp_path, damage):
     run(data, tmp_path / "r")
     last = load_world(tmp_path / "r" / "last", "cpu")
@@ -138,6 +148,12 @@ def test_a_world_that_was_lost_is_made_anew_and_said(data, tmp_path, damage):
     before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r").rglob("*") if p.name != ".lock")
     assert run(data, tmp_path / "r").run.lacking == []
     assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r").rglob("*") if p.name != ".lock") == before
+    shutil.rmtree(tmp_path / "r" / "state" / "step-00000006")  # an unfinished run makes them with its next previews
+    for name in ("best", "last"):
+        damage(tmp_path / "r" / name)
+    assert run(data, tmp_path / "r").finished
+    for name in ("best", "last"):
+        assert weights_hash(load_world(tmp_path / "r" / name, "cpu")) == weights_hash(last)
     run(data, tmp_path / "b", stop_at=3)
     damage(tmp_path / "b" / "best")
     assert "best is missing" in run(data, tmp_path / "b").run.found
@@ -344,6 +360,26 @@ def test_a_run_that_lost_its_tokenizer_fits_it_again_and_goes_on_with_no_other(
         fits(tmp_path / "other")
 
 
+@pytest.mark.parametrize("path", ["r/tokenizer", "r", "r/best", "run/tokenizer", "r/../fitted"])
+def test_a_run_keeps_its_own_tokenizer_by_whatever_path_it_is_given_back(fits, tmp_path, monkeypatch, capfd, path):
+    fits.only_begin()
+    fits(tmp_path / "r")
+    first = load_tokenizer(tmp_path / "r" / "tokenizer").fingerprint()
+    shutil.copytree(tmp_path / "r" / "tokenizer", tmp_path / "r" / "best" / "tokenizer")  # a preview's world
+    (tmp_path / "run").symlink_to("r")
+    (tmp_path / "fitted").symlink_to("r/tokenizer")
+    fits.other_bits()
+    monkeypatch.chdir(tmp_path)
+    for out in ("r", tmp_path / "r", "run"):
+        fits(Path(out), tokenizer=Path(path))
+        assert load_tokenizer(tmp_path / "r" / "tokenizer").fingerprint() == first
+        assert read_object(tmp_path / "r" / "run.json")["fits_tokenizer"] is True
+    shutil.rmtree(tmp_path / "r" / "tokenizer")
+    fits(Path("r"), tokenizer=Path(path))
+    assert "r/tokenizer is missing or damaged, and fitted anew" in capfd.readouterr().err
+    assert load_tokenizer(tmp_path / "r" / "tokenizer").fingerprint() != first  # nothing was trained on it
+
+
 def test_a_run_with_a_tokenizer_of_others_is_not_the_run_that_fits_its_own(data, fits, tmp_path):
     fits.only_begin()
     save_tokenizer(data[1], tmp_path / "tok", {})
@@ -354,6 +390,12 @@ def test_a_run_with_a_tokenizer_of_others_is_not_the_run_that_fits_its_own(data,
     fits(tmp_path / "own")
     with pytest.raises(UserError, match=r"other settings \(tokenizer_hash differs"):
         fits(tmp_path / "own", tokenizer=tmp_path / "tok")
+    for mine in ("tokenizer", "best"):
+        with pytest.raises(CheckpointError, match="no checkpoint at"):  # none of its own, and none is fitted unasked
+            fits(tmp_path / "r", tokenizer=tmp_path / "r" / mine)
+    shutil.move(tmp_path / "tok", tmp_path / "r" / "mine")
+    fits(tmp_path / "r", tokenizer=tmp_path / "r" / "mine")  # what lies in a run's folder beside its own is the user's
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {".lock", "run.json", "mine"}
 
 
 def test_a_used_folder_is_never_overwritten_unasked(data, tmp_path):

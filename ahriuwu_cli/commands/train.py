@@ -217,18 +217,19 @@ def _opened(
     from ahriuwu_cli.errors import CheckpointError
     from ahriuwu_cli.training.batches import check_shares
     from ahriuwu_cli.training.checkpoint import is_sound_tokenizer, load_tokenizer
-    from ahriuwu_cli.training.run import has_fitted, has_state, run_goes_on
+    from ahriuwu_cli.training.run import has_fitted, has_state, is_own_tokenizer, run_goes_on
 
     check_shares(config, processes)
     store = EpisodeStore.open(dataset)
     there = run_goes_on(out, config, {}, resume, overwrite)
     if init_from is not None and not init_from.exists() and not (there and has_state(out)):
         raise CheckpointError(f"there is no checkpoint at {init_from}")
-    if tokenizer is None and there:
+    if there and is_own_tokenizer(tokenizer, out):
         kept = out / "tokenizer"
         if is_sound_tokenizer(kept):
             tokenizer = kept
         elif kept.exists() or has_fitted(out):
+            tokenizer = None
             announce(f"{kept} is missing or damaged, and fitted anew")
     return store, load_tokenizer(tokenizer) if tokenizer else None
 
@@ -240,6 +241,7 @@ def _train(group, config, stop, given: dict, quiet: bool) -> dict:
     from ahriuwu_cli.models.products import warn_of_bfloat16
     from ahriuwu_cli.training.assemble import assemble, fit_for_all
     from ahriuwu_cli.training.restart import command_line
+    from ahriuwu_cli.training.run import is_own_tokenizer
 
     if config.compile:
         group.together(lambda: check_compile(group.device))
@@ -257,7 +259,7 @@ def _train(group, config, stop, given: dict, quiet: bool) -> dict:
     with bar("encode", "frame", quiet=quiet) as progress:
         trainer = assemble(
             store, encoder, config, out, command_line(), device=group.device, progress=progress, group=group,
-            announce=announce, fits=given["tokenizer"] is None, **begun,
+            announce=announce, fits=is_own_tokenizer(given["tokenizer"], out), **begun,
         )  # fmt: skip
     if trainer.run.found:
         announce(trainer.run.found)

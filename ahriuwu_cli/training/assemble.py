@@ -96,7 +96,7 @@ def assemble(
 
     resume insists on a run being there. All is checked before anything is written. group: the processes that train
     together, this one alone by default. announce gets what a resume changed, and states that are set aside.
-    fits: no tokenizer was given, so this one was fitted for this run, now or by an earlier start; the run keeps it.
+    fits: no tokenizer was given but the run's own, fitted for it now or by an earlier start; the run keeps it.
     """
     group = group or Group(device)
     announce = announce or (lambda sentence: None)

@@ -8,6 +8,7 @@ The lead of several processes writes; a state is the same at any number of them,
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, save_tokenizer, save_world
-from ahriuwu_cli.training.run_folder import Announce, Asked, RunFolder, goes_on, read_run
+from ahriuwu_cli.training.run_folder import WRITTEN, Announce, Asked, RunFolder, goes_on, read_run
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from ahriuwu_cli.training.state_check import Expected, Held, held
@@ -36,6 +37,7 @@ class Run(RunFolder):
     """The folder of one run. `facts` (dataset, tokenizer, architecture) must be the same when it is gone on with."""
 
     needed = ("total", "elapsed", "best", "optimizers")
+    product = "last"
 
     def __init__(self, folder: Path, config: TrainConfig, facts: dict, command: str, writes: bool = True) -> None:
         super().__init__(folder, _asked(config, facts), command, config.keep, FREE, writes)
@@ -134,6 +136,14 @@ def run_goes_on(
     if fits and has_fitted(folder) and not has_state(folder):
         facts = {name: value for name, value in facts.items() if name != "tokenizer_hash"}
     return goes_on(folder, _asked(config, facts), FREE, resume, overwrite)
+
+
+def is_own_tokenizer(given: Path | None, out: Path) -> bool:
+    """Whether the run in `out` keeps this tokenizer: none was given, or what it wrote itself and may clear away."""
+    if given is None:
+        return True
+    own, path = os.path.realpath(out), os.path.realpath(given)
+    return path == own or any(Path(path).is_relative_to(os.path.join(own, name)) for name in WRITTEN)
 
 
 def has_fitted(folder: Path) -> bool:

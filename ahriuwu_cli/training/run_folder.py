@@ -1,6 +1,7 @@
 """The folder of a run, of whatever is trained: who may write in it, what was asked for, its log and its states.
 
-run.json        what was asked for: configuration, facts of the data, command line, versions
+run.json        what was asked for: configuration, facts of the data, command line, versions; once one is, that a state
+                is saved
 metrics.jsonl   one JSON object a line
 state/step-N/   all that the next step depends on, the last few
 .lock           held by the process that writes here
@@ -26,7 +27,7 @@ from ahriuwu_cli.data.documents import document_hash, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
-from ahriuwu_cli.places import check_folder, refuse_to_take_away
+from ahriuwu_cli.places import KINDS, check_folder, refuse_to_take_away
 from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.restart import resuming
@@ -35,6 +36,7 @@ from ahriuwu_cli.training.states import States
 from ahriuwu_cli.training.versions import versions
 
 WRITTEN = ("run.json", run_log.NAME, "best", "last", "tokenizer", "state")  # under hidden names first
+_SAVED = "state_saved"  # of run.json
 _HIDDEN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.\d+\.(tmp|old)")
 
 Announce = Callable[[str], None]
@@ -49,6 +51,7 @@ class RunFolder:
     """
 
     needed: tuple[str, ...] = ("total",)  # what the document of each of its states says
+    product = ""  # the name of what is there after the last step alone
 
     def __init__(
         self, folder: Path, asked: Asked, command: str, keep: int, free: tuple[str, ...], writes: bool = True
@@ -66,6 +69,7 @@ class RunFolder:
         self._log_every = config.get("log_every")  # None where it may have been another one
         self._logged = 0  # the step of the last line with a loss
         self._lock: TextIO | None = None
+        self._said: dict[str, Any] = {}  # run.json
 
     def begin(self, overwrite: bool, announce: Announce, **more: Any) -> None:
         """A new run in an empty or absent folder, or in place of what is there. UserError when that may not be."""
@@ -87,9 +91,10 @@ class RunFolder:
         """The newest good state of the run that is here, after clearing away what a kill left; None: from step 0 again.
 
         expected: what the tensors of its states must be. Nothing is written when the run is finished. UserError when it
-        is alive, CheckpointError when it is damaged.
+        is alive, CheckpointError when it is damaged or its states are gone.
         """
-        self.command = read_run(self.folder)["command"]
+        self._said = read_run(self.folder)
+        self.command = self._said["command"]
         _refuse_links(self.folder)
         glance = self.states.glance()
         finished = glance is not None and self.is_finished(glance) and not self._has_leftovers()
@@ -105,13 +110,14 @@ class RunFolder:
                 found = self.states.load(announce, expected=expected)
                 self.lacking = [] if found is None else self.lost(found[2])
                 if found is None:
+                    self._refuse_lost_states()
                     self._clear(WRITTEN)  # whatever else lies here is the user's
                     self._begin(more)
                 else:
                     step, logged = found[2]["step"], found[2].get("logged", 0)
                     last_preview = step == found[2]["total"] and bool(self.lacking or not self.is_finished(found[2]))
                     run_log.cut(self.log_file, step, logged, announce, last_preview, self._log_every)
-                    for name in self.lacking:
+                    for name in ("best", "last", "tokenizer"):  # one that is due later as well
                         self._set_aside(name)
         self.found = f"{self.folder} holds this run, stopped before its first saved state: starting again from step 0"
         if found is not None:
@@ -134,6 +140,20 @@ class RunFolder:
     def lost(self, document: dict[str, Any]) -> list[str]:
         """What a run at this state must have in its folder, and has not: names."""
         return []
+
+    def _refuse_lost_states(self) -> None:
+        """CheckpointError where a state was saved, of a run without any: only who asks for it loses what came of it."""
+        # before it was said in run.json, nothing but its last work tells
+        if self._said.get(_SAVED) is not True and not (self.product and os.path.lexists(self.folder / self.product)):
+            return
+        ways = [f"put {self.states.folder} back", "start over by --overwrite"]
+        for world in (self.folder / "best", self.folder / "last"):
+            if all((world / name).is_file() for name in KINDS["checkpoint"]):
+                ways.insert(1, f"take its weights into another --out by --init-from {world}")
+                break
+        raise CheckpointError(
+            f"the states of {self.folder} are gone, so this run cannot go on: {', '.join(ways[:-1])} or {ways[-1]}"
+        )
 
     def _has_leftovers(self) -> bool:
         """Whether a killed process left something under a hidden name."""
@@ -167,6 +187,8 @@ class RunFolder:
             saved = self.states.save(step, tensors, document | {"logged": self._logged})
             if not self._is_ours():  # it became another run's folder while this was written
                 discard(saved)
+            elif self._said and self._said.get(_SAVED) is not True:
+                self._say({**self._said, _SAVED: True})
 
     @contextmanager
     def writing(self, otherwise: str | None = None) -> Iterator[None]:
@@ -244,8 +266,11 @@ class RunFolder:
 
     def _begin(self, more: dict[str, Any]) -> None:
         """Say in the folder what is asked for now."""
-        document = {**self.asked, "command": self.command, "versions": versions(), **more}
+        self._say({**self.asked, "command": self.command, "versions": versions(), **more})
+
+    def _say(self, document: dict[str, Any]) -> None:
         write_whole(self.folder / "run.json", to_json(document, 1) + "\n")
+        self._said = document
 
     def _set_aside(self, name: str) -> None:
         """Make room for a folder where something else has its name."""

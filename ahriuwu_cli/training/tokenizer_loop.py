@@ -107,6 +107,7 @@ class _TokenizerRun(RunFolder):
     """What comes of it lies in tokenizer/."""
 
     needed = ("total", "optimizers")
+    product = "tokenizer"
 
     def lost(self, document: dict[str, Any]) -> list[str]:
         there = document["step"] != document.get("total") or is_sound_tokenizer(self.folder / "tokenizer")
