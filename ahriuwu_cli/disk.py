@@ -44,7 +44,7 @@ def arriving(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{random_digits()}.tmp")
     with undoing(lambda: temporary.unlink(missing_ok=True)), ExitStack() as stack:
         try:
-            while (held := _alive(temporary, os.O_CREAT)) is None:
+            while (held := hold(temporary, os.O_RDWR | os.O_CREAT)) is None:
                 pass  # somebody who clears files was quicker than the lock
             stack.callback(os.close, held)
             yield temporary
@@ -71,21 +71,23 @@ def clear_files(folder: Path, names: str) -> None:
 
 
 def _clear_file(path: Path) -> None:
-    if (held := _alive(path, 0)) is not None:
+    if (held := hold(path, os.O_RDWR | os.O_NONBLOCK)) is not None:  # never waits for the other end of a pipe
         try:
-            if lock(held):
+            if stat.S_ISREG(os.fstat(held).st_mode) and lock(held):
                 path.unlink()
         finally:
             os.close(held)
 
 
-def _alive(path: Path, how: int) -> int | None:
-    """A descriptor of a regular file with its lock, where there are locks; None where another one has it. OSError."""
-    held = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o666)
+def hold(path: Path, how: int, absent: frozenset[int] = NO_LOCKS) -> int | None:
+    """A descriptor of what has this name, with its lock, where there are locks. OSError where it cannot be opened.
+
+    None where another process has the lock, or took the name away before there was one.
+    """
+    held = os.open(path, how | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        lock(held)
-        there = os.stat(path, follow_symlinks=False)
-        if stat.S_ISREG(there.st_mode) and os.path.samestat(there, os.fstat(held)):
+        lock(held, absent=absent)
+        if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(held)):
             return held
     except (BlockingIOError, FileNotFoundError):
         pass

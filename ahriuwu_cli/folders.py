@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ahriuwu_cli.disk import NO_LOCKS, call_it, exchange, lock, random_digits, sync
+from ahriuwu_cli.disk import NO_LOCKS, call_it, exchange, hold, lock, random_digits, sync
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.lock import refuse_alive
 from ahriuwu_cli.places import check_folder, refuse_to_take_away
@@ -104,17 +104,8 @@ def clear_leftovers(near: Path, name: str) -> None:
 
 def _held(path: Path) -> int | None:
     """A new folder's descriptor, which holds its lock where there are locks; None when it was taken away before."""
-    try:
-        held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        lock(held, absent=NO_FOLDER_LOCKS)
-        if _leads_to(path, held):
-            return held
-    except BlockingIOError:
-        pass
-    os.close(held)
+    with suppress(FileNotFoundError):
+        return hold(path, os.O_RDONLY, NO_FOLDER_LOCKS)
     return None
 
 

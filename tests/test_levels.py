@@ -294,8 +294,8 @@ def test_clips_that_do_not_vary_are_refused_since_nothing_can_be_relative_to_the
 
 def drawn(draw, result, path, monkeypatch):
     """The figure that `draw` wrote to path."""
-    kept, save = [], plot_levels._save
-    monkeypatch.setattr(plot_levels, "_save", lambda figure, p: (kept.append(figure), save(figure, p)))
+    kept, save = [], plot_levels.save_png
+    monkeypatch.setattr(plot_levels, "save_png", lambda figure, p: (kept.append(figure), save(figure, p)))
     draw(result, path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(path.parent.iterdir()) == [path]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ahriuwu_cli.diffusion.tau import LABEL
-from ahriuwu_cli.evaluation.plots import BLUE, GREY
+from ahriuwu_cli.evaluation.plots import BLUE, GREY, floats, save_png
 
 ORANGE, RED = "#c8641e", "#c22f2f"
 FAINT = 0.002  # shares of draws at or below it have the coverage map's lightest colour
@@ -17,9 +17,9 @@ def plot_error_by_level(result: dict[str, Any], path: Path) -> None:
     figure = _figure(6.4, 4.4)
     axes = figure.add_subplot()
     x, rows = result["levels"], result["by_bin"]
-    axes.plot(x, _floats(result["linear"]), color=GREY, linestyle="--", label="best linear denoiser of a value alone")
-    axes.plot(x, _floats(result["alone"]), color=GREY, marker="o", markersize=3, label="model, no context (position 0)")
-    value, low, high = (_floats([row[name] for row in rows]) for name in ("value", "lo", "hi"))
+    axes.plot(x, floats(result["linear"]), color=GREY, linestyle="--", label="best linear denoiser of a value alone")
+    axes.plot(x, floats(result["alone"]), color=GREY, marker="o", markersize=3, label="model, no context (position 0)")
+    value, low, high = (floats([row[name] for row in rows]) for name in ("value", "lo", "hi"))
     axes.plot(x, value, color=BLUE, marker="o", markersize=4, label="model, with context (mean of positions 1 on)")
     axes.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0)
     axes.set_xlabel(LABEL)
@@ -44,7 +44,7 @@ def plot_error_by_level(result: dict[str, Any], path: Path) -> None:
                 bbox_to_anchor=(0.5, -0.16), ncols=2)  # fmt: skip
     n = result["n"]
     axes.set_title(f"{n['windows']} windows of {n['episodes']} episodes, {ramp}", fontsize=9)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def plot_level_maps(result: dict[str, Any], path: Path) -> None:
@@ -53,7 +53,7 @@ def plot_level_maps(result: dict[str, Any], path: Path) -> None:
 
     figure = _figure(8.6, 4.4)
     left, right = figure.subplots(1, 2, sharey=True)
-    error = [_floats(row) for row in result["error"]]
+    error = [floats(row) for row in result["error"]]
     known = [v for row in error for v in row if v > 0]
     norm = LogNorm(min(known), max(known)) if known and min(known) < max(known) else None
     image = _map(left, error, result, norm, "viridis")
@@ -70,7 +70,7 @@ def plot_level_maps(result: dict[str, Any], path: Path) -> None:
     right.scatter(x, y, marker="x", s=14, linewidths=1, color=RED)
     starved = f"{len(x)} starved (x: share below {result['starved_below']:g})" if x else "none starved"
     right.set_title(f"training draws, {result['forcing']}: {starved}", fontsize=9)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _map(axes, rows: list[list[float]], result: dict[str, Any], norm, colours: str):
@@ -93,12 +93,3 @@ def _figure(width: float, height: float):
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _save(figure, path: Path) -> None:
-    figure.savefig(path, format="png", metadata={"Software": None})
-
-
-def _floats(values: list[float | None]) -> list[float]:
-    """null as NaN, which leaves a gap."""
-    return [float("nan") if v is None else v for v in values]

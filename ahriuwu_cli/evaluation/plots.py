@@ -13,10 +13,10 @@ def plot_curve(result: dict[str, Any], path: Path) -> None:
     curve = result["curves"]
     figure, axes = _figure()
     x = curve["frame"]
-    axes.plot(x, _floats(curve["ceiling"]), color=GREY, linestyle=":", label="ceiling (tokenizer)")
-    axes.plot(x, _floats(curve["floor"]), color=GREY, linestyle="--", label="floor (persistence)")
-    axes.plot(x, _floats(curve["psnr"]), color=BLUE, marker="o", markersize=3, label="model")
-    axes.fill_between(x, _floats(curve["psnr_lo"]), _floats(curve["psnr_hi"]), color=BLUE, alpha=0.2, linewidth=0)
+    axes.plot(x, floats(curve["ceiling"]), color=GREY, linestyle=":", label="ceiling (tokenizer)")
+    axes.plot(x, floats(curve["floor"]), color=GREY, linestyle="--", label="floor (persistence)")
+    axes.plot(x, floats(curve["psnr"]), color=BLUE, marker="o", markersize=3, label="model")
+    axes.fill_between(x, floats(curve["psnr_lo"]), floats(curve["psnr_hi"]), color=BLUE, alpha=0.2, linewidth=0)
     axes.set_xlabel("generated frame")
     axes.set_ylabel("PSNR (dB)")
     n = result["n"]
@@ -41,9 +41,14 @@ def _finish(figure, axes, path: Path) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    save_png(figure, path)
 
 
-def _floats(values: list[float | None]) -> list[float]:
+def floats(values: list[float | None]) -> list[float]:
     """null as NaN, which leaves a gap in the line."""
     return [float("nan") if v is None else v for v in values]
+
+
+def save_png(figure, path: Path) -> None:
+    """The same bytes for the same figure, whatever the name."""
+    figure.savefig(path, format="png", metadata={"Software": None})

@@ -45,8 +45,9 @@ def write_together(files: Mapping[Path, Content], then: Callable[[], None] = lam
     then: called once they have their names, before a signal can end the program again.
     """
     refuse_folders(files)
-    for path in files:
-        clear_files(path.parent, re.escape(path.name))
+    folders = {path.parent for path in files}
+    for folder in folders:
+        clear_files(folder, "|".join(re.escape(path.name) for path in files))
     with ExitStack() as stack:
         hidden = {path: stack.enter_context(arriving(path)) for path in reversed(files)}  # errors name the first
         for path, content in files.items():
@@ -59,7 +60,7 @@ def write_together(files: Mapping[Path, Content], then: Callable[[], None] = lam
             for path in files:
                 os.replace(hidden[path], path)
             then()
-        for folder in {path.parent for path in files}:
+        for folder in folders:
             sync(folder)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ahriuwu_cli.diffusion.tau import LABEL
-from ahriuwu_cli.evaluation.plots import BLUE, GREY
+from ahriuwu_cli.evaluation.plots import BLUE, GREY, floats, save_png
 from ahriuwu_cli.evaluation.report import Row
 from ahriuwu_cli.evaluation.sweep_grid import OTHERS
 
@@ -33,14 +33,14 @@ def plot_sweep_curves(result: dict[str, Any], path: Path) -> None:
     frames = range(1, len(result["curves"]["floor"]) + 1)
     for row, (title, cells) in enumerate(parts):
         left = figure.add_subplot(grid[2 * row : 2 * row + 2, :2])
-        best = max(cells, key=lambda c: _floats([c["psnr"][str(result["compared_at"])] or -1])[0])
+        best = max(cells, key=lambda c: floats([c["psnr"][str(result["compared_at"])] or -1])[0])
         colors = _colors(len(cells))
         for color, cell in zip(colors, cells, strict=True):
             alpha = 0.18 if cell is best else 0
             _band(left, frames, cell["curve"]["psnr"], color, f"tau {cell['tau_ctx']:g}", alpha)
         for who, style in (("ceiling", ":"), ("floor", "--")):
             label = {"ceiling": "ceiling (tokenizer)", "floor": "floor (persistence)"}[who]
-            left.plot(frames, _floats(result["curves"][who]), color=GREY, linestyle=style, label=label)
+            left.plot(frames, floats(result["curves"][who]), color=GREY, linestyle=style, label=label)
         _dress(left, f"{title}; band: tau {best['tau_ctx']:g}", "generated frame", "PSNR (dB)")
         left.legend(fontsize=7, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         small = None
@@ -56,7 +56,7 @@ def plot_sweep_curves(result: dict[str, Any], path: Path) -> None:
                 small.tick_params(labelbottom=False)
                 small.set_xlabel(None)
     _headline(figure, result, "bands: 95 % over episodes, on the right of the paired difference")
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def plot_gain_by_tau(result: dict[str, Any], path: Path) -> None:
@@ -85,7 +85,7 @@ def plot_gain_by_tau(result: dict[str, Any], path: Path) -> None:
             if any(isinstance(v, dict) for v in values):
                 _band(panel, x, [v or {} for v in values], color, label, 0.15 if len(parts) <= BANDS else 0)
             else:
-                panel.plot(x, _floats(values), color=color, marker="o", markersize=3, label=label)
+                panel.plot(x, floats(values), color=color, marker="o", markersize=3, label=label)
         panel.axhline(neutral, color=GREY, linestyle="--", linewidth=1)
         _dress(panel, title, None, unit)
     if not any(c["action_delta_db"] for c in result["cells"]):
@@ -100,7 +100,7 @@ def plot_gain_by_tau(result: dict[str, Any], path: Path) -> None:
         figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     bands = "bands: 95 % over episodes" + (" (left panel only)" if len(parts) > BANDS else "")
     _headline(figure, result, bands)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def plot_gain_map(result: dict[str, Any], path: Path) -> None:
@@ -112,7 +112,7 @@ def plot_gain_map(result: dict[str, Any], path: Path) -> None:
     tallest = max(len(cells) for _, cells in parts)
     figure, grid = _grid(len(parts), 2, (14, len(parts) * max(1.6, 0.34 * tallest + 0.9) + 0.5))
     for column, metric in enumerate(("gain_db", "difference_db")):
-        maps = [np.array([_floats(_part(c["curve"][metric], "value")) for c in cells]) for _, cells in parts]
+        maps = [np.array([floats(_part(c["curve"][metric], "value")) for c in cells]) for _, cells in parts]
         limit = max((float(np.nanmax(np.abs(m))) for m in maps if np.isfinite(m).any()), default=1.0) or 1.0
         panels = [figure.add_subplot(grid[row, column]) for row in range(len(parts))]
         for panel, (title, cells), values in zip(panels, parts, maps, strict=True):
@@ -129,7 +129,7 @@ def plot_gain_map(result: dict[str, Any], path: Path) -> None:
         panels[-1].set_xlabel("generated frame", fontsize=9)
         figure.colorbar(shown, ax=panels, label="dB", fraction=0.03, pad=0.01)
     _headline(figure, result, f"rows: tau_ctx, {LABEL}")
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _map(axes, values, limit: float, rows: Sequence[str]):
@@ -162,10 +162,10 @@ def _grid(rows: int, columns: int, size: tuple[float, float]):
 
 def _band(axes, x: Sequence[float], values: Sequence[Row], color, label: str, alpha: float = 0.15) -> None:
     """A line of interval values with their band; null leaves a gap."""
-    axes.plot(x, _floats(_part(values, "value")), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
+    axes.plot(x, floats(_part(values, "value")), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
     if not alpha:
         return
-    low, high = _floats(_part(values, "lo")), _floats(_part(values, "hi"))
+    low, high = floats(_part(values, "lo")), floats(_part(values, "hi"))
     axes.fill_between(x, low, high, color=color, alpha=alpha, linewidth=0)
 
 
@@ -202,10 +202,6 @@ def _headline(figure, result: dict[str, Any], more: str) -> None:
     figure.suptitle(f"{about}; {more}", fontsize=9)
 
 
-def _save(figure, path: Path) -> None:
-    figure.savefig(path, format="png", metadata={"Software": None})
-
-
 def _colors(count: int) -> list:
     from matplotlib import colormaps
 
@@ -232,8 +228,3 @@ def _best_group(result: dict[str, Any], parts: list[tuple[str, list[Row]]]) -> t
 
 def _part(values: Sequence[Row], end: str) -> list[float | None]:
     return [v.get(end) for v in values]
-
-
-def _floats(values: Sequence[float | None]) -> list[float]:
-    """null as NaN, which leaves a gap in the line."""
-    return [float("nan") if v is None else v for v in values]
