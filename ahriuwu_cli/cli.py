@@ -18,7 +18,7 @@ from ahriuwu_cli.commands.values import check_words
 from ahriuwu_cli.disk import REFUSALS, refusal, visible
 from ahriuwu_cli.errors import UserError, did_you_mean
 from ahriuwu_cli.printing import OutputLost, one_sentence, only_text
-from ahriuwu_cli.startup import begin
+from ahriuwu_cli.startup import begin, ended
 
 INTERRUPTED = 128 + signal.SIGINT
 app = typer.Typer(
@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = [a for a in arguments if a != "--debug"]
     with only_text():
         code = _run(arguments, debug)
+    if argv is None:
+        ended()
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -12,6 +12,7 @@ PRECISIONS = ("float32", "bfloat16")
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 MOST_FRAMES = 1 << 22  # of a step: beyond it are slips of the finger, not clusters
 AT_TAU_CTX = ("horizon", "prefix", "context")  # forcings that draw tau_ctx itself
+ONE_STEP_SIZE = ("uniform", "horizon")  # forcings that draw d = 1/k_max alone: they train no shortcut
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class TrainConfig:
             (not 0 <= self.weight_decay < 10, f"weight_decay {self.weight_decay} is not in [0, 10)"),
             (not self.clip > 0, f"clip must be above 0, got {self.clip}"),
             (self.batch % self.accumulate != 0, f"batch {self.batch} does not divide by accumulate {self.accumulate}"),
-            (self.bootstrap_share + self.single_image_share > 1, "bootstrap_share and single_image_share exceed 1"),
+            (self.shortcut_share + self.single_image_share > 1, "bootstrap_share and single_image_share exceed 1"),
             (self.optimizer not in OPTIMIZERS, f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"),
             (self.precision not in PRECISIONS, f"precision {self.precision!r} is not float32 or bfloat16"),
             (
@@ -101,6 +102,11 @@ class TrainConfig:
         for wrong, sentence in problems:
             if wrong:
                 raise ValueError(sentence)
+
+    @property
+    def shortcut_share(self) -> float:
+        """Share of a step's clips that aim at the bootstrap target, where the forcing draws larger steps at all."""
+        return 0.0 if self.forcing in ONE_STEP_SIZE else self.bootstrap_share
 
     def to_json(self) -> dict:
         return asdict(self)

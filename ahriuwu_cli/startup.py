@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from ahriuwu_cli.printing import open_missing
+from ahriuwu_cli.stopping import HANDLED
 from ahriuwu_cli.training.restart import speaks, typed
 from ahriuwu_cli.training.signals import StopRequest
 
@@ -28,6 +30,17 @@ def begin() -> None:
         said = f"nothing half done is left, start again with: {typed()}"
         _stop = StopRequest(at_once=said, speaks=speaks(), heeds_ignored=False)
         _stop.__enter__()  # until the process ends
+
+
+def ended() -> None:
+    """The command is through and has its exit code: a signal changes it no more.
+
+    Python gives handlers back before it takes itself down, some 0.1 s with torch, and a signal would end it there by
+    the system's own rule, without a word.
+    """
+    if _stop is not None:
+        for each in HANDLED:
+            signal.signal(each, signal.SIG_IGN)
 
 
 def complete(what: object) -> None:

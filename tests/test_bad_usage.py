@@ -164,7 +164,11 @@ CONTRADICTIONS = [
     ([*DYNAMICS, "--batch", "3", "--accumulate", "2"], "does not divide"),
     ([*DYNAMICS, "--optimizer", "adamw", "--optimizer-state", "bfloat16"], "muon"),
     ([*DYNAMICS, "--bootstrap-share", "0.6", "--single-image-share", "0.6"], "exceed 1"),
-    ([*DYNAMICS, "--forcing", "horizon", "--bootstrap-share", "0.5"], "--forcing horizon"),
+    (
+        [*DYNAMICS, "--forcing", "horizon", "--bootstrap-share", "0.5"],
+        "share says nothing to --forcing horizon",
+    ),
+    ([*DYNAMICS, "--forcing", "uniform", "--bootstrap-share", "0", "--bootstrap-target", "second"], "bootstrap-target"),
     (
         [*DYNAMICS, "--forcing", "context", "--tau-ctx", "0", "--ramp", "velocity"],
         "--ramp velocity weighs by 1 / tau^2",

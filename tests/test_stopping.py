@@ -74,6 +74,20 @@ LONG = {  # and what is there when it has begun
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("words", "code"), [("--version", 0), ("info nowhere", 3)])
+def test_a_signal_while_python_takes_itself_down_leaves_the_code_as_it_is(place, words, code):
+    last = (
+        "import os, sys\n"
+        "class Last:\n"  # it goes with the modules, when Python has given the handlers back
+        f"    def __del__(self, kill=os.kill, me=os.getpid()): [kill(me, n) for n in {[int(n) for n in ENDS]}]\n"
+        f"last, sys.argv = Last(), ['ahriuwu', *'{words}'.split()]\n"
+        "from ahriuwu_cli.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", last], cwd=place, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == bool(code)
+
+
 @pytest.mark.parametrize("command", LONG)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_in_a_writing_command_leaves_nothing_and_one_sentence(start, place, tmp_path, command, number):

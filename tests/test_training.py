@@ -28,6 +28,7 @@ from ahriuwu_cli.lock import refuse_alive
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.training import assemble as assemble_module
 from ahriuwu_cli.training import loop
+from ahriuwu_cli.training import run as training_run
 from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
 from ahriuwu_cli.training.batches import draw_batch, share_of
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_tokenizer
@@ -71,7 +72,7 @@ VARIANTS = {
     "adafactor": replace(CONFIG, optimizer="adafactor"),
     "momentum in bfloat16": replace(CONFIG, optimizer_state="bfloat16"),
     "activations again": replace(CONFIG, checkpoint_activations=True),
-    "horizon": replace(CONFIG, forcing="horizon"),
+    "horizon": replace(CONFIG, forcing="horizon", single_image_share=1.0),
 }
 
 
@@ -102,6 +103,16 @@ def test_a_state_that_is_saved_before_the_next_step_is_the_one_that_was_loaded(
     trainer.run.release()
     assert len(before) == 2
     assert {path: path.read_bytes() for path in (tmp_path / "r" / "state").rglob("*.*")} == before
+
+
+def test_a_copy_of_a_run_by_hard_links_keeps_its_log(data, tmp_path):
+    run(data, tmp_path / "r", stop_at=3)
+    shutil.copytree(tmp_path / "r", tmp_path / "backup", copy_function=os.link)
+    before = (tmp_path / "backup" / "metrics.jsonl").read_bytes()
+    run(data, tmp_path / "r")
+    assert (tmp_path / "backup" / "metrics.jsonl").read_bytes() == before
+    run(data, tmp_path / "whole")
+    assert differing_bytes(tmp_path / "whole", tmp_path / "r") == {}
 
 
 def test_a_line_of_metrics_that_a_kill_cut_short_is_gone_after_a_resume(data, tmp_path):
@@ -330,10 +341,11 @@ def test_a_run_has_the_tokenizer_that_it_says_wherever_a_start_of_it_was_killed(
     assert (load_tokenizer(out / "tokenizer").fingerprint() == first) == (life == "another")
 
 
+@pytest.mark.parametrize("fitted", [True, False])
 @pytest.mark.parametrize("stop_at", [None, 3])
 @pytest.mark.parametrize("damage", [shutil.rmtree, replaced_by_a_file])
-def test_a_run_that_lost_its_tokenizer_fits_it_again_and_goes_on_with_no_other(
-    fits, tmp_path, monkeypatch, capfd, damage, stop_at
+def test_a_run_that_lost_its_tokenizer_copies_or_fits_it_again_and_goes_on_with_no_other(
+    fits, tmp_path, monkeypatch, capfd, damage, stop_at, fitted
 ):
     fits(tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -341,6 +353,8 @@ def test_a_run_that_lost_its_tokenizer_fits_it_again_and_goes_on_with_no_other(
         patch.setattr(DynamicsTrainer, "train", lambda trainer, *more: before(trainer, *more, stop_at))
         fits(tmp_path / "r")
     damage(tmp_path / "r" / "tokenizer")
+    if fitted:
+        monkeypatch.setattr(training_run, "copy_of_tokenizer", lambda folder: None)
     shutil.copytree(tmp_path / "r", tmp_path / "other")
 
     def held(tokenizer, folder, facts):
@@ -348,15 +362,19 @@ def test_a_run_that_lost_its_tokenizer_fits_it_again_and_goes_on_with_no_other(
             refuse_alive(folder.parent)
         save_tokenizer(tokenizer, folder, facts)
 
-    monkeypatch.setattr("ahriuwu_cli.training.run.save_tokenizer", held)
+    monkeypatch.setattr(training_run, "save_tokenizer", held)
     fits(tmp_path / "r")
-    assert f"{tmp_path / 'r' / 'tokenizer'} is missing or damaged, and fitted anew" in capfd.readouterr().err
+    way = "fitted anew" if fitted else f"copied from {tmp_path / 'r' / 'best' / 'tokenizer'}"
+    assert f"{tmp_path / 'r' / 'tokenizer'} is missing or damaged, and {way}" in capfd.readouterr().err
     (tmp_path / "r" / "tokenizer.damaged").unlink(missing_ok=True)
     assert differing_bytes(tmp_path / "whole", tmp_path / "r") == {}
     fits(tmp_path / "r")
-    assert "fitted anew" not in capfd.readouterr().err
+    assert "missing or damaged" not in capfd.readouterr().err
     fits.other_bits()
-    with pytest.raises(UserError, match="tokenizer_hash differs"):
+    if fitted:
+        with pytest.raises(UserError, match="tokenizer_hash differs"):
+            fits(tmp_path / "other")
+    else:
         fits(tmp_path / "other")
 
 
@@ -396,6 +414,20 @@ def test_a_run_with_a_tokenizer_of_others_is_not_the_run_that_fits_its_own(data,
     shutil.move(tmp_path / "tok", tmp_path / "r" / "mine")
     fits(tmp_path / "r", tokenizer=tmp_path / "r" / "mine")  # what lies in a run's folder beside its own is the user's
     assert {p.name for p in (tmp_path / "r").iterdir()} == {".lock", "run.json", "mine"}
+
+
+def test_the_tokenizer_in_the_worlds_of_a_run_that_was_given_one_does_not_become_its_own(data, fits, tmp_path):
+    save_tokenizer(data[1], tmp_path / "tok", {})
+    fits(tmp_path / "r", tokenizer=tmp_path / "tok")
+    before = {p.name for p in (tmp_path / "r").iterdir()}
+    fits(tmp_path / "r", tokenizer=tmp_path / "r" / "best")  # finished: nothing changes
+    assert (
+        {p.name for p in (tmp_path / "r").iterdir()}
+        == before
+        == {".lock", "run.json", "metrics.jsonl", "state", "best", "last"}
+    )
+    with pytest.raises(UserError, match=r"other settings \(tokenizer_hash differs"):
+        fits(tmp_path / "r")
 
 
 def test_a_used_folder_is_never_overwritten_unasked(data, tmp_path):

@@ -13,7 +13,7 @@ from ahriuwu_cli.commands.values import listed
 from ahriuwu_cli.errors import UserError
 
 FORCING = "independent"  # by default
-ONE_STEP_SIZE = listed("diffusion.forcing", "ONE_STEP_SIZE")
+ONE_STEP_SIZE = listed("config", "ONE_STEP_SIZE")
 
 
 def register(app: typer.Typer) -> None:
@@ -136,10 +136,8 @@ def train_dynamics(
     if resume:
         options.only_for(ctx, "contradicts --resume, which keeps what is in --out", "overwrite")
     if forcing != FORCING and forcing in ONE_STEP_SIZE():  # for another than the default torch is there already
-        options.only_for(
-            ctx, f"says nothing to --forcing {forcing}, which draws the smallest d alone",
-            "bootstrap_share", "bootstrap_target",
-        )  # fmt: skip
+        unused = ("bootstrap_share", "bootstrap_target") if bootstrap_share else ("bootstrap_target",)
+        options.only_for(ctx, f"says nothing to --forcing {forcing}, which draws the smallest d alone", *unused)
     if bootstrap_share == 0:
         options.only_for(ctx, "says nothing to --bootstrap-share 0, which trains no larger steps", "bootstrap_target")
     if long_frames == frames:
@@ -217,7 +215,7 @@ def _opened(
     from ahriuwu_cli.errors import CheckpointError
     from ahriuwu_cli.training.batches import check_shares
     from ahriuwu_cli.training.checkpoint import is_sound_tokenizer, load_tokenizer
-    from ahriuwu_cli.training.run import has_fitted, has_state, is_own_tokenizer, run_goes_on
+    from ahriuwu_cli.training.run import copy_of_tokenizer, has_fitted, has_state, is_own_tokenizer, run_goes_on
 
     check_shares(config, processes)
     store = EpisodeStore.open(dataset)
@@ -229,8 +227,8 @@ def _opened(
         if is_sound_tokenizer(kept):
             tokenizer = kept
         elif kept.exists() or has_fitted(out):
-            tokenizer = None
-            announce(f"{kept} is missing or damaged, and fitted anew")
+            tokenizer = copy_of_tokenizer(out)
+            announce(f"{kept} is missing or damaged, and {f'copied from {tokenizer}' if tokenizer else 'fitted anew'}")
     return store, load_tokenizer(tokenizer) if tokenizer else None
 
 

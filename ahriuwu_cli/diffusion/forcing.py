@@ -111,4 +111,3 @@ FORCINGS: dict[str, Forcing] = {
     "prefix": prefix,
     "context": context,
 }
-ONE_STEP_SIZE = ("uniform", "horizon")  # forcings that draw d = 1/k_max alone: they train no shortcut

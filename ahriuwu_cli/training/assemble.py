@@ -12,7 +12,6 @@ from ahriuwu_cli import memory
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
-from ahriuwu_cli.diffusion.forcing import ONE_STEP_SIZE
 from ahriuwu_cli.diffusion.tau import levels
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.models.dynamics import Dynamics
@@ -178,8 +177,7 @@ def _new_world(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, g
     check_fits(store, tokenizer, config, group.world)
     torch.manual_seed(config.seed)
     dynamics = Dynamics(architecture)
-    every_d = config.bootstrap_share > 0 and config.forcing not in ONE_STEP_SIZE
-    trained_d = tuple(levels(architecture.k_max)) if every_d else (1 / architecture.k_max,)
+    trained_d = tuple(levels(architecture.k_max)) if config.shortcut_share else (1 / architecture.k_max,)
     return World(
         dynamics=dynamics.to("cpu" if group.sharded else group.device).requires_grad_(False),
         tokenizer=tokenizer.to(group.device),

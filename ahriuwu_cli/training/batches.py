@@ -69,7 +69,7 @@ def draw_batch(
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     drawn = pack.draw(count, frames, rng)
     tau, d = FORCINGS[config.forcing](count, frames, k_max, config.tau_ctx, generator)
-    rows = share_of(config.bootstrap_share, count, step, config.seed)
+    rows = share_of(config.shortcut_share, count, step, config.seed)
     images = min(share_of(config.single_image_share, count, step, config.seed + 1), count - rows)
     d[rows:] = finest(d[rows:], k_max)  # a flow row keeps the tau of its draw (28 % pure noise), labelled d_min
 

@@ -17,7 +17,7 @@ from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.training.batches import shape_of
-from ahriuwu_cli.training.shadow import PARTS, PHASES, bootstrap_rows, trace_step
+from ahriuwu_cli.training.shadow import PARTS, PHASES, trace_step
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def estimate(config: TrainConfig, architecture: DynamicsConfig, device: str = "c
     traces = {shape: trace_step(config, architecture, *shape, device) for shape in shapes}
     flops = dict.fromkeys(PHASES, 0.0)
     for (clips, frames), trace in traces.items():
-        rows = bootstrap_rows(config, clips)
+        rows = config.shortcut_share * clips
         often = dict.fromkeys(PHASES, 1.0) | {"teacher": rows / ceil(rows) if rows else 1.0}
         for phase in PHASES:
             flops[phase] += shapes[clips, frames] * often[phase] * trace.flops[phase]

@@ -139,19 +139,31 @@ def run_goes_on(
 
 
 def is_own_tokenizer(given: Path | None, out: Path) -> bool:
-    """Whether the run in `out` keeps this tokenizer: none was given, or what it wrote itself and may clear away."""
+    """Whether the run in `out` keeps this tokenizer: none was given, or what it wrote itself and may clear away.
+
+    A run that says that it was given one has none of its own, whatever its worlds hold. Older runs do not say.
+    """
     if given is None:
         return True
+    if has_fitted(out) is False:
+        return False
     own, path = os.path.realpath(out), os.path.realpath(given)
     return path == own or any(Path(path).is_relative_to(os.path.join(own, name)) for name in WRITTEN)
 
 
-def has_fitted(folder: Path) -> bool:
-    """Whether the run in this folder says that its tokenizer is its own; those of older versions do not."""
+def copy_of_tokenizer(folder: Path) -> Path | None:
+    """Where a run that lost the tokenizer it fitted has a sound copy, within one of its worlds."""
+    copies = (folder / world / "tokenizer" for world in ("best", "last"))
+    return next((copy for copy in copies if is_sound_tokenizer(copy)), None)
+
+
+def has_fitted(folder: Path) -> bool | None:
+    """Whether the run in this folder says that its tokenizer is its own. None: no run, or an older version's."""
     try:
-        return read_run(folder).get("fits_tokenizer") is True
+        said = read_run(folder).get("fits_tokenizer")
     except CheckpointError:  # there is none: `goes_on` looks
-        return False
+        return None
+    return said if isinstance(said, bool) else None
 
 
 def _asked(config: TrainConfig, facts: dict) -> Asked:

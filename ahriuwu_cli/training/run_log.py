@@ -20,6 +20,8 @@ _LOGGED = re.compile(rb'\{.*?"step": (\d{1,18})[,}]')
 
 def append(file: Path, line: str) -> None:
     """Write a line at the end of a file, all of it or nothing. OSError, with the file's name."""
+    if file.exists() and file.stat().st_nlink > 1:  # a backup by hard links keeps what it has
+        write_whole(file, file.read_bytes())
     with open(file, "ab", buffering=0) as stream:
         end = stream.tell()
         try:

@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.diffusion.forcing import ONE_STEP_SIZE
 from ahriuwu_cli.models import kernels, products
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
@@ -276,14 +275,9 @@ def trace_step(config: TrainConfig, architecture: DynamicsConfig, clips: int, fr
     )
 
 
-def bootstrap_rows(config: TrainConfig, clips: int) -> float:
-    """Clips of a micro-batch that the teacher looks at, on average."""
-    return 0.0 if config.forcing in ONE_STEP_SIZE else config.bootstrap_share * clips
-
-
 def _batch(config: TrainConfig, c: DynamicsConfig, clips: int, frames: int, fake: FakeTensorMode) -> Batch:
     """Clips without contents; shares are rounded up, so that no step has more to do."""
-    rows = math.ceil(bootstrap_rows(config, clips))
+    rows = math.ceil(config.shortcut_share * clips)
     images = min(math.ceil(config.single_image_share * clips), clips - rows)
     tau, d = torch.ones(clips, frames), torch.full((clips, frames), 1 / c.k_max)
     d[:rows] = 1.0
