@@ -197,6 +197,10 @@ def test_a_budget_stops_and_the_same_command_finishes(places, run, tmp_path):
     assert states[-1] is True
 
 
+def full(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
 def test_write_back_stores_what_beats_the_default_with_its_evidence_and_touches_nothing_else(
     run, world, tmp_path, monkeypatch
 ):
@@ -213,6 +217,12 @@ def test_write_back_stores_what_beats_the_default_with_its_evidence_and_touches_
     rewrite(config, json.loads(config.read_text()) | {"facts": {"git": "abc"}})
     before = {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
     old = load_world(world, "cpu")
+    with monkeypatch.context() as patch:  # the disk is full once the results are to be written
+        patch.setattr(report, "sync", full)
+        code, _, err = run(world, tmp_path / "out", "--taus", "0,.3", "--write-back", "--json")
+    assert (code, "no room" in err) == (1, True), err
+    assert {p: p.read_bytes() for p in world.rglob("*") if p.is_file()} == before
+    assert not (tmp_path / "out" / "sweep.json").exists()
     code, printed, _ = run(world, tmp_path / "out", "--taus", "0,.3", "--write-back", "--json")
     assert code == 0
     found = json.loads(printed)

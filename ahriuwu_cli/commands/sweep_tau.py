@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,9 +101,10 @@ def sweep_tau(
     from ahriuwu_cli.evaluation import report, sweep_cells, sweep_report
     from ahriuwu_cli.evaluation.cells import weights_hash
     from ahriuwu_cli.evaluation.sweep import Storage, SweepConfig, ready, sweep
+    from ahriuwu_cli.evaluation.sweep_verdict import evidence
     from ahriuwu_cli.folders import claimed
     from ahriuwu_cli.places import check_folder, refuse_folders
-    from ahriuwu_cli.training.checkpoint import load_world
+    from ahriuwu_cli.training.checkpoint import load_world, write_tau_ctx
 
     config = SweepConfig(
         taus=_TAUS(taus), steps=_STEPS(steps), samplers=_SAMPLERS(sampler), ctx_modes=_CTX_MODES(ctx_mode),
@@ -139,16 +141,23 @@ def sweep_tau(
 
     def on_cell(cell: dict[str, Any]) -> None:
         rows.extend(sweep_report.sweep_rows(cell))
-        report.write_text(files["sweep.csv"], report.as_csv(rows))
+        if not files["sweep.json"].exists():  # else they belong together, and change together
+            report.write_text(files["sweep.csv"], report.as_csv(rows))
 
     found = sweep(
         world, store, config, world.generation, plan.manifest, storage=storage, write_back=write_back,
         bar=lambda title: bar(title, "pass", quiet=as_json), on_cell=on_cell,
         say=(lambda _: None) if as_json else _say, complain=_say, budget_s=seconds,
     )  # fmt: skip
-    if decision := found.result["write_back"]:
-        decision["written"] = _write_back(world, found.result, allow_nan)
-    result = _write_files(files, found, plan, world.fps)
+    decision = found.result["write_back"]
+    if decision:
+        decision["written"] = _changes_world(found.result, allow_nan)
+
+    def change_world() -> None:
+        if decision and decision["written"]:
+            write_tau_ctx(world, decision["tau_ctx"], evidence(found.result))
+
+    result = _write_files(files, found, plan, world.fps, rows, change_world)
     typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{sweep_report.sweep_text(result)}\n-> {out}")
     if result["status"] != "ok" and not allow_nan:
         raise typer.Exit(1)
@@ -167,16 +176,10 @@ def _identity(weights: str, plan: Ready, config: Any, world: World) -> dict[str,
     }
 
 
-def _write_back(world: World, result: dict[str, Any], allow_nan: bool) -> bool:
-    """Store the new tau_ctx when everything was measured and it should change; whether that was done."""
-    from ahriuwu_cli.evaluation.sweep_verdict import evidence
-    from ahriuwu_cli.training.checkpoint import write_tau_ctx
-
+def _changes_world(result: dict[str, Any], allow_nan: bool) -> bool:
+    """Whether the new tau_ctx is to be stored: everything was measured, and it should change."""
     fine = result["status"] == "ok" or allow_nan
-    if not (result["write_back"]["changed"] and result["complete"] and fine):
-        return False
-    write_tau_ctx(world, result["write_back"]["tau_ctx"], evidence(result))
-    return True
+    return bool(result["write_back"]["changed"] and result["complete"] and fine)
 
 
 def _files(out: Path, test: bool, video: bool) -> dict[str, Path]:
@@ -186,12 +189,23 @@ def _files(out: Path, test: bool, video: bool) -> dict[str, Path]:
     return {name: out / name for name in names}
 
 
-def _write_files(files: dict[str, Path], found: Sweep, plan: Ready, fps: float) -> dict[str, Any]:
-    """All that is made at the end, together, so that none denies another; what sweep.json holds."""
+def _write_files(
+    files: dict[str, Path],
+    found: Sweep,
+    plan: Ready,
+    fps: float,
+    rows: list[dict[str, Any]],
+    change_world: Callable[[], None],
+) -> dict[str, Any]:
+    """All that is made at the end, together, so that none denies another; what sweep.json holds.
+
+    rows: of sweep.csv. change_world comes when the files are written, and before any has its name.
+    """
     from ahriuwu_cli.evaluation import report, sweep_plots, sweep_report
 
     result = found.result | {"files": {name: str(path) for name, path in files.items()}}
     contents: dict[str, report.Content] = {
+        "sweep.csv": report.as_csv(rows),
         "sweep-windows.csv": report.as_csv(sweep_report.window_rows(found.windows)),
         "sweep.md": sweep_report.sweep_markdown(found.result),
         "gain.png": lambda path: sweep_plots.plot_gain_by_tau(found.result, path),
@@ -203,7 +217,7 @@ def _write_files(files: dict[str, Path], found: Sweep, plan: Ready, fps: float) 
         contents["windows-test.json"] = plan.test.as_json()
     if "sweep.mp4" in files:
         contents["sweep.mp4"] = lambda path: _write_video(path, found, plan.manifest.context, fps)
-    report.write_together({files[name]: content for name, content in contents.items()})
+    report.write_together({files[name]: content for name, content in contents.items()}, first=change_world)
     for name in _files(Path(), test=True, video=True).keys() - files.keys():  # of the sweep before, which had them
         (files["sweep.json"].parent / name).unlink(missing_ok=True)
     return result

@@ -39,10 +39,15 @@ def write_text(path: Path, text: str) -> None:
 Content = str | Callable[[Path], None]  # a text, or what writes the file at the name that it is given
 
 
-def write_together(files: Mapping[Path, Content], then: Callable[[], None] = lambda: None) -> None:
+def write_together(
+    files: Mapping[Path, Content],
+    then: Callable[[], None] = lambda: None,
+    first: Callable[[], None] = lambda: None,
+) -> None:
     """All these files or none of them, whatever stops the writing, but a kill between two renames. OSError, UserError.
 
-    then: called once they have their names, before a signal can end the program again.
+    then: called once they have their names, before a signal can end the program again. first: called when all are
+    written and no signal ends the program any more, before they have their names; where it raises, none gets one.
     """
     refuse_folders(files)
     folders = {path.parent for path in files}
@@ -57,6 +62,7 @@ def write_together(files: Mapping[Path, Content], then: Callable[[], None] = lam
                 content(hidden[path])
             sync(hidden[path])
         with unbroken():
+            first()
             for path in files:
                 os.replace(hidden[path], path)
             then()
