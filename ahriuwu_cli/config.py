@@ -13,6 +13,7 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 MOST_FRAMES = 1 << 22  # of a step: beyond it are slips of the finger, not clusters
 AT_TAU_CTX = ("horizon", "prefix", "context")  # forcings that draw tau_ctx itself
 ONE_STEP_SIZE = ("uniform", "horizon")  # forcings that draw d = 1/k_max alone: they train no shortcut
+ADDED = {"muon_momentum": 0.95, "adamw_lr_scale": 1.0}  # what runs were trained with before there were such fields
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class TrainConfig:
     single_image_share: float = 0.0  # of the clips whose frames are seen as single images (paper: 0.3)
     optimizer: str = "muon"
     optimizer_state: str = "float32"  # of Muon's momentum; or "bfloat16": half the bytes
+    muon_momentum: float = 0.95
     lr: float = 3e-3
+    adamw_lr_scale: float = 1.0  # of lr, for what AdamW trains beside Muon: gains, embeddings, the last projection
     weight_decay: float = 0.0
     warmup: int = 20  # optimiser steps of linear warm-up
     decay: float = 0.4  # share of the run in which the learning rate falls to zero
@@ -84,6 +87,8 @@ class TrainConfig:
                 f"of at least 1e-6, not {self.tau_ctx:g}",
             ),
             (not 0 < self.lr < 10, f"lr {self.lr} is not in (0, 10)"),
+            (not 0 <= self.muon_momentum < 1, f"muon_momentum must be in [0, 1), got {self.muon_momentum}"),
+            (not 0 < self.adamw_lr_scale <= 100, f"adamw_lr_scale {self.adamw_lr_scale} is not in (0, 100]"),
             (not 0 <= self.weight_decay < 10, f"weight_decay {self.weight_decay} is not in [0, 10)"),
             (not self.clip > 0, f"clip must be above 0, got {self.clip}"),
             (self.batch % self.accumulate != 0, f"batch {self.batch} does not divide by accumulate {self.accumulate}"),
@@ -109,11 +114,14 @@ class TrainConfig:
         return 0.0 if self.forcing in ONE_STEP_SIZE else self.bootstrap_share
 
     def to_json(self) -> dict:
-        return asdict(self)
+        """All fields but those of ADDED that are as in runs from before them, which so are the same runs still."""
+        as_before = {n for n, value in ADDED.items() if getattr(self, n) == value or self.optimizer != "muon"}
+        return {name: value for name, value in asdict(self).items() if name not in as_before}
 
     @classmethod
     def from_json(cls, document: dict) -> TrainConfig:
-        """Strict: a missing or unknown field is a ValueError."""
+        """Strict: a missing or unknown field is a ValueError, but for those that `to_json` leaves out."""
+        document = ADDED | document
         wrong = sorted(set(document) ^ {f.name for f in fields(cls)})
         if wrong:
             raise ValueError(f"missing or unknown fields: {', '.join(wrong)}")
@@ -122,4 +130,5 @@ class TrainConfig:
     @classmethod
     def check_stated(cls, document: dict[str, Any]) -> None:
         """ValueError unless some run can have the settings that a document states; others may stand beside them."""
-        cls(**{f.name: document[f.name] for f in fields(cls) if f.name in document})
+        stated = ADDED | document
+        cls(**{f.name: stated[f.name] for f in fields(cls) if f.name in stated})

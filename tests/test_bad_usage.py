@@ -163,6 +163,8 @@ CONTRADICTIONS = [
     ([*DYNAMICS, "--long-every", "2", "--long-frames", "9999"], "larger than a whole batch"),
     ([*DYNAMICS, "--batch", "3", "--accumulate", "2"], "does not divide"),
     ([*DYNAMICS, "--optimizer", "adamw", "--optimizer-state", "bfloat16"], "muon"),
+    ([*DYNAMICS, "--optimizer", "adamw", "--muon-momentum", "0.9"], "muon-momentum says nothing to --optimizer adamw"),
+    ([*DYNAMICS, "--optimizer", "adafactor", "--adamw-lr-scale", "1"], "says nothing to --optimizer adafactor"),
     ([*DYNAMICS, "--bootstrap-share", "0.6", "--single-image-share", "0.6"], "exceed 1"),
     (
         [*DYNAMICS, "--forcing", "horizon", "--bootstrap-share", "0.5"],

@@ -9,7 +9,7 @@ from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.models import products
 from ahriuwu_cli.training import muon as muon_module
 from ahriuwu_cli.training.muon import Muon, orthogonalise
-from ahriuwu_cli.training.optimiser import build_optimizers
+from ahriuwu_cli.training.optimiser import build_optimizers, set_rate
 
 
 def polynomial(x):
@@ -76,6 +76,18 @@ def test_it_multiplies_in_bfloat16_where_that_was_asked_for_and_is_faster(monkey
     muon.step()
     assert used == [kind]
     assert products.library(precision).endswith("and bfloat16 units") == (kind == torch.bfloat16)
+
+
+def test_muons_momentum_and_the_rate_beside_it_are_the_runs_own():
+    model = torch.nn.Module()
+    model.blocks = torch.nn.Linear(4, 4)
+    both = build_optimizers(model, TrainConfig(steps=1, budget=None), momentum=0.7)
+    set_rate(both, 0.1, beside_muon=0.25)
+    muon, adamw = (optimizer.param_groups[0] for optimizer in both)
+    assert (muon["momentum"], muon["lr"], adamw["lr"]) == (0.7, 0.1, 0.025)
+    alone = build_optimizers(model, TrainConfig(steps=1, budget=None, optimizer="adamw"), momentum=0.7)
+    set_rate(alone, 0.1, beside_muon=0.25)
+    assert [group["lr"] for group in alone[0].param_groups] == [0.1]
 
 
 def test_the_update_keeps_the_singular_vectors_of_the_gradient():

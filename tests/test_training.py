@@ -17,7 +17,8 @@ from small import LEARNERS, small_dataset
 
 from ahriuwu_cli import stopping
 from ahriuwu_cli.commands import train as command
-from ahriuwu_cli.config import PRECISIONS, TrainConfig
+from ahriuwu_cli.commands.progress import training_bar
+from ahriuwu_cli.config import ADDED, PRECISIONS, TrainConfig
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
@@ -36,6 +37,7 @@ from ahriuwu_cli.training.clip_loss import denoiser
 from ahriuwu_cli.training.distributed import Group
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.optimiser import rate
+from ahriuwu_cli.training.preview import stands_still
 from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.signals import StopRequest
 
@@ -71,6 +73,7 @@ VARIANTS = {
     "adamw": replace(CONFIG, optimizer="adamw"),
     "adafactor": replace(CONFIG, optimizer="adafactor"),
     "momentum in bfloat16": replace(CONFIG, optimizer_state="bfloat16"),
+    "rates of their own": replace(CONFIG, muon_momentum=0.8, adamw_lr_scale=0.3),
     "activations again": replace(CONFIG, checkpoint_activations=True),
     "horizon": replace(CONFIG, forcing="horizon", single_image_share=1.0),
 }
@@ -121,6 +124,20 @@ def test_a_line_of_metrics_that_a_kill_cut_short_is_gone_after_a_resume(data, tm
         file.write('{"step": 4, "loss": 0.1')
     run(data, tmp_path / "r", resume=True)
     assert [line["step"] for line in lines(tmp_path / "r") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("config", [replace(CONFIG, **ADDED), replace(CONFIG, optimizer="adamw")])
+def test_a_run_from_before_some_settings_were_is_gone_on_with_where_they_are_as_they_were(data, tmp_path, config):
+    assert not ADDED.keys() & config.to_json().keys()  # a state is known by a hash of these
+    assert TrainConfig.from_json(config.to_json() | {"optimizer": "muon"}) == replace(config, optimizer="muon", **ADDED)
+    run(data, tmp_path / "r", config, stop_at=2)
+    assert not ADDED.keys() & json.loads((tmp_path / "r" / "run.json").read_text())["config"].keys()
+    for name, value in ADDED.items() if config.optimizer == "muon" else []:
+        with pytest.raises(UserError, match=f"{name} {value} -> {value / 2}"):
+            run(data, tmp_path / "r", replace(config, **{name: value / 2}), resume=True)
+    assert run(data, tmp_path / "r", config, resume=True).step == 6
+    said = json.loads((tmp_path / "r" / "last" / "config.json").read_text())["facts"]["train"]
+    assert {name: said[name] for name in ADDED} == {name: getattr(config, name) for name in ADDED}
 
 
 def test_a_resume_with_other_settings_is_refused_and_names_them(data, tmp_path):
@@ -619,3 +636,22 @@ def test_a_dataset_too_short_for_the_clips_is_refused_before_anything_is_written
     with pytest.raises(DataError, match="fewer --frames"):
         run(data, tmp_path / "r", replace(CONFIG, frames=64))
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("lr", "dead"), [(1e-9, True), (3e-3, False)])
+def test_previews_that_do_not_move_are_told_of(data, tmp_path, lr, dead, capsys):
+    config = replace(CONFIG, lr=lr, preview_every=2)
+    trainer = assemble(*data, config, tmp_path / "r", "train", device=torch.device("cpu"))
+    with training_bar(config, quiet=True) as report:
+        trainer.train(report, StopRequest())
+    said = [x.partition(":")[0] for x in capsys.readouterr().err.splitlines() if "learns nothing" in x]
+    assert said[:1] == (["step 4"] if dead else [])  # the last preview may choose another sampler
+    assert sum("preview" in line for line in lines(tmp_path / "r")) == 3
+
+
+def test_a_preview_that_stands_still_is_alike_at_every_horizon_and_worse_than_persistence():
+    dead = {"gain_db": {"1": -0.5, "16": 1.0}}
+    assert stands_still(dead, {"gain_db": {"1": -0.504, "16": 1.004}})
+    assert not stands_still(None, dead)
+    assert not stands_still(dead, {"gain_db": {"1": -0.5, "16": 1.01}})
+    assert not stands_still(*[{"gain_db": {"1": 0.5, "16": 1.0}}] * 2)

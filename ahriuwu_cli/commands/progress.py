@@ -38,6 +38,9 @@ def training_bar(config: TrainConfig, quiet: bool = False) -> Iterator[Callable[
     notes = {"gain": ""}
 
     def report(line: dict) -> None:
+        if "warning" in line:
+            tqdm.write(f"step {line['step']}: {line['warning']}", file=sys.stderr)
+            return
         if "stood_still_s" in line:
             if not quiet:
                 tqdm.write(f"the machine stood still for {line['stood_still_s']} s: not counted", file=sys.stderr)

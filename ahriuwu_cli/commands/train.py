@@ -88,7 +88,16 @@ def train_dynamics(
         listed("config", "PRECISIONS"),
         "Number format of muon's momentum: float32 or bfloat16.",
     ),
+    muon_momentum: float = options.number(0.95, "--muon-momentum", 0, 1, "Muon's momentum.", "[)"),
     lr: float = options.number(3e-3, "--lr", 0, 10, "Learning rate.", "()"),
+    adamw_lr_scale: float = options.number(
+        1.0,
+        "--adamw-lr-scale",
+        0,
+        100,
+        "Of --lr, for what AdamW trains beside Muon: gains, embeddings, first and last projection.",
+        "(]",
+    ),
     weight_decay: float = options.number(0.0, "--weight-decay", 0, 10, "Decoupled weight decay.", "[)"),
     warmup: int = options.whole(20, "--warmup", 0, options.MANY, "Steps of linear warm-up."),
     decay: float = options.number(0.4, "--decay", 0, 1, "Share of the run in which the learning rate falls to 0."),
@@ -138,6 +147,8 @@ def train_dynamics(
     if forcing != FORCING and forcing in ONE_STEP_SIZE():  # for another than the default torch is there already
         unused = ("bootstrap_share", "bootstrap_target") if bootstrap_share else ("bootstrap_target",)
         options.only_for(ctx, f"says nothing to --forcing {forcing}, which draws the smallest d alone", *unused)
+    if optimizer != "muon":
+        options.only_for(ctx, f"says nothing to --optimizer {optimizer}", "muon_momentum", "adamw_lr_scale")
     if bootstrap_share == 0:
         options.only_for(ctx, "says nothing to --bootstrap-share 0, which trains no larger steps", "bootstrap_target")
     if long_frames == frames:

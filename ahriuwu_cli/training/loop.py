@@ -27,7 +27,7 @@ from ahriuwu_cli.training.clock import TrainingClock, Watch
 from ahriuwu_cli.training.distributed import Group
 from ahriuwu_cli.training.finite import not_finite
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate, update_average
-from ahriuwu_cli.training.preview import choose_sampler, preview, preview_manifest
+from ahriuwu_cli.training.preview import choose_sampler, preview, preview_manifest, stands_still
 from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.sharding import gathered, keeping_apart, shard, synchronised, whole
 from ahriuwu_cli.training.signals import StopRequest
@@ -35,6 +35,10 @@ from ahriuwu_cli.training.states import SAVE_SECONDS
 from ahriuwu_cli.world import World
 
 Report = Callable[[dict], None]
+DEAD = (
+    "held-out rollouts are as they were at the preview before, and worse than the last frame repeated: the network "
+    "learns nothing; begin anew with a smaller --lr, or --adamw-lr-scale"
+)
 
 
 class DynamicsTrainer:
@@ -62,13 +66,14 @@ class DynamicsTrainer:
             self.model.compile_blocks()
         loss = ClipLoss(self.model, world.k_max, self.config.ramp, self.group.sharded, self.config.bootstrap_target)
         self.loss = synchronised(loss, self.group)
-        self.optimizers = build_optimizers(self.model, self.config)
+        self.optimizers = build_optimizers(self.model, self.config, self.config.muon_momentum)
         self.now = time.monotonic  # what a time budget counts; a study of equal work gives time.process_time
         self.step = 0
         self.total = self.config.steps  # None until a time budget has decided it
         self.finished = False  # the last preview is done as well
         self.elapsed = 0.0  # seconds of training (`clock`), over all resumed parts
         self.log = _Log(world.k_max)
+        self.seen: dict | None = None  # the preview before, of this process
         self.best: float | None = None  # gain over persistence at the last previewed horizon, dB
 
     def train(self, report: Report, stop: StopRequest, stop_at: int | None = None) -> World:
@@ -105,7 +110,7 @@ class DynamicsTrainer:
                 report(self.run.log({**self.log.line(self.group), **self._progress()}))
             # once in a while: imagine held-out windows, keep the best world
             if self.step != self.total and self._due(self.config.preview_every, 3):
-                report(self.run.log({"step": self.step, "preview": self._preview(manifest)}))
+                self._preview(manifest, report)
                 signal = signal or self.group.agree(0.0, stop.number)[1]  # a preview takes its time
             # once in a while: make the run resumable from here
             due = self._due(self.config.save_every or self.config.preview_every, 3)
@@ -120,7 +125,7 @@ class DynamicsTrainer:
         if self.step == self.total and (not self.finished or self.group.sum(torch.tensor(len(self.run.lacking)))):
             self._end_if(self.group.agree(0.0, stop.number)[1])  # it came while the state was saved
             stop.end_at_once(f"all {self.step} steps are done and saved, the worlds come of: {self.run.again}")
-            report(self.run.log({"step": self.step, "preview": self._preview(manifest)}))
+            self._preview(manifest, report)
             self.finished = True
             self.run.save(self)
         if self.finished:
@@ -136,7 +141,8 @@ class DynamicsTrainer:
 
     def _update(self) -> tuple[list[tuple[Batch, ShortcutLoss]], Tensor, int]:
         """One optimiser step over all micro-batches: (what each gave, gradient norm, frames seen)."""
-        set_rate(self.optimizers, self.config.lr * rate(self.step, self.total, self.config))
+        lr = self.config.lr * rate(self.step, self.total, self.config)
+        set_rate(self.optimizers, lr, self.config.adamw_lr_scale)
         results, group = [], self.group
         for micro in range(self.config.accumulate):
             batch = draw_batch(
@@ -174,8 +180,8 @@ class DynamicsTrainer:
             return self.step % every == 0
         return self.total is not None and self.step % max(1, -(-self.total // times_a_run)) == 0
 
-    def _preview(self, manifest) -> dict | None:
-        """What the lead sees; None on the other processes, which wait for it."""
+    def _preview(self, manifest, report: Report) -> None:
+        """The lead looks, logs and reports; the other processes wait for it."""
         if self.average is not self.world.dynamics:
             tensors = gathered(self.average.state_dict(), keep=self.group.leads)
             if self.group.leads:
@@ -184,7 +190,10 @@ class DynamicsTrainer:
         if self.group.sharded:
             self.world.dynamics.to("cpu" if self.group.leads else "meta")
         self.group.wait()
-        return result
+        report(self.run.log({"step": self.step, "preview": result}))
+        if self.group.leads and stands_still(self.seen, result):
+            report({"step": self.step, "warning": DEAD})
+        self.seen = result
 
     def _look(self, manifest) -> dict:
         try:

@@ -10,12 +10,16 @@ from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.models.products import at_best
 from ahriuwu_cli.training.muon import Muon
 from ahriuwu_cli.training.sharding import is_sharded, local
+from ahriuwu_cli.training.tokenizer_config import TokenizerTrainConfig
 
 
-def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: TrainConfig | TokenizerTrainConfig, momentum: float = 0.95
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all, or Adafactor for all.
 
     Bytes of state a parameter: AdamW 8, Muon 4 (2 in bfloat16), Adafactor about 0: a row and a column of each matrix.
+    momentum: Muon's.
     Adafactor's rate is relative to the size of the weights, so it wants one ten times as large.
     """
     if config.optimizer == "adafactor":
@@ -31,14 +35,14 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     if not matrices:
         return [adamw]
     formats = {"state": getattr(torch, config.optimizer_state), "products": at_best(config.precision)}
-    return [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, **formats), adamw]
+    return [Muon(matrices, lr=config.lr, momentum=momentum, weight_decay=config.weight_decay, **formats), adamw]
 
 
-def set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    """The learning rate of the coming step, for every parameter."""
-    for optimizer in optimizers:
+def set_rate(optimizers: list[torch.optim.Optimizer], lr: float, beside_muon: float = 1.0) -> None:
+    """The learning rate of the coming step; for what AdamW trains beside Muon, `beside_muon` times that."""
+    for i, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * (beside_muon if i else 1.0)  # Muon is the first of two
 
 
 def apply(optimizers: list[torch.optim.Optimizer]) -> None:

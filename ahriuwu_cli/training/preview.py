@@ -49,3 +49,16 @@ def choose_sampler(world: World, store: EpisodeStore, manifest: WindowManifest) 
 def preview(world: World, store: EpisodeStore, manifest: WindowManifest, batch: int = 32) -> dict:
     """{"gain_db": {horizon: dB}, ...} of the world's own generation settings."""
     return quick_gain(world, store, manifest, world.generation, seed=0, batch=batch)
+
+
+def stands_still(before: dict | None, now: dict) -> bool:
+    """Whether two previews, one after the other, are alike and worse than the last frame repeated: a dead network.
+
+    One that learns moves by more than a hundredth of a dB even where its rate is nearly zero (docs/log.md has one that
+    did not: its last norm's gains had gone to zero).
+    """
+    if before is None or before["gain_db"].keys() != now["gain_db"].keys():
+        return False
+    first = min(now["gain_db"], key=int)
+    alike = all(abs(gain - before["gain_db"][h]) < 0.005 for h, gain in now["gain_db"].items())
+    return alike and now["gain_db"][first] < 0

@@ -9,6 +9,7 @@ The lead of several processes writes; a state is the same at any number of them,
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ class Run(RunFolder):
             "step": trainer.step,
             "train_seconds": round(trainer.elapsed, 1),
             "preview_gain_db": trainer.best,
-            "train": self.config.to_json(),
+            "train": asdict(self.config),
             **self.facts,
         }
         with self.writing():

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from ahriuwu_cli import memory
+from ahriuwu_cli.config import ADDED
 from ahriuwu_cli.data.documents import document_hash, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
@@ -352,7 +353,7 @@ def _differences(before: dict[str, Any], asked: Asked, free: tuple[str, ...]) ->
     """What is asked for now and was not then, each as "name old -> new"; long values only by name."""
     if before["kind"] != asked["kind"]:
         return [f"train {before['kind']} -> train {asked['kind']}"]
-    old, new = before["config"], asked["config"]
+    old, new = (ADDED | each["config"] for each in (before, asked))
     pairs = [(name, old.get(name), new.get(name)) for name in [*new, *(old.keys() - new.keys())] if name not in free]
     facts = {name: (before["facts"].get(name), value) for name, value in asked.get("facts", {}).items()}
     start = facts.get("init_from", (None, None))

@@ -177,7 +177,7 @@ class Shadow:
             self.model = Dynamics(architecture).train()
             self.model.let_train()
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizers = build_optimizers(self.model, config)
+            self.optimizers = build_optimizers(self.model, config, config.muon_momentum)
             for p in trained:
                 p.grad = torch.empty_like(p)
         self.loss = ClipLoss(self.model, architecture.k_max, config.ramp)
