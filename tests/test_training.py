@@ -261,11 +261,32 @@ def test_weights_to_start_from_are_the_same_by_whatever_path(data, tmp_path, mon
     monkeypatch.chdir(tmp_path / "r")
     assert run(data, tmp_path / "again", stop_at=2, init_from=Path("best")).step == 2
     document = read_object(tmp_path / "again" / "run.json")
+    del document["init_from_here"]
     document["facts"]["init_from"] = "best"  # as runs of older versions say it
     (tmp_path / "again" / "run.json").write_text(json.dumps(document))
     assert run(data, tmp_path / "again", stop_at=3, init_from=tmp_path / "r" / "best").step == 3
     with pytest.raises(UserError, match="other settings"):
         run(data, tmp_path / "again", init_from=tmp_path / "r" / "last")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_goes_on_after_it_was_moved_together_with_the_world_it_starts_from(data, tmp_path, saved):
+    project = tmp_path / "project"
+    run(data, project / "r", stop_at=3)
+    run(data, project / "again", stop_at=1, init_from=project / "r" / "best")
+    if not saved:
+        shutil.rmtree(project / "again" / "state")
+        document = read_object(project / "again" / "run.json")
+        del document["state_saved"]  # as a kill before the first state leaves it
+        (project / "again" / "run.json").write_text(json.dumps(document))
+    moved = project.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="other settings"):
+        run(data, moved / "again", stop_at=2, init_from=moved / "r" / "last")
+    assert run(data, moved / "again", stop_at=2, init_from=moved / "r" / "best").step == 2
+    (moved / "again").rename(tmp_path / "again")
+    assert run(data, tmp_path / "again", init_from=moved / "r" / "best", overwrite=True).step == 6
+    facts = read_object(tmp_path / "again" / "run.json")["facts"]
+    assert facts["init_from"] == str(moved / "r" / "best")
 
 
 def test_weights_to_start_from_are_not_missed_once_a_state_is_saved(data, tmp_path):

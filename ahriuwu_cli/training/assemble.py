@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ahriuwu_cli.training.checkpoint import action_slots, load_world
 from ahriuwu_cli.training.distributed import Group, what_changed
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.preview import preview_manifest
-from ahriuwu_cli.training.run import Run, run_goes_on
+from ahriuwu_cli.training.run import Run, from_here, known_start, run_goes_on
 from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
@@ -99,7 +98,7 @@ def assemble(
     """
     group = group or Group(device)
     announce = announce or (lambda sentence: None)
-    facts = group.together(lambda: _facts(store, tokenizer, config, init_from))
+    facts = group.together(lambda: _facts(store, tokenizer, config, known_start(init_from, out, overwrite)))
     there = group.together(lambda: run_goes_on(out, config, facts, resume, overwrite, fits))
     world = group.together(lambda: _new_world(store, tokenizer, config, group))
     dynamics, run, found = world.dynamics, Run(out, config, facts, command, writes=group.leads), None
@@ -110,7 +109,7 @@ def assemble(
     if init_from is None:
         dynamics.channel_scale.copy_(pack.spread())
     trainer = DynamicsTrainer(world, pack, store, run, group)
-    said = {**group.facts(config), "fits_tokenizer": fits}
+    said = {**group.facts(config), "fits_tokenizer": fits, "init_from_here": from_here(init_from, out)}
     if there:
         expected = run.expected(trainer)
         found = group.together(lambda: run.go_on(announce, expected, **said), lead_first=True)
@@ -142,7 +141,7 @@ def _unfitted(store: EpisodeStore, patch: tuple[int, int], latent_dim: int) -> L
         raise UserError(f"{error}: choose another --patch or --latent-dim of `ahriuwu train tokenizer`") from None
 
 
-def _facts(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, init_from: Path | None) -> dict:
+def _facts(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, init_from: str | None) -> dict:
     """What must be the same when the run is gone on with, besides its configuration."""
     architecture = architecture_for(config.size, tokenizer, store, config.predicts).to_json()
     return {
@@ -150,7 +149,7 @@ def _facts(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, init_
         "dataset_fingerprint": store.fingerprint,
         "tokenizer_hash": tokenizer.fingerprint(),
         "architecture": architecture | {"action_space": store.action_space.to_json()},
-        "init_from": os.path.realpath(init_from) if init_from else None,
+        "init_from": init_from,
     }
 
 

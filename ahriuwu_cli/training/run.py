@@ -167,5 +167,23 @@ def has_fitted(folder: Path) -> bool | None:
     return said if isinstance(said, bool) else None
 
 
+def known_start(init_from: Path | None, out: Path, overwrite: bool) -> str | None:
+    """Path of the world that a run starts from, as the run in `out` knows it where both were moved together."""
+    if init_from is None:
+        return None
+    try:
+        before = read_run(out)
+    except CheckpointError:  # there is none: `goes_on` looks
+        before = {"facts": {}}
+    known = before["facts"].get("init_from")
+    moved = isinstance(known, str) and not overwrite and before.get("init_from_here") == from_here(init_from, out)
+    return known if moved else os.path.realpath(init_from)
+
+
+def from_here(init_from: Path | None, out: Path) -> str | None:
+    """Path of a run's start, seen from the run's folder."""
+    return None if init_from is None else os.path.relpath(os.path.realpath(init_from), os.path.realpath(out))
+
+
 def _asked(config: TrainConfig, facts: dict) -> Asked:
     return {"kind": "dynamics", "config": config.to_json(), "facts": facts}
