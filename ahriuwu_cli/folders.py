@@ -179,25 +179,34 @@ def whole(folder: Path, read: Callable[[], T]) -> T:
 
 
 @contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents where they are missing; of those, the ones that stay empty are removed again."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+
+    def leave() -> None:
+        for each in missing:
+            try:
+                each.rmdir()
+            except OSError:
+                break
+
+    try:
+        with undoing(leave):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield
+    finally:
+        leave()
+
+
+@contextmanager
 def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iterator[None]:
     """Hold `out` (made when it is missing) for this process; UserError when another one holds it, or has filled it.
 
     The lock is `flock` on the folder itself, so nothing is left behind, however the process ends. An `out` that stays
     empty is removed. A file system without locks is said.
     """
-    made = [p for p in (out, *out.parents) if not p.exists()]
-
-    def leave() -> None:
-        for folder in made:
-            try:
-                folder.rmdir()
-            except OSError:
-                break
-
     with ExitStack() as stack:
-        stack.callback(leave)
-        stack.enter_context(undoing(leave))
-        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(made(out))
         held = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, held)
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -325,3 +327,20 @@ def test_rollouts_of_other_settings_or_data_are_refused(place, run, tmp_path):
     code, _, err = run("eval", "score", tmp_path / "r", place / "other", "--out", tmp_path / "s")
     assert code == 3
     assert "another dataset" in err
+
+
+@pytest.mark.parametrize("command", ["generate", "plan"])
+def test_a_full_disk_leaves_no_empty_folders(place, run, tmp_path, monkeypatch, command):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "plan.toml").write_text(
+        f'[defaults]\ncheckpoint = "{place / "world"}"\ndataset = "{place / "data"}"\nwindows = 2\ncontext = 4\n'
+        "horizon = 5\n[[cell]]\nsteps = 1\n"
+    )
+    given = [tmp_path / "plan.toml"] if command == "plan" else [place / "world", place / "data", *QUICK]
+    monkeypatch.setattr(f"ahriuwu_cli.evaluation.{'cells' if command == 'plan' else 'saved'}.write_whole", full)
+    code, _, err = run("eval", command, *given, "--out", tmp_path / "deep" / "out")
+    assert code == 1
+    assert "No space left" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.toml"]

@@ -30,6 +30,7 @@ from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.score_files import Shapes
 from ahriuwu_cli.evaluation.shards import Shards
 from ahriuwu_cli.evaluation.summary import pick_horizons
+from ahriuwu_cli.folders import made
 from ahriuwu_cli.places import check_folder
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
@@ -83,18 +84,19 @@ def run_plan(
             raise UserError(f"{p.cell.where} comes to the same settings as {first[p.digest].where}: remove one of them")
         first[p.digest] = p.cell
     found = {p.digest: _look(folder, p, split.leads, say) for p in mine}
-    if mine:
-        folder.mkdir(parents=True, exist_ok=True)
-        clear_files(folder, ".+")
+    if not mine:
+        return []
     rows = []
-    for p in mine:
-        document, state = found[p.digest], "skipped"
-        if document is None:
-            document = _run(files, p, folder, split, bar, say)
-            state = "done" if document else "part"
-        status = document["result"]["status"] if document else None
-        rows.append({"cell": p.digest, "checkpoint": p.cell.names[0], "state": state, "status": status})
-        say(f"{len(rows)}/{len(mine)} {p.digest} {p.cell.names[0]}: {state}")
+    with made(folder):
+        clear_files(folder, ".+")
+        for p in mine:
+            document, state = found[p.digest], "skipped"
+            if document is None:
+                document = _run(files, p, folder, split, bar, say)
+                state = "done" if document else "part"
+            status = document["result"]["status"] if document else None
+            rows.append({"cell": p.digest, "checkpoint": p.cell.names[0], "state": state, "status": status})
+            say(f"{len(rows)}/{len(mine)} {p.digest} {p.cell.names[0]}: {state}")
     return rows
 
 

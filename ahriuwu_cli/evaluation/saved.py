@@ -36,6 +36,7 @@ from ahriuwu_cli.evaluation.score_files import amount
 from ahriuwu_cli.evaluation.settings_check import SAVED, check_rollouts, hold
 from ahriuwu_cli.evaluation.shards import join_measured, set_aside
 from ahriuwu_cli.evaluation.summary import pick_horizons
+from ahriuwu_cli.folders import made
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
@@ -60,24 +61,24 @@ def save_rollouts(
     UserError when the folder holds rollouts of other settings.
     """
     index = _index(world, store, config, generation, manifest)
-    out.mkdir(parents=True, exist_ok=True)
-    clear_files(out, rf"{re.escape(INDEX)}|windows\.json|part-.+")
-    began = write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False)
-    if not began:
-        told = _read_index(out)
-        if told["identity"] != index["identity"]:
-            raise UserError(f"{out} holds rollouts of other settings: choose another --out")
-        _check_agreement(out, told, store, manifest)
-    manifest.save(out / "windows.json")  # each time: who began may have been stopped before it
-    share = range(len(manifest.windows)) if share is None else share
-    horizons = pick_horizons(config.horizons, manifest.horizon)
-    todo = [range(i, min(i + config.batch, share.stop)) for i in range(share.start, share.stop, config.batch)]
-    missing = [part for part in todo if not _is_there(out, part)]
-    windows = sum(len(part) for part in missing)
-    maker = Maker(world, store, config, generation, manifest, horizons, windows, progress)
-    for part in missing:
-        for here, frames, actions in batches(store, manifest, config.batch, part):
-            _write_part(_part_file(out, part), maker(here, frames, actions))
+    with made(out):
+        clear_files(out, rf"{re.escape(INDEX)}|windows\.json|part-.+")
+        began = write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False)
+        if not began:
+            told = _read_index(out)
+            if told["identity"] != index["identity"]:
+                raise UserError(f"{out} holds rollouts of other settings: choose another --out")
+            _check_agreement(out, told, store, manifest)
+        manifest.save(out / "windows.json")  # each time: who began may have been stopped before it
+        share = range(len(manifest.windows)) if share is None else share
+        horizons = pick_horizons(config.horizons, manifest.horizon)
+        todo = [range(i, min(i + config.batch, share.stop)) for i in range(share.start, share.stop, config.batch)]
+        missing = [part for part in todo if not _is_there(out, part)]
+        windows = sum(len(part) for part in missing)
+        maker = Maker(world, store, config, generation, manifest, horizons, windows, progress)
+        for part in missing:
+            for here, frames, actions in batches(store, manifest, config.batch, part):
+                _write_part(_part_file(out, part), maker(here, frames, actions))
     return {"written": len(missing), "skipped": len(todo) - len(missing)}
 
 
