@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -127,12 +127,31 @@ def keep_apart(out: Path, inputs: Iterable[Path]) -> None:
         own = target.is_relative_to(source) and target != source and target.relative_to(source).parts[0] in parts
         if source.is_relative_to(target) or own:
             raise UserError(f"--overwrite would replace {read}, which is read: choose another --out than {out}")
+        for link in _links(source):
+            if _real(link).is_relative_to(target):
+                raise UserError(
+                    f"--overwrite would replace what the link {link} leads to, which is read: choose another --out "
+                    f"than {out}"
+                )
     places = {"the current folder": Path.cwd()}
     with suppress(RuntimeError):  # a user whom the system does not know has none
         places["the home folder"] = Path.home()
     for what, place in places.items():
         if _real(place).is_relative_to(target):
             raise UserError(f"--overwrite would replace {what} ({out}): choose another --out")
+
+
+def _links(folder: Path, levels: int = 2) -> Iterator[Path]:
+    """Links in a folder and in those below it, as deep as what is read of a dataset, a world or videos."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:  # a file, or what the command itself will say
+        return
+    for entry in entries:
+        if entry.is_symlink():
+            yield Path(entry.path)
+        elif levels > 1 and entry.is_dir():
+            yield from _links(Path(entry.path), levels - 1)
 
 
 def _real(path: Path) -> Path:

@@ -35,6 +35,33 @@ def contents(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize(
+    ("link", "words"),
+    [
+        (None, "rollout world data --actions s/a.csv --out s"),
+        ("a.csv", "rollout world data --actions random --actions a.csv --out s"),
+        ("videos/a.csv", "import videos --out s"),
+        ("world/model.safetensors", "rollout world data --out s"),
+        ("world/tokenizer", "export world --out s"),
+        ("data/dataset.json", "eval world data --out s"),
+    ],
+)
+def test_what_is_read_through_a_link_is_never_replaced(place, link, words, capsys):
+    (place / "s").mkdir()
+    (place / "s" / "a.csv").write_text("dear")
+    if link:
+        path, inside = place / link, place / "s" / ("a.csv" if link.endswith("csv") else Path(link).name)
+        if path.exists():
+            path.rename(inside)
+        path.symlink_to(inside)
+    before = contents(place)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words.split(), "--overwrite"])
+    assert stopped.value.code == 2
+    assert "--overwrite would replace" in capsys.readouterr().err
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize(
     "words",
     [
         f"train dynamics data --tokenizer tok --out data {TRAIN}",

@@ -27,6 +27,7 @@ def _guard(callback: Callable[..., Any]) -> Callable[..., Any]:
         if given.get("overwrite") and given.get("out") is not None:
             kinds = typing.get_type_hints(callback)
             paths = [given[name] for name, kind in kinds.items() if kind is Path and name != "out"]
+            paths += [Path(word) for name, kind in kinds.items() if kind == list[str] for word in given[name] or ()]
             keep_apart(given["out"], [path for path in paths if path is not None])
         return callback(**given)
 
