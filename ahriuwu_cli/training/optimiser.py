@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.models.products import at_best
 from ahriuwu_cli.training.muon import Muon
 from ahriuwu_cli.training.sharding import is_sharded, local
-from ahriuwu_cli.training.tokenizer_config import TokenizerTrainConfig
+
+if TYPE_CHECKING:
+    from ahriuwu_cli.config import TrainConfig
+    from ahriuwu_cli.training.tokenizer_config import TokenizerTrainConfig
 
 
 def build_optimizers(

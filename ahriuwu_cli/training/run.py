@@ -160,10 +160,7 @@ def copy_of_tokenizer(folder: Path) -> Path | None:
 
 def has_fitted(folder: Path) -> bool | None:
     """Whether the run in this folder says that its tokenizer is its own. None: no run, or an older version's."""
-    try:
-        said = read_run(folder).get("fits_tokenizer")
-    except CheckpointError:  # there is none: `goes_on` looks
-        return None
+    said = _said_in(folder).get("fits_tokenizer")
     return said if isinstance(said, bool) else None
 
 
@@ -171,18 +168,23 @@ def known_start(init_from: Path | None, out: Path, overwrite: bool) -> str | Non
     """Path of the world that a run starts from, as the run in `out` knows it where both were moved together."""
     if init_from is None:
         return None
-    try:
-        before = read_run(out)
-    except CheckpointError:  # there is none: `goes_on` looks
-        before = {"facts": {}}
-    known = before["facts"].get("init_from")
-    moved = isinstance(known, str) and not overwrite and before.get("init_from_here") == from_here(init_from, out)
+    before = {} if overwrite else _said_in(out)
+    known = before.get("facts", {}).get("init_from")
+    moved = isinstance(known, str) and before.get("init_from_here") == from_here(init_from, out)
     return known if moved else os.path.realpath(init_from)
 
 
 def from_here(init_from: Path | None, out: Path) -> str | None:
     """Path of a run's start, seen from the run's folder."""
     return None if init_from is None else os.path.relpath(os.path.realpath(init_from), os.path.realpath(out))
+
+
+def _said_in(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder; nothing where there is none, or one that `goes_on` refuses."""
+    try:
+        return read_run(folder)
+    except CheckpointError:
+        return {}
 
 
 def _asked(config: TrainConfig, facts: dict) -> Asked:
