@@ -39,9 +39,7 @@ class TrainConfig:
     optimizer_state: str = "float32"  # of Muon's momentum; or "bfloat16": half the bytes
     muon_momentum: float = 0.95
     lr: float = 3e-3
-    adamw_lr_scale: float = (
-        1.0  # of lr, for what AdamW trains beside Muon: gains, embeddings, first and last projection
-    )
+    adamw_lr_scale: float = 1.0  # of lr, beside Muon: for gains, embeddings, first and last projection
     weight_decay: float = 0.0
     warmup: int = 20  # optimiser steps of linear warm-up
     decay: float = 0.4  # share of the run in which the learning rate falls to zero

@@ -130,6 +130,8 @@ def test_a_line_of_metrics_that_a_kill_cut_short_is_gone_after_a_resume(data, tm
 def test_a_run_from_before_some_settings_were_is_gone_on_with_where_they_are_as_they_were(data, tmp_path, config):
     assert not ADDED.keys() & config.to_json().keys()  # a state is known by a hash of these
     assert TrainConfig.from_json(config.to_json() | {"optimizer": "muon"}) == replace(config, optimizer="muon", **ADDED)
+    old = TrainConfig.from_json(config.to_json())
+    assert (old.muon_momentum, old.adamw_lr_scale) == (0.95, 1.0)  # of the versions without these settings
     run(data, tmp_path / "r", config, stop_at=2)
     assert not ADDED.keys() & json.loads((tmp_path / "r" / "run.json").read_text())["config"].keys()
     for name, value in ADDED.items() if config.optimizer == "muon" else []:
