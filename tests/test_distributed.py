@@ -166,7 +166,7 @@ def test_a_run_that_goes_on_with_other_micro_batches_or_threads_says_so(folder, 
     more = replace(CONFIG, accumulate=2)
     try:
         torch.set_num_threads(threads + 1)
-        trainer_for(folder, more, out, ALONE, resume=True, announce=said.append)
+        trainer_for(folder, more, out, ALONE, resume=True, announce=said.append).run.release()
     finally:
         torch.set_num_threads(threads)
     assert said == [
@@ -174,6 +174,9 @@ def test_a_run_that_goes_on_with_other_micro_batches_or_threads_says_so(folder, 
         "steps stay the same up to rounding, the global batch stays 8, each process takes 8 clips"
     ]
     assert what_changed({"processes": 1, "parallel": "none"}, ALONE, more) is None  # as older versions wrote it
+    train(trainer_for(folder, CONFIG, out, ALONE))
+    trainer_for(folder, more, out, ALONE, announce=said.append)
+    assert len(said) == 1  # a finished run does nothing in any other way
 
 
 @pytest.mark.parametrize("mode", PARALLEL)

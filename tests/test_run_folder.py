@@ -310,6 +310,18 @@ def test_a_disk_that_cannot_be_written_is_a_sentence_with_the_last_good_state(tm
     assert run.go_on(print)[2]["step"] == 3
 
 
+def test_a_run_that_cannot_hold_its_new_folder_leaves_none(tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr("ahriuwu_cli.lock._open", full)
+    for folder in (tmp_path / "new" / "run", tmp_path / "there"):
+        with pytest.raises(TrainingError, match=r"\.lock \(No space left .*: make room; nothing was trained"):
+            begun(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
 def test_a_line_for_which_there_is_no_room_leaves_no_half_of_itself(tmp_path):
     run = begun(tmp_path / "run", 3)
     file = tmp_path / "run" / "metrics.jsonl"

@@ -13,6 +13,7 @@ from small import LEARNERS, small_dataset
 from ahriuwu_cli.config import PRECISIONS
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
+from ahriuwu_cli.models import products
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizerConfig
 from ahriuwu_cli.training import losses, tokenizer_loop
 from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
@@ -137,6 +138,27 @@ def test_two_steps_and_a_resume_to_four_equal_four_unbroken_bit_for_bit(store, t
     assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
     again = train_transformer_tokenizer(store, config, tmp_path / "parts", resume=True)  # nothing left to do
     assert again.fingerprint() == whole.fingerprint()
+
+
+def test_a_run_that_goes_on_with_other_threads_or_products_says_so_and_a_finished_one_does_not(
+    store, tmp_path, monkeypatch
+):
+    stop, progress = stop_after(2)
+    with pytest.raises(Interrupted):
+        train_transformer_tokenizer(store, CONFIG, tmp_path / "r", progress=progress, stop=stop)
+    threads, before, said = torch.get_num_threads(), products.library(), []
+    monkeypatch.setattr(products, "library", lambda precision: "an abacus")
+    try:
+        torch.set_num_threads(threads + 1)
+        train_transformer_tokenizer(store, CONFIG, tmp_path / "r", announce=said.append)
+    finally:
+        torch.set_num_threads(threads)
+    assert said[0] == (
+        f"resuming with {threads + 1} threads instead of {threads} and products by an abacus instead of {before}: "
+        "steps stay the same up to rounding"
+    )
+    train_transformer_tokenizer(store, CONFIG, tmp_path / "r", announce=said.append)
+    assert sum("resuming with" in sentence for sentence in said) == 1
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -85,22 +85,21 @@ def _make(
     done = _believed(path, parts, layout, place, purpose, announce, tick)
     descriptor = os.open(place.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        if not done:
-            _reserve(descriptor, place, layout.size)
-        journal = Journal(place.journal, purpose, done)
         try:
-            rest = [part for part in parts if part.index not in done]
-            target = Target(descriptor, layout, place.lock)
-            with closing(encode_parts(rest, store, tokenizer, target, tick, workers)) as finished:
-                for part, digest in finished:
-                    journal.add(part.index, digest)
-                    done[part.index] = digest
-        except CheckpointError:  # no pack of this tokenizer will ever be whole
-            place.partial.unlink(missing_ok=True)
-            place.journal.unlink(missing_ok=True)
+            if not done:
+                _reserve(descriptor, layout.size)
+            with closing(Journal(place.journal, purpose, done)) as journal:
+                rest = [part for part in parts if part.index not in done]
+                target = Target(descriptor, layout, place.lock)
+                with closing(encode_parts(rest, store, tokenizer, target, tick, workers)) as finished:
+                    for part, digest in finished:
+                        journal.add(part.index, digest)
+                        done[part.index] = digest
+        except (CheckpointError, OSError) as error:
+            if isinstance(error, CheckpointError) or not done:  # no pack of this tokenizer will be whole; a full disk
+                place.partial.unlink(missing_ok=True)
+                place.journal.unlink(missing_ok=True)
             raise
-        finally:
-            journal.close()
         hashes = iter([done[part.index] for part in parts])
         for episode in facts["episodes"]:
             episode["parts"] = [next(hashes) for _ in episode["parts"]]
@@ -128,8 +127,10 @@ def _believed(
     if known is None or size != layout.size:
         if place.journal.exists() and known is None:
             announce(f"what {place.partial} holds is for other data or another tokenizer: beginning anew")
-        elif size is not None:
+        elif size is not None and size != layout.size:
             announce(f"{place.partial} does not have the size that it should have: beginning anew")
+        elif size is not None:
+            announce(f"nothing says what is finished in {place.partial}: beginning anew")
         place.partial.unlink(missing_ok=True)
         place.journal.unlink(missing_ok=True)
         return {}
@@ -148,15 +149,11 @@ def _believed(
     return done
 
 
-def _reserve(descriptor: int, place: Workplace, size: int) -> None:
+def _reserve(descriptor: int, size: int) -> None:
     """Take the whole room on disk now: a full disk is found before the first frame, not after the last."""
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        os.ftruncate(descriptor, size)
-    except OSError:
-        place.partial.unlink(missing_ok=True)
-        raise
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    os.ftruncate(descriptor, size)
 
 
 def _sentence(error: OSError, path: Path, layout: Layout) -> str:

@@ -120,7 +120,7 @@ def assemble(
         group.together(lambda: run.keep_tokenizer(tokenizer, announce))
     if found is not None:
         changed = what_changed(run.restore(trainer, found), group, config)
-        if changed and group.leads:
+        if changed and group.leads and not trainer.finished:
             announce(changed)
     return trainer
 

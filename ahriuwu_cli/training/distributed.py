@@ -115,9 +115,7 @@ class Group:
         """What a saved state says of who wrote it: all that may change on the way, and the last bits with it."""
         said = {"processes": self.world, "parallel": self.parallel if self.world > 1 else "none"}
         said["accumulate"] = config.accumulate
-        if self.device.type == "cpu":
-            said |= {"threads": torch.get_num_threads(), "products": products.library(config.precision)}
-        return said
+        return said | machine(self.device, config.precision)
 
     def _reduce(self, tensor: Tensor, operation: str) -> None:
         torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=self.control)
@@ -208,14 +206,28 @@ def what_changed(before: dict, group: Group, config: TrainConfig) -> str | None:
         said.append(processes)
     if "accumulate" in changed:
         said.append(f"--accumulate {config.accumulate} instead of {changed['accumulate']}")
-    if "threads" in changed:
-        said.append(f"{_counted(now['threads'], 'thread', 'threads')} instead of {changed['threads']}")
-    if "products" in changed:
-        said.append(f"products by {now['products']} instead of {changed['products']}")
+    said += machine_changes(changed, now)
     return (
         f"resuming with {', '.join(said)}: steps stay the same up to rounding, "
         f"the global batch stays {config.batch}, each process takes {config.batch // group.world} clips"
     )
+
+
+def machine(device: torch.device, precision: str) -> dict:
+    """What a saved state says of the machine that wrote it, where the last bits go with it: on CPUs."""
+    if device.type != "cpu":
+        return {}
+    return {"threads": torch.get_num_threads(), "products": products.library(precision)}
+
+
+def machine_changes(before: dict, now: dict) -> list[str]:
+    """What is another than before of what `machine` says, for people; what an older version did not write is not."""
+    said = []
+    if before.get("threads", now.get("threads")) != now.get("threads"):
+        said.append(f"{_counted(now['threads'], 'thread', 'threads')} instead of {before['threads']}")
+    if before.get("products", now.get("products")) != now.get("products"):
+        said.append(f"products by {now['products']} instead of {before['products']}")
+    return said
 
 
 def _counted(count: int, one: str, more: str) -> str:

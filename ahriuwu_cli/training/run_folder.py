@@ -27,6 +27,7 @@ from ahriuwu_cli.config import ADDED
 from ahriuwu_cli.data.documents import document_hash, read_object, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
+from ahriuwu_cli.folders import made
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
 from ahriuwu_cli.places import KINDS, check_folder, refuse_to_take_away
 from ahriuwu_cli.training import run_log
@@ -76,8 +77,7 @@ class RunFolder:
         """A new run in an empty or absent folder, or in place of what is there. UserError when that may not be."""
         if not self.writes:
             return
-        with self.writing("nothing was trained"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with self.writing("nothing was trained"), made(self.folder):
             self._hold(announce)
             if not overwrite and _content(self.folder):  # somebody was quicker
                 raise UserError(f"{self.folder} is not empty any more: run the same command again")

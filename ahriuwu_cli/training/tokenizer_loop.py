@@ -22,6 +22,7 @@ from ahriuwu_cli.data.windows import draw_windows, enumerate_windows
 from ahriuwu_cli.errors import DataError, Interrupted, TrainingError
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, draw_patch_mask
 from ahriuwu_cli.training.checkpoint import is_sound_tokenizer
+from ahriuwu_cli.training.distributed import machine, machine_changes
 from ahriuwu_cli.training.finite import not_finite
 from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate
@@ -147,6 +148,9 @@ class _Trainer:
         found = self.run.go_on(announce, self.expected())
         if found is not None:
             self.restore(*found[1:])
+            changed = machine_changes(found[2], machine(self.device, self.config.precision))
+            if changed and self.step < self.config.steps:
+                announce(f"resuming with {' and '.join(changed)}: steps stay the same up to rounding")
         announce(self.run.found)
 
     def update(self) -> dict:
@@ -189,6 +193,7 @@ class _Trainer:
         """Save everything that the next step depends on."""
         tensors = with_prefix("model", self.model.state_dict()) | with_prefix("rms", self.rms.state_dict())
         document = {"step": self.step, "total": self.config.steps, "optimizers": []}
+        document |= machine(self.device, self.config.precision)
         for i, optimizer in enumerate(self.optimizers):
             state, description = optimizer_tensors(optimizer)
             tensors |= with_prefix(f"optimizer{i}", state)
