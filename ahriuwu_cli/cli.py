@@ -146,12 +146,18 @@ def _explain(error: Exception, arguments: list[str]) -> int:
     if memory.ran_out(error):
         _complain(memory.sentence(" ".join(arguments)))
         return 1
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        _complain("too many open files: raise the limit (`ulimit -n`)")
+        return 1
     if isinstance(error, OSError) and error.errno in REFUSALS:
         _complain(refusal(error, visible(error.filename) or _out(arguments)))
         return 1
     if isinstance(error, OSError) and error.filename is not None:  # the system refused a path that somebody gave
         _complain(f"{visible(error.filename)[:200]}: {error.strerror}; give another path, or make this one usable")
         return 2
+    if memory.at_limit():
+        _complain(memory.sentence(" ".join(arguments)))
+        return 1
     _complain(f"internal error: {type(error).__name__}: {error} (run again with --debug, and please report it)")
     return 70
 

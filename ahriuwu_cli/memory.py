@@ -17,15 +17,32 @@ LESS = {  # by the command
     "import": "a smaller --size, or shorter videos",
     "record": "a smaller --size, or shorter episodes",
 }
-# What PyTorch's allocators say, of CPUs (Linux, elsewhere) and GPUs; most of them raise a plain RuntimeError.
-_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+# What PyTorch's allocators say, of CPUs (Linux, elsewhere) and GPUs, then oneDNN, threads and the loader of libraries,
+# which find no place in what `ulimit -v` leaves; most of them raise a plain RuntimeError.
+_WORDS = (
+    "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "could not create a primitive",
+    "can't start new thread", "resources to create thread", "failed to map segment", "annot allocate memory",
+)  # fmt: skip
+_NEAR = 1 << 27  # bytes: what a thread asks for at once
 
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error is of memory that is not there."""
-    if isinstance(error, RuntimeError):
-        return any(words in str(error) for words in _WORDS)
+    if isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _WORDS):
+        return True
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+def at_limit() -> bool:
+    """Whether this process came so near to its limit of address space (`ulimit -v`) that any error may be of that."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return False
+    with suppress(OSError, StopIteration):  # Linux alone tells
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmPeak"))
+        return peak > limit - max(_NEAR, limit // 8)
+    return False
 
 
 def sentence(command: str) -> str:

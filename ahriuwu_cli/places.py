@@ -20,16 +20,21 @@ PARTS = {  # of our folders, by what they are
     "results": ("cells",),
 }
 OURS = b'"format": ?"ahriuwu-checkpoint/'  # in the first bytes of each file of a checkpoint
+OF = rb'"kind": ?"(dynamics|tokenizer)"'  # in those of config.json and run.json
+NAMES = {  # of what is a checkpoint or a run, for people
+    ("checkpoint", "dynamics"): "world", ("checkpoint", "tokenizer"): "tokenizer",
+    ("run", "dynamics"): "run", ("run", "tokenizer"): "tokenizer's run",
+}  # fmt: skip
 
 
 def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
     """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite.
 
-    Nothing goes among the files of a dataset, a checkpoint or a run, or takes one away that lies in `out` (a "run" and
-    a "dataset" ask for that themselves). holds: "results" of looking at a world, a "rollout", and "pieces" of results
-    that are written one by one, never take the place of one either; anything else that is written may replace its own
-    kind. What is put in place as one folder (all but "pieces" and a "run") cannot be the current one, which would be
-    gone under the user's feet, nor one that cannot lose its name.
+    Nothing goes among the files of a dataset, a checkpoint or a run, or takes one away that lies in `out` (a "run"
+    and a "dataset" ask for that themselves). holds: "results" of looking at a world, a "rollout", and "pieces" of
+    results that are written one by one, never take the place of one either; anything else that is written may
+    replace its own kind (`refuse_other_kind`). What is put in place as one folder (all but "pieces" and a "run")
+    cannot be the current one, which would be gone under the user's feet, nor one that cannot lose its name.
     """
     try:
         near = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
@@ -89,6 +94,20 @@ def refuse_to_take_away(out: Path) -> None:
             raise UserError(f"--overwrite would take away the {kind} {place}: choose another --out than {out}")
 
 
+def refuse_other_kind(out: Path, *own: str) -> None:
+    """UserError when the folder `out`, which is to be replaced, is a dataset, a checkpoint or a run, but none of `own`.
+
+    own: of NAMES. One that does not say what it is of, since a file is lost, may be any.
+    """
+    target = _real(out)
+    kind = _kind(target)
+    if kind == "dataset":
+        raise UserError(f"--overwrite would take away the dataset {out}: choose another --out")
+    what = NAMES.get((kind, _first(target / KINDS[kind][0], OF))) if kind else None
+    if what is not None and what not in own:
+        raise UserError(f"--overwrite would take away the {what} {out}: choose another --out")
+
+
 def _refuse_irreplaceable(out: Path, by: str, exists: bool) -> None:
     """UserError when another folder cannot take the name of `out`: the current folder, or one whose parent holds it."""
     if _real(out) == Path.cwd():
@@ -108,11 +127,17 @@ def _kind(folder: Path) -> str | None:
 
 def _is_ours(file: Path) -> bool:
     """Whether a file says that it is of a checkpoint of ours; many a project has files of these names."""
+    return _first(file, OURS) is not None
+
+
+def _first(file: Path, words: bytes) -> str | None:
+    """What a file has of this pattern in its first bytes: the last group of it."""
     with suppress(OSError):
         if file.is_file():  # reading a pipe would not end
             with open(file, "rb") as stream:
-                return re.search(OURS, stream.read(1024)) is not None
-    return False
+                found = re.search(words, stream.read(1024))
+                return found and found[found.re.groups].decode()
+    return None
 
 
 def keep_apart(out: Path, inputs: Iterable[Path]) -> None:

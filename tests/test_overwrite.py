@@ -14,7 +14,7 @@ from ahriuwu_cli import cli
 from ahriuwu_cli.commands.guard import guarded
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.folders import replacing
-from ahriuwu_cli.places import check_folder, keep_apart, refuse_to_take_away
+from ahriuwu_cli.places import check_folder, keep_apart, refuse_other_kind, refuse_to_take_away
 from ahriuwu_cli.training.checkpoint import save_tokenizer, save_world
 
 TRAIN = "--steps 1 --batch 1 --frames 2 --preview-windows 1 --device cpu"
@@ -292,6 +292,50 @@ def test_a_dataset_a_checkpoint_or_a_run_is_taken_away_by_nothing_that_replaces_
     assert stop.value.code == 2
     assert f"--overwrite would take away the {kind} x/mine/it: choose another --out than x" in capsys.readouterr().err
     assert contents(place) == before
+
+
+LINEAR, TRANSFORMER = (
+    "train tokenizer data --patch 8 --latent-dim 4",
+    "train tokenizer data --kind transformer --steps 1",
+)
+BY = {  # command: what may take its name
+    f"train dynamics data --tokenizer tok {TRAIN}": {"run"},
+    LINEAR: {"tokenizer", "tokenizer's run"},
+    f"{TRANSFORMER} --patch 8 --frames 2 --batch 1": {"tokenizer", "tokenizer's run"},
+    "export world": {"world"},
+}
+
+
+@pytest.mark.parametrize("words", BY)
+@pytest.mark.parametrize("what", ["dataset", "world", "tokenizer", "run", "tokenizer's run"])
+def test_overwrite_replaces_its_own_kind_alone(place, words, what, capsys):
+    if "run" in what:
+        command = next(w for w in BY if w.startswith(TRANSFORMER if "tok" in what else "train dynamics"))
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command.split(), "--out", "x"])
+        assert stop.value.code == 0, capsys.readouterr().err
+    else:
+        shutil.copytree({"dataset": "data", "world": "world", "tokenizer": "tok"}[what], "x")
+    before = contents(place / "x")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), "--out", "x", "--overwrite"])
+    said = capsys.readouterr().err
+    if what in BY[words]:
+        assert stop.value.code == 0, said
+        assert contents(place / "x") != before
+    else:
+        assert stop.value.code == 2
+        assert f"--overwrite would take away the {what} x: choose another --out" in said
+        assert contents(place / "x") == before
+
+
+def test_what_does_not_say_what_it_is_of_is_replaced_by_either(tmp_path):
+    save_tokenizer(small_world().tokenizer, tmp_path / "x", {})
+    (tmp_path / "x" / "config.json").unlink()
+    refuse_other_kind(tmp_path / "x", "world")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "run.json").write_text("{")
+    refuse_other_kind(tmp_path / "r", "tokenizer's run")
 
 
 def test_what_replaces_a_folder_takes_away_the_parts_of_that_folder_itself(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,31 @@ def test_worlds_that_cannot_be_recorded_are_refused_with_a_sentence(echo_world):
         GymWorld(RecordConfig("Ecko-v0"))
 
 
+def test_what_an_environment_raises_is_a_sentence_with_its_name(echo_world, monkeypatch):
+    from ahriuwu_cli.data.gym import GymWorld, record_episodes
+
+    needs = echo_world.error.DependencyNotInstalled("pygame is not installed")
+    config = RecordConfig("Echo-v0", 16, 16)
+    for pixels, call, error, kind, said in (
+        (True, "step", ConnectionError("closed"), DataError, r"failed in step \(ConnectionError: closed\): see what"),
+        (True, "reset", KeyError("a"), DataError, r"failed in reset \(KeyError: 'a'\)"),
+        (False, "render", needs, UserError, "'Echo-v0' needs another package: pygame is not installed"),
+        (True, "reset", ImportError("no module"), UserError, "'Echo-v0' needs another package: no module"),
+        (True, "step", MemoryError("no"), MemoryError, "^no$"),
+    ):
+        echo_world.registry["Echo-v0"].kwargs = {"pixels": pixels}
+        world = GymWorld(config)
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(type(world._env.unwrapped), call, fails)
+        with pytest.raises(kind, match=said):
+            list(record_episodes(world, config))
+        monkeypatch.undo()
+        world.close()
+
+
 def test_the_atari_paddle_goes_where_it_is_told():
     pytest.importorskip("ale_py")
     from ahriuwu_cli.data.gym import GymWorld
@@ -167,6 +193,23 @@ def test_doom_recordings_repeat_with_the_seed_and_leave_no_litter(tmp_path, monk
     assert first[0].actions.shape == (39, 3)
     assert list(tmp_path.iterdir()) == []
     assert Path.cwd() == tmp_path
+
+
+def test_an_engine_that_was_killed_is_a_sentence(tmp_path, monkeypatch):
+    import tempfile
+
+    from ahriuwu_cli.data.doom_guard import engines
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    episodes = _doom(seed=1)
+    next(episodes)
+    (folder,) = tmp_path.iterdir()
+    for pid in set(engines(str(folder))) - {os.getpid()}:
+        if b"vizdoom" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]:
+            os.kill(pid, signal.SIGKILL)
+    with pytest.raises(DataError, match="the game's engine has ended by itself"):
+        list(episodes)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _pan(a, b):

@@ -108,6 +108,20 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_are_a_sentence_on_their_limit(monkeypatch, capsys, number):
+    from ahriuwu_cli.training import describe
+
+    def refused():
+        raise OSError(number, os.strerror(number), "some/module.py")
+
+    monkeypatch.setattr(describe, "describe_sizes", refused)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: too many open files: raise the limit (`ulimit -n`)\n"
+
+
 @pytest.mark.parametrize("number", REFUSED)
 def test_a_disk_that_refuses_without_a_name_is_a_sentence_on_out(monkeypatch, capsys, number):
     from ahriuwu_cli.training import describe

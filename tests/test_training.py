@@ -34,6 +34,7 @@ from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
 from ahriuwu_cli.training.batches import draw_batch, share_of
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_tokenizer
 from ahriuwu_cli.training.clip_loss import denoiser
+from ahriuwu_cli.training.config_json import seal
 from ahriuwu_cli.training.distributed import Group
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.optimiser import rate
@@ -158,8 +159,15 @@ def left_with_its_tokenizer_alone(world):
     (world / "model.safetensors").unlink()
 
 
+def replaced_by_another_runs(world):
+    path = world / "config.json"
+    document = json.loads(path.read_text())
+    document["facts"]["train"]["seed"] += 1
+    path.write_text(json.dumps(seal(document)))
+
+
 LOSSES = [
-    shutil.rmtree, replaced_by_a_file, left_with_its_tokenizer_alone,
+    shutil.rmtree, replaced_by_a_file, left_with_its_tokenizer_alone, replaced_by_another_runs,
     lambda world: (world / "model.safetensors").write_bytes(b""),
     lambda world: (world / "model.safetensors").unlink(), lambda world: (world / "config.json").unlink(),
 ]  # fmt: skip
@@ -172,7 +180,8 @@ def test_a_world_that_was_lost_is_made_anew_and_said(data, tmp_path, damage):
     for name in ("best", "last"):
         damage(tmp_path / "r" / name)
     again = run(data, tmp_path / "r")
-    assert "is finished: all 6 steps are done; best and last is missing or damaged, and made anew" in again.run.found
+    anew = "best and last is missing, damaged or another run's, and made anew"
+    assert f"is finished: all 6 steps are done; {anew}" in again.run.found
     for name in ("best", "last"):
         assert weights_hash(load_world(tmp_path / "r" / name, "cpu")) == weights_hash(last)
     before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r").rglob("*") if p.name != ".lock")

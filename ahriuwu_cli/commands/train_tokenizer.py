@@ -99,13 +99,14 @@ def _linear(
     """(tokenizer, its quality, its folder): fitted in closed form and written."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
-    from ahriuwu_cli.places import check_folder
+    from ahriuwu_cli.places import check_folder, refuse_other_kind
     from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.checkpoint import pick_device
     from ahriuwu_cli.training.tokenizer_quality import check_split
 
     check_folder(out, overwrite, holds="tokenizer")
+    refuse_other_kind(out, "tokenizer", "tokenizer's run")
     pick_device(device)
     store = EpisodeStore.open(dataset)
     check_split(store, "val")

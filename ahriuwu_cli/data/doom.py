@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -74,16 +75,28 @@ class DoomWorld:
 
     def reset(self, seed: int) -> np.ndarray:
         """Start an episode; the first picture, uint8 (120, 160, 3)."""
-        self._game.set_seed(seed)
-        self._game.new_episode()
-        return self._game.get_state().screen_buffer
+        with self._alive():
+            self._game.set_seed(seed)
+            self._game.new_episode()
+            return self._game.get_state().screen_buffer
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray | None, bool]:
         """Hold the buttons for frame_skip tics; the picture after them, or None when the episode ended meanwhile."""
-        self._game.make_action(action[self._order].tolist(), self.frame_skip)
-        if self._game.is_episode_finished():
-            return None, True
-        return self._game.get_state().screen_buffer, False
+        with self._alive():
+            self._game.make_action(action[self._order].tolist(), self.frame_skip)
+            if self._game.is_episode_finished():
+                return None, True
+            return self._game.get_state().screen_buffer, False
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """DataError where the engine, a process of its own, has ended: somebody or the system killed it."""
+        library = _vizdoom()
+        ended = ("ViZDoomUnexpectedExit", "ViZDoomIsNotRunning", "ViZDoomError", "MessageQueue", "SharedMemory")
+        try:
+            yield
+        except tuple(getattr(library, f"{name}Exception") for name in ended) as error:
+            raise DataError(f"the game's engine has ended by itself ({error}): see why, and record again") from None
 
     def close(self) -> None:
         """Stop the engine and remove its files."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ahriuwu_cli import memory
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.recording import RecordConfig, Recorded, record_episodes
@@ -60,7 +61,8 @@ class GymWorld:
 
     def reset(self, seed: int) -> np.ndarray:
         """Start an episode; the first picture, uint8 (h, w, 3)."""
-        observation, _ = self._env.reset(seed=seed)
+        with self._asked("reset"):
+            observation, _ = self._env.reset(seed=seed)
         return self._picture(observation)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -69,7 +71,8 @@ class GymWorld:
 
         value, before = self._to_env(action), None
         for i in range(self.frame_skip):
-            observation, _, terminated, truncated, _ = self._env.step(value)
+            with self._asked("step"):
+                observation, _, terminated, truncated, _ = self._env.step(value)
             over = terminated or truncated
             if over or i == self.frame_skip - 1:
                 break
@@ -96,10 +99,26 @@ class GymWorld:
                 f"the environment {name!r} does not start with {options or 'its defaults'}: {error}"
             ) from None
 
+    @contextlib.contextmanager
+    def _asked(self, for_what: str) -> Iterator[None]:
+        """An environment is somebody's program: what it raises is said with its name."""
+        try:
+            yield
+        except Exception as error:
+            if memory.ran_out(error):
+                raise
+            if isinstance(error, (ImportError, _gymnasium().error.DependencyNotInstalled)):
+                raise UserError(f"the environment {self._name!r} needs another package: {error}") from None
+            said = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"the environment {self._name!r} failed in {for_what} ({said}): see what it needs"
+            ) from None
+
     def _picture(self, observation: np.ndarray) -> np.ndarray:
         import numpy as np
 
-        picture = self._env.render() if self._renders else observation
+        with self._asked("render"):
+            picture = self._env.render() if self._renders else observation
         if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim not in (2, 3):
             shown = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
             raise DataError(f"{self._name} shows {shown}, not an 8-bit image: choose an environment with pixels")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ahriuwu_cli import memory
 from ahriuwu_cli.data.bounded_file import BoundedFile
 from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
 from ahriuwu_cli.data.mkv_index import too_many_entries
@@ -88,13 +89,15 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
                 yield None if untimed else frame.time, picture
             if fault := clock.fault() or broken(Path(path)):
                 raise DataError(f"{path} is damaged ({fault}): restore it, or convert what is left of it first")
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, ValueError, OverflowError, MemoryError) as error:
+            if memory.at_limit():  # then it may be anybody's, and says nothing of the video
+                raise MemoryError(str(error)) from None
+            if not isinstance(error, av.error.FFmpegError):  # frames in a form that cannot be shown
+                raise DataError(f"{path} holds a frame that cannot be decoded ({error}): convert it first") from None
             raise DataError(
                 f"{path} is damaged, no video, or has frames above {max_pixels} pixels: {error.strerror}; convert or "
                 f"cut it first"
             ) from None
-        except (ValueError, OverflowError, MemoryError) as error:  # frames in a form that cannot be shown
-            raise DataError(f"{path} holds a frame that cannot be decoded ({error}): convert it first") from None
 
 
 def read_video(path: Path | str, max_frames: int = 100_000, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, float]:
@@ -146,6 +149,8 @@ def _container(path: Path, limits: Sequence[int]):
                 stream_options=[{"max_pixels": str(most)} for most in limits],
             )
         except (av.error.FFmpegError, Broken) as error:
+            if memory.at_limit():
+                raise MemoryError(str(error)) from None
             what = str(error) if isinstance(error, Broken) else error.strerror
             raise DataError(
                 f"{path} cannot be read as video ({what}): give an mp4, mkv, webm, avi, mov or gif"

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ahriuwu_cli import memory
 from ahriuwu_cli.disk import arriving
 from ahriuwu_cli.errors import DataError, UserError
 
@@ -116,6 +117,8 @@ def _encoding(path: Path | str, height: int, width: int) -> Iterator[None]:
     try:
         yield
     except av.error.FFmpegError as error:
+        if memory.at_limit():
+            raise MemoryError(str(error)) from None
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, error.filename) from None  # PyAV's lets nobody name its file
         raise UserError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, save_tokenizer, save_world
 from ahriuwu_cli.training.run_folder import WRITTEN, Announce, Asked, RunFolder, goes_on, read_run
@@ -96,7 +97,21 @@ class Run(RunFolder):
         """Worlds that a run at this state has written, and that are not there, or damaged."""
         written = ["best"] if document.get("best") is not None else []
         written += ["last"] if self.is_finished(document) else []
-        return [name for name in written if not is_sound(self.folder / name)]
+        return [name for name in written if not self._is_own(name)]
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a world is there whole, and of this run: sound ones of others may have been put in its place."""
+        if not is_sound(self.folder / name):
+            return False
+        says = read_object(self.folder / name / "config.json")["facts"]
+        trained = says.get("train")
+        pairs = [
+            (asked[key], there[key])
+            for asked, there in ((self.asked["config"], trained), (self.asked["facts"], says))
+            for key in asked.keys() & (there.keys() if isinstance(there, dict) else set())
+            if key not in (*FREE, "init_from")  # may have changed since, or be typed in another way
+        ]
+        return all(one == other for one, other in pairs)
 
     def keep_tokenizer(self, tokenizer: Tokenizer, announce: Announce) -> None:
         """Write the tokenizer that is this run's own, unless it is there, so that going on needs no second fit."""

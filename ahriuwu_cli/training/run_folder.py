@@ -29,7 +29,7 @@ from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.folders import made
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
-from ahriuwu_cli.places import KINDS, check_folder, refuse_to_take_away
+from ahriuwu_cli.places import KINDS, check_folder, refuse_other_kind, refuse_to_take_away
 from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.restart import resuming
@@ -39,6 +39,7 @@ from ahriuwu_cli.training.versions import versions
 
 WRITTEN = ("run.json", run_log.NAME, "best", "last", "tokenizer", "state")  # under hidden names first
 _SAVED = "state_saved"  # of run.json
+_OWN = {"dynamics": ("run",), "tokenizer": ("tokenizer", "tokenizer's run")}  # what --overwrite may replace
 _HIDDEN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.\d+\.(tmp|old)")
 
 Announce = Callable[[str], None]
@@ -130,7 +131,7 @@ class RunFolder:
                 self.found = f"the run in {self.folder} is finished: all {total} steps are done"
             self._logged = found[2].get("logged", 0)
             if self.lacking:
-                self.found += f"; {' and '.join(self.lacking)} is missing or damaged, and made anew"
+                self.found += f"; {' and '.join(self.lacking)} is missing, damaged or another run's, and made anew"
         return found
 
     @staticmethod
@@ -292,6 +293,7 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
     refuse_alive(folder)
     if overwrite:
         refuse_to_take_away(folder)
+        refuse_other_kind(folder, *_OWN[asked["kind"]])
     content = _content(folder)
     if overwrite or not content:
         if resume:
