@@ -6,15 +6,16 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
-from ahriuwu_cli.data.doom_guard import Guard
+from ahriuwu_cli.data.calls import Calls, Lost
+from ahriuwu_cli.data.doom_guard import Guard, engines, shared_by
 from ahriuwu_cli.data.recording import RecordConfig, Recorded, record_episodes
 from ahriuwu_cli.disk import random_digits
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
@@ -23,6 +24,7 @@ from ahriuwu_cli.stopping import HANDLED
 if TYPE_CHECKING:
     import numpy as np
 
+T = TypeVar("T")
 TICS_PER_SECOND = 35
 DEFAULT_FRAME_SKIP = 4
 MULTIPLAYER = ("cig", "multi")
@@ -56,18 +58,20 @@ class DoomWorld:
         game.set_window_visible(False)
         game.set_sound_enabled(False)
         self.action_space, self._order = _action_space([b.name for b in game.get_available_buttons()])
-        litter = Path(tempfile.gettempdir()) / f"ahriuwu-doom-{random_digits()}"
-        self._guard = Guard(litter)
+        self._folder = litter = Path(tempfile.gettempdir()) / f"ahriuwu-doom-{random_digits()}"
+        self._guard, self._calls = Guard(litter), Calls(self._has_ended)
+        self._shared: list[Path] = []
         home = Path.cwd()
         try:
             litter.mkdir(mode=0o700)
             os.chdir(litter)  # the engine writes _vizdoom/ and _vizdoom.ini where it is started
-            game.init()
+            self._calls.do(game.init)
+            self._shared = [left for pid in self._engines() for left in shared_by(pid)]
         except OSError:
-            self._guard.end()
+            self._end()
             raise
         except Exception as error:
-            self._guard.end()
+            self._end()
             raise DataError(f"ViZDoom could not start {config.name!r}: {error}") from None
         finally:
             os.chdir(home)
@@ -75,34 +79,47 @@ class DoomWorld:
 
     def reset(self, seed: int) -> np.ndarray:
         """Start an episode; the first picture, uint8 (120, 160, 3)."""
-        with self._alive():
-            self._game.set_seed(seed)
-            self._game.new_episode()
-            return self._game.get_state().screen_buffer
+        return self._ask(lambda game: (game.set_seed(seed), game.new_episode(), game.get_state().screen_buffer)[2])
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray | None, bool]:
         """Hold the buttons for frame_skip tics; the picture after them, or None when the episode ended meanwhile."""
-        with self._alive():
-            self._game.make_action(action[self._order].tolist(), self.frame_skip)
-            if self._game.is_episode_finished():
-                return None, True
-            return self._game.get_state().screen_buffer, False
 
-    @contextmanager
-    def _alive(self) -> Iterator[None]:
-        """DataError where the engine, a process of its own, has ended: somebody or the system killed it."""
-        library = _vizdoom()
+        def play(game: Any) -> tuple[np.ndarray | None, bool]:
+            game.make_action(action[self._order].tolist(), self.frame_skip)
+            over = game.is_episode_finished()
+            return None if over else game.get_state().screen_buffer, over
+
+        return self._ask(play)
+
+    def _ask(self, work: Callable[[Any], T]) -> T:
+        """What comes of a call of the engine. DataError where that, a process of its own, has ended: it was killed."""
         ended = ("ViZDoomUnexpectedExit", "ViZDoomIsNotRunning", "ViZDoomError", "MessageQueue", "SharedMemory")
+        raised = (Lost, *(getattr(_vizdoom(), f"{name}Exception") for name in ended))
         try:
-            yield
-        except tuple(getattr(library, f"{name}Exception") for name in ended) as error:
+            return self._calls.do(lambda: work(self._game))
+        except raised as error:
             raise DataError(f"the game's engine has ended by itself ({error}): see why, and record again") from None
+
+    def _engines(self) -> list[int]:
+        return [pid for pid in engines(os.path.realpath(self._folder)) if pid != os.getpid()]
+
+    def _has_ended(self) -> bool:
+        """Whether there is no engine. Where there is no /proc nobody knows."""
+        return Path("/proc/self/cwd").exists() and not self._engines()
 
     def close(self) -> None:
         """Stop the engine and remove its files."""
-        self._game.close()
+        with suppress(Lost):
+            if not self._calls.lost:
+                self._calls.do(self._game.close)
         _take_signals_back()
+        self._end()
+
+    def _end(self) -> None:
         self._guard.end()
+        self._calls.end()
+        for left in self._shared:  # by an engine that was killed
+            left.unlink(missing_ok=True)
 
 
 def record_doom(config: RecordConfig) -> Iterator[Recorded]:

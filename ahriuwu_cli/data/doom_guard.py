@@ -55,6 +55,13 @@ def engines(folder: str) -> list[int]:
     return found
 
 
+def shared_by(engine: int) -> list[Path]:
+    """The memory that an engine shares with its recorder, by the name on its command line. OSError when it is gone."""
+    words = Path(f"/proc/{engine}/cmdline").read_bytes().split(b"\0")
+    name = words[words.index(b"+viz_instance_id") + 1].decode() if b"+viz_instance_id" in words else ""
+    return list(SHARED.glob(f"ViZDoom*{name}")) if re.fullmatch(r"\w+", name) else []
+
+
 def clear_away(folder: str, recorder: int) -> None:
     """Kill the engines of a folder; remove it and the memory that they share with their recorder.
 
@@ -62,12 +69,10 @@ def clear_away(folder: str, recorder: int) -> None:
     """
     for pid in (pid for pid in engines(folder) if pid != recorder):
         with suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            shared = shared_by(pid)
             os.kill(pid, signal.SIGKILL)
-            name = words[words.index(b"+viz_instance_id") + 1].decode() if b"+viz_instance_id" in words else ""
-            if re.fullmatch(r"\w+", name):
-                for left in SHARED.glob(f"ViZDoom*{name}"):
-                    left.unlink(missing_ok=True)
+            for left in shared:
+                left.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
