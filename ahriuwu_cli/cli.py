@@ -155,6 +155,9 @@ def _explain(error: Exception, arguments: list[str]) -> int:
     if isinstance(error, OSError) and error.filename is not None:  # the system refused a path that somebody gave
         _complain(f"{visible(error.filename)[:200]}: {error.strerror}; give another path, or make this one usable")
         return 2
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # Python's own, for whoever asks
+        _complain("no folder for temporary files can be written to: make room in /tmp, or set TMPDIR to another one")
+        return 1
     if memory.at_limit():
         _complain(memory.sentence(" ".join(arguments)))
         return 1

@@ -122,6 +122,19 @@ def test_too_many_open_files_are_a_sentence_on_their_limit(monkeypatch, capsys, 
     assert capsys.readouterr().err == "error: too many open files: raise the limit (`ulimit -n`)\n"
 
 
+def test_no_folder_for_temporary_files_is_a_sentence(monkeypatch, capsys):
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere/at/all"])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["verify"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: no folder for temporary files can be written to: make room in /tmp, or set TMPDIR to another one\n"
+    )
+
+
 @pytest.mark.parametrize("number", REFUSED)
 def test_a_disk_that_refuses_without_a_name_is_a_sentence_on_out(monkeypatch, capsys, number):
     from ahriuwu_cli.training import describe

@@ -82,18 +82,6 @@ def test_scoring_needs_no_world_and_can_ask_for_another_delta(place, run, tmp_pa
     assert set(json.loads(out)["action_delta_db"]["shuffled"]) == {"2", "5"}
 
 
-def test_rollouts_saved_before_there_was_a_choice_of_precision_are_of_float32(place, run, tmp_path):
-    run("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK)
-    index = json.loads((tmp_path / "r" / "saved.json").read_text())
-    for entry in ("world", "identity"):
-        assert index[entry].pop("precision") == "float32"
-    index.pop("checksum")
-    (tmp_path / "r" / "saved.json").write_text(json.dumps(index | {"checksum": document_hash(index)}))
-    code, out, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s", "--json")
-    assert code == 0, err
-    assert json.loads(out)["settings"]["precision"] == "float32"
-
-
 def test_a_world_without_actions_is_saved_and_scored_too(tmp_path):
     store = moving_pictures(tmp_path / "data", space=NO_ACTIONS)
     world = tiny_world(store)
@@ -141,14 +129,14 @@ def _misshape(folder):
     file = sorted(folder.glob("part-*"))[0]
     tensors = load_file(file)
     tensors["model.0.frames"] = tensors["model.0.frames"][:, :-1].copy()
-    save_file(tensors, file, {"format": "ahriuwu-rollouts/1", "seconds": "{}"})
+    save_file(tensors, file, {"format": "ahriuwu-rollouts/3", "seconds": "{}"})
 
 
 def _lose(folder):
     sorted(folder.glob("part-*"))[1].unlink()
 
 
-def _no_seconds(folder):
+def _no_metadata(folder):
     file = sorted(folder.glob("part-*"))[0]
     save_file(load_file(file), file)
 
@@ -162,7 +150,8 @@ def _seconds(value):
         seconds = json.loads(metadata["seconds"])
         seconds["model"] = [value] if value != [] else value
         metadata["seconds"] = json.dumps(seconds)
-        save_file(tensors, file, metadata | {"checksum": checksum(tensors, [metadata["seconds"]])})
+        words = [metadata["of"], metadata["seconds"]]
+        save_file(tensors, file, metadata | {"checksum": checksum(tensors, words)})
 
     return spoil
 
@@ -178,7 +167,7 @@ def _index(text):
 
 DAMAGE = [
     (_truncate, "part-000003"), (_misshape, "model.0.frames differs"),
-    (_lose, "windows 3..6"), (_no_seconds, "damaged"),
+    (_lose, "windows 3..6"), (_no_metadata, "part-000000-000003.safetensors holds other rollouts than saved.json says"),
     (_index("{"), "cannot be used"), (_index("[" * 5000), "cannot be used"), (_index('{"format": 1}'), "format"),
     (lambda folder: (folder / "windows.json").unlink(), "windows.json does not exist: run the same `ahriuwu eval gene"),
     (lambda folder: (folder / "windows.json").write_text("{}"), "run the same `ahriuwu eval generate` again"),
@@ -197,6 +186,28 @@ def test_damaged_rollouts_are_one_sentence_and_exit_3(place, run, tmp_path, dama
     assert words in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("foreign", ["of another tau_ctx", "of another seed", "of other windows"])
+def test_a_part_of_other_rollouts_is_never_taken_for_one(place, run, tmp_path, foreign):
+    ask = ("eval", "generate", place / "world", place / "data", *QUICK, "--windows", 6)
+    other = ("--tau-ctx", 0.3) if "tau" in foreign else ("--seed", 3)
+    run(*ask, "--out", tmp_path / "r")
+    run(*ask, "--out", tmp_path / "o", *other)
+    parts = sorted(p.name for p in (tmp_path / "r").glob("part-*"))
+    assert len(parts) == 2
+    wrong = tmp_path / "r" / parts[1] if foreign == "of other windows" else tmp_path / "o" / parts[0]
+    good = (tmp_path / "r" / parts[0]).read_bytes()
+    (tmp_path / "r" / parts[0]).write_bytes(wrong.read_bytes())
+    code, _, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s")
+    assert (code, err.count("\n")) == (3, 1)
+    assert f"{parts[0]} holds other rollouts than saved.json says: delete it and generate again" in err
+    code, out, _ = run(*ask, "--out", tmp_path / "r", "--json")
+    assert (code, json.loads(out)["written"], json.loads(out)["skipped"]) == (0, 1, 1)
+    arrays, again = read_arrays(tmp_path / "r" / parts[0])[0], tmp_path / "good"
+    again.write_bytes(good)
+    assert all((arrays[n] == v).all() for n, v in read_arrays(again)[0].items())
+    assert run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s")[0] == 0
 
 
 @pytest.fixture(scope="module")

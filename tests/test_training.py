@@ -166,8 +166,15 @@ def replaced_by_another_runs(world):
     path.write_text(json.dumps(seal(document)))
 
 
+def given_another_tokenizer(world):
+    tokenizer = load_tokenizer(world)
+    tokenizer.mean += 1
+    save_tokenizer(tokenizer, world / "tokenizer", {})
+
+
 LOSSES = [
     shutil.rmtree, replaced_by_a_file, left_with_its_tokenizer_alone, replaced_by_another_runs,
+    given_another_tokenizer,
     lambda world: (world / "model.safetensors").write_bytes(b""),
     lambda world: (world / "model.safetensors").unlink(), lambda world: (world / "config.json").unlink(),
 ]  # fmt: skip
@@ -651,6 +658,24 @@ def test_weights_of_a_world_of_other_latents_are_no_start_and_those_of_the_same_
     with pytest.raises(CheckpointError, match="latents of another tokenizer"):
         run((store, other), tmp_path / "other", stop_at=1, init_from=tmp_path / "r" / "last")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_start_whose_actions_have_other_names_is_said(data, tmp_path):
+    store, tokenizer = data
+    run(data, tmp_path / "r")
+    said = []
+    run(data, tmp_path / "same", stop_at=1, init_from=tmp_path / "r" / "best", announce=said.append)
+    assert said == []
+    shutil.copytree(store.path, tmp_path / "turned")
+    told = json.loads((tmp_path / "turned" / "dataset.json").read_text())
+    (component,) = told["action_space"]["components"]
+    component["labels"] = component["labels"][::-1]
+    (tmp_path / "turned" / "dataset.json").write_text(json.dumps(told))
+    turned = EpisodeStore.open(tmp_path / "turned")
+    run((turned, tokenizer), tmp_path / "t", stop_at=1, init_from=tmp_path / "r" / "best", announce=said.append)
+    before, here = ", ".join(store.action_space.column_names), ", ".join(turned.action_space.column_names)
+    assert before != here
+    assert said == [f"{tmp_path / 'r' / 'best'} knows the actions {before}, and {turned.path} has {here}"]
 
 
 def test_frames_too_small_to_be_scored_are_refused_before_anything_is_written(data, tmp_path):

@@ -4,8 +4,9 @@
       saved.json                  settings, hashes, the windows, and what world and dataset it was
       part-000000-000032.safetensors   of windows 0..31: reconstructions, and frames and finite flags of every rollout
 
-Parts are written whole or not at all; those that are there are skipped, so the same command goes on. Scoring needs the
-dataset, for the truth, but neither the world nor its tokenizer.
+A part says which windows of which rollouts it holds, so that none of another folder is taken for one. Parts are written
+whole or not at all; those that are there are skipped, so the same command goes on. Scoring needs the dataset, for the
+truth, but neither the world nor its tokenizer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 
 from ahriuwu_cli.data.documents import document_hash, parse_object, read_object, to_json
 from ahriuwu_cli.data.episodes import EpisodeStore
-from ahriuwu_cli.data.tensors import checksum, read_arrays, read_header
+from ahriuwu_cli.data.tensors import checksum, read_arrays, read_header_and_metadata
 from ahriuwu_cli.disk import clear_files, write_whole
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.evaluation.cells import first_difference, identity, weights_hash
@@ -40,7 +41,7 @@ from ahriuwu_cli.folders import made
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
-FORMAT = "ahriuwu-rollouts/2"
+FORMAT = "ahriuwu-rollouts/3"
 INDEX = "saved.json"
 AGAIN = "run the same `ahriuwu eval generate` again"
 _PART = re.compile(r"part-([0-9]{6,8})-([0-9]{6,8})\.safetensors")
@@ -73,12 +74,12 @@ def save_rollouts(
         share = range(len(manifest.windows)) if share is None else share
         horizons = pick_horizons(config.horizons, manifest.horizon)
         todo = [range(i, min(i + config.batch, share.stop)) for i in range(share.start, share.stop, config.batch)]
-        missing = [part for part in todo if not _is_there(out, part)]
+        missing = [part for part in todo if not _is_there(out, index, part)]
         windows = sum(len(part) for part in missing)
         maker = Maker(world, store, config, generation, manifest, horizons, windows, progress)
         for part in missing:
             for here, frames, actions in batches(store, manifest, config.batch, part):
-                _write_part(_part_file(out, part), maker(here, frames, actions))
+                _write_part(_part_file(out, part), maker(here, frames, actions), _part_of(index, part))
     return {"written": len(missing), "skipped": len(todo) - len(missing)}
 
 
@@ -102,7 +103,7 @@ def score_rollouts(
         config = replace(config, delta_at=delta_at)
     horizons, parts = pick_horizons(config.horizons, manifest.horizon), []
     for part in _parts(folder, len(manifest.windows)):
-        made = _read_part(_part_file(folder, part), len(part), manifest, store, config.noise_seeds, horizons)
+        made = _read_part(folder, index, part, manifest, store, config.noise_seeds, horizons)
         here = replace(config, batch=len(part))
         parts.append(
             measure_share(None, store, here, generation, manifest, share=part, source=lambda _, made=made: made)
@@ -159,9 +160,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
             raise ValueError(f"it is not of the format {FORMAT!r}")
         if document_hash({k: v for k, v in document.items() if k != "checksum"}) != document.get("checksum"):
             raise ValueError("its checksum does not fit its content")
-        for name in ("world", "identity"):
-            if type(document.get(name)) is dict:
-                document[name].setdefault("precision", "float32")  # saved when there was no other
         hold(document, SAVED)
         check_rollouts(document["generation"], document["world"]["k_max"])
     except FileNotFoundError:
@@ -192,6 +190,11 @@ def _part_file(folder: Path, part: range) -> Path:
     return folder / f"part-{part.start:06d}-{part.stop:06d}.safetensors"
 
 
+def _part_of(index: dict[str, Any], part: range) -> str:
+    """What a part says of itself: a hash of its windows and of all that its numbers depend on."""
+    return document_hash({"identity": index["identity"], "windows": [part.start, part.stop]})
+
+
 def _parts(folder: Path, windows: int) -> list[range]:
     """Parts that cover all windows, in order. DataError when some are missing."""
     found = [range(int(m[1]), int(m[2])) for m in map(_PART.fullmatch, os.listdir(folder)) if m]
@@ -216,32 +219,42 @@ def _tensors(made: Made) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _write_part(path: Path, made: Made) -> None:
+def _write_part(path: Path, made: Made, of: str) -> None:
     from safetensors.numpy import save
 
     seconds = {name: [each.seconds for each in rollouts] for name, rollouts in made.rollouts.items()}
     tensors = {name: np.ascontiguousarray(value) for name, value in _tensors(made).items()}
     told = to_json(seconds)
-    write_whole(path, save(tensors, {"format": FORMAT, "seconds": told, "checksum": checksum(tensors, [told])}))
+    metadata = {"format": FORMAT, "of": of, "seconds": told, "checksum": checksum(tensors, [of, told])}
+    write_whole(path, save(tensors, metadata))
 
 
-def _is_there(folder: Path, part: range) -> bool:
-    """Whether a part is there and whole; a damaged one is set aside."""
+def _is_there(folder: Path, index: dict[str, Any], part: range) -> bool:
+    """Whether a part is there and whole; a damaged one, or one of other rollouts, is set aside."""
     path = _part_file(folder, part)
     if not path.exists():
         return False
     try:
-        read_header(path)
+        of = read_header_and_metadata(path)[1].get("of")
     except DataError:
-        set_aside(path)
-        return False
-    return True
+        of = None
+    if of == _part_of(index, part):
+        return True
+    set_aside(path)
+    return False
 
 
 def _read_part(
-    path: Path, windows: int, manifest: WindowManifest, store: EpisodeStore, seeds: int, horizons: list[int]
+    folder: Path,
+    index: dict[str, Any],
+    part: range,
+    manifest: WindowManifest,
+    store: EpisodeStore,
+    seeds: int,
+    horizons: list[int],
 ) -> Made:
     """One part, its shapes checked against what the settings say before anything is read. DataError when damaged."""
+    path, windows = _part_file(folder, part), len(part)
     size = (store.height, store.width, 3)
     names = {"model": manifest.horizon} | {f"forced_{h}": 1 for h in horizons if h > 1}
     names |= dict.fromkeys(CONTROLS if store.action_space.width else (), manifest.horizon)
@@ -250,13 +263,16 @@ def _read_part(
         for i in range(seeds):
             expected[f"{name}.{i}.frames"] = ("U8", (windows, frames, *size))
             expected[f"{name}.{i}.finite"] = ("U8", (windows, frames))
-    found = {name: (t.dtype, tuple(t.shape)) for name, t in read_header(path).items()}
+    header, says = read_header_and_metadata(path)
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in header.items()}
     if found != expected:
         wrong = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
         raise DataError(f"{path} does not hold what {INDEX} says ({wrong[0]} differs): delete it and generate again")
+    if says.get("of") != _part_of(index, part):
+        raise DataError(f"{path} holds other rollouts than {INDEX} says: delete it and generate again")
     try:
         arrays, metadata = read_arrays(path)
-        if metadata["checksum"] != checksum(arrays, [metadata["seconds"]]):
+        if metadata["checksum"] != checksum(arrays, [metadata["of"], metadata["seconds"]]):
             raise ValueError("its checksum does not fit its content")
         seconds = parse_object(metadata["seconds"])
         rollouts = {

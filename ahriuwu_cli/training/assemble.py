@@ -104,6 +104,9 @@ def assemble(
     dynamics, run, found = world.dynamics, Run(out, config, facts, command, writes=group.leads), None
     if init_from is not None and not (there and run.states.newest()):
         start = group.together(lambda: start_from(init_from, dynamics.config, tokenizer))
+        if start.action_space != store.action_space and group.leads:
+            mine, its = (", ".join(space.column_names) for space in (store.action_space, start.action_space))
+            announce(f"{init_from} knows the actions {its}, and {store.path} has {mine}")
         dynamics.load_state_dict(start.dynamics.state_dict(), strict=True)
     pack = group.together(lambda: open_pack(store, tokenizer, "train", progress), lead_first=True)
     if init_from is None:

@@ -146,8 +146,14 @@ def _load_world(folder: Path, where: torch.device) -> World:
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether a world is there as it was saved, by its hashes; nothing is loaded."""
-    return _is_sealed(folder, "dynamics", WORLD) and is_sound_tokenizer(folder / "tokenizer")
+    """Whether a world is there as it was saved, by its hashes, with the tokenizer that it was trained with."""
+    inside = folder / "tokenizer"
+    if not (_is_sealed(folder, "dynamics", WORLD) and is_sound_tokenizer(inside)):
+        return False
+    try:
+        return load_tokenizer(inside).fingerprint() == read_config(folder, "dynamics", WORLD)["tokenizer_hash"]
+    except CheckpointError:
+        return False
 
 
 def is_sound_tokenizer(folder: Path) -> bool:
