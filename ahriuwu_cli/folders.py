@@ -19,7 +19,7 @@ from typing import TypeVar
 from ahriuwu_cli.disk import NO_LOCKS, call_it, exchange, hold, lock, random_digits, sync
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.lock import refuse_alive
-from ahriuwu_cli.places import check_folder, refuse_to_take_away
+from ahriuwu_cli.places import check_folder, refuse_other_kind, refuse_to_take_away
 from ahriuwu_cli.stopping import unbroken, undoing
 
 NO_FOLDER_LOCKS = NO_LOCKS | {errno.EBADF}  # some disks lock files alone
@@ -37,12 +37,19 @@ class replacing:
     A signal that ends the program removes the hidden folder; what a killed process left is removed by the next that
     writes the same folder: the writer holds a lock on it (`flock`) as long as it lives. overwrite False: what another
     process put there meanwhile is kept, with a UserError. An OSError names `folder`, not what is hidden. then: called
-    once the folder has its name, before a signal can end the program again.
+    once the folder has its name, before a signal can end the program again. own: what overwrite may replace
+    (`places.refuse_other_kind`), looked at once more at the end; None where the folder's owner has seen to that.
     """
 
-    def __init__(self, folder: Path, overwrite: bool = True, then: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        overwrite: bool = True,
+        then: Callable[[], None] = lambda: None,
+        own: tuple[str, ...] | None = None,
+    ) -> None:
         self.folder = Path(os.path.realpath(folder)) if Path(folder).is_symlink() else Path(folder)
-        self.overwrite, self._then = overwrite, then
+        self.overwrite, self._then, self._own = overwrite, then, own
         self.temporary: Path | None = None
 
     def __enter__(self) -> Path:
@@ -83,6 +90,8 @@ class replacing:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         refuse_alive(self.folder)
         refuse_to_take_away(self.folder)
+        if self.overwrite and self._own is not None:
+            refuse_other_kind(self.folder, *self._own)
         with unbroken():
             put_in_place(self.temporary, self.folder, self.overwrite)
             self._then()
@@ -187,6 +196,8 @@ def made(folder: Path) -> Iterator[None]:
         for each in missing:
             try:
                 each.rmdir()
+            except FileNotFoundError:
+                continue  # it was never made
             except OSError:
                 break
 

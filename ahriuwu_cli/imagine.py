@@ -59,7 +59,7 @@ def imagine(
     config = world.generation_with(given)
     world.check_generation(config)
     prompts = read_prompts(world, request)
-    with replacing(out, overwrite, then) as folder:
+    with replacing(out, overwrite, then, own=()) as folder:
         with Film(world, request, prompts, folder, scale) as film:
             for first, frames in _generate(world, request, prompts, config, progress):
                 film.add(first, frames)

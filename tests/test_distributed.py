@@ -179,6 +179,19 @@ def test_a_run_that_goes_on_with_other_micro_batches_or_threads_says_so(folder, 
     assert len(said) == 1  # a finished run does nothing in any other way
 
 
+@pytest.mark.parametrize(("first", "then"), [(1, 4), (4, 1), (2, 4)])
+def test_the_means_of_a_line_are_those_of_its_steps_whatever_micro_batches_they_had(folder, tmp_path, first, then):
+    config = replace(CONFIG, log_every=6, accumulate=first)
+    losses = []
+    for name, change, stop in (("whole", {}, 6), ("changed", {"accumulate": then}, 2)):
+        train(trainer_for(folder, config, tmp_path / name, ALONE), stop_at=stop)
+        train(trainer_for(folder, replace(config, **change), tmp_path / name, ALONE))
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses += [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2
+    assert abs(losses[0] - losses[1]) < 2e-6
+
+
 @pytest.mark.parametrize("mode", PARALLEL)
 def test_files_are_written_once_and_are_those_of_one_process(folder, mode):
     def names(run: Path) -> list[str]:

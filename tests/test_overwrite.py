@@ -386,6 +386,41 @@ def test_what_came_into_the_folder_that_is_to_be_replaced_while_a_command_worked
     assert [p.name for p in tmp_path.rglob("*")] == ["x", "data", "dataset.json"]
 
 
+MEANWHILE = {  # command: where it works, and what may not go
+    f"train dynamics data --tokenizer tok --out x {TRAIN}": ("training.assemble.open_pack", "world"),
+    "train tokenizer data --out x --patch 8 --latent-dim 4": ("training.tokenizer_quality.reconstruction", "run"),
+    "export world --out x --prompts data --clips 1 --frames 4": ("training.export.draw_windows", "tokenizer"),
+    "rollout world data --out x --split train --length 2 --context 2": ("imagine.read_prompts", "world"),
+}
+
+
+@pytest.mark.parametrize("words", MEANWHILE)
+def test_another_kind_that_came_to_out_while_a_command_worked_is_not_taken_away(place, monkeypatch, capsys, words):
+    takes, what = MEANWHILE[words]
+    module, name = takes.rsplit(".", 1)
+    module = importlib.import_module(f"ahriuwu_cli.{module}")
+    before = getattr(module, name)
+
+    def meanwhile(*arguments, **named):
+        if what == "run":
+            (place / "x").mkdir()
+            (place / "x" / "run.json").write_text('{"kind": "dynamics"}')
+        else:
+            shutil.copytree(place / {"world": "world", "tokenizer": "tok"}[what], place / "x")
+        return before(*arguments, **named)
+
+    monkeypatch.setattr(module, name, meanwhile)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), "--overwrite"])
+    assert stop.value.code == 2
+    assert f"--overwrite would take away the {what} x: choose another --out" in capsys.readouterr().err
+    there = {p.name for p in (place / "x").iterdir()}
+    assert there == (
+        {"run.json"} if what == "run" else {p.name for p in (place / {"tokenizer": "tok"}.get(what, what)).iterdir()}
+    )
+    assert not [p for p in place.iterdir() if p.name.startswith(".")]
+
+
 def test_a_folder_that_cannot_lose_its_name_is_refused_before_the_work(tmp_path, monkeypatch):
     (out := tmp_path / "out").mkdir()
     for holds in ("results", "rollout", "world"):

@@ -1,8 +1,10 @@
 """Recorders: actions[t] takes frames[t] to frames[t+1] in every source, seeds repeat, nothing is littered."""
 
 import itertools
+import mmap
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +212,32 @@ def test_an_engine_that_was_killed_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="the game's engine has ended by itself"):
         list(episodes)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_shared_with_an_engine_that_is_gone_is_removed_and_that_of_another_stays(tmp_path):
+    from ahriuwu_cli.data.doom_guard import SHARED, Guard, instances
+
+    if not SHARED.is_dir():
+        pytest.skip("the system has no such folder")
+    names = {kind: f"ahriuwutest{os.getpid()}{kind}" for kind in ("before", "mine", "foreign")}
+    files, maps = {kind: SHARED / f"ViZDoomMQCtr{name}" for kind, name in names.items()}, []
+    try:
+        for kind, file in files.items():
+            file.write_bytes(bytes(4096))
+            if kind == "mine":
+                guard = Guard(tmp_path / "litter")
+            if kind != "foreign":
+                with open(file, "r+b") as opened:
+                    maps.append(mmap.mmap(opened.fileno(), 0))
+        assert instances(os.getpid()) == {names["before"], names["mine"]}
+        time.sleep(1)  # it looks every 10 ms from when its interpreter has started
+        guard.end()
+        assert {kind for kind, file in files.items() if file.exists()} == {"before", "foreign"}
+    finally:
+        for file in files.values():
+            file.unlink(missing_ok=True)
+        for each in maps:
+            each.close()
 
 
 def _pan(a, b):

@@ -320,6 +320,25 @@ def test_a_run_that_cannot_hold_its_new_folder_leaves_none(tmp_path, monkeypatch
         with pytest.raises(TrainingError, match=r"\.lock \(No space left .*: make room; nothing was trained"):
             begun(folder)
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    monkeypatch.undo()
+    monkeypatch.setattr("ahriuwu_cli.training.run_folder.write_whole", full)  # there is room for the lock alone
+    with pytest.raises(TrainingError, match=r"run\.json \(No space left .*: make room; nothing was trained"):
+        begun(tmp_path / "new" / "run")
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+
+
+def test_parents_that_were_made_for_a_folder_that_could_not_be_are_removed(tmp_path, monkeypatch):
+    mkdir = os.mkdir
+
+    def full(path, *more, **named):
+        if os.fspath(path).endswith("b"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        mkdir(path, *more, **named)
+
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(TrainingError, match="make room; nothing was trained"):
+        begun(tmp_path / "a" / "b" / "c")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_line_for_which_there_is_no_room_leaves_no_half_of_itself(tmp_path):

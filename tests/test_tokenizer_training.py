@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from safetensors.torch import save_file
 from small import LEARNERS, small_dataset
 
 from ahriuwu_cli.config import PRECISIONS
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
 from ahriuwu_cli.models import products
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizerConfig
 from ahriuwu_cli.training import losses, tokenizer_loop
+from ahriuwu_cli.training.checkpoint import load_tokenizer
+from ahriuwu_cli.training.config_json import seal
 from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_state
@@ -52,7 +56,7 @@ def stop_after(steps: int) -> tuple[StopRequest, object]:
 def test_the_tokenizer_is_written_while_no_other_run_may_begin_in_its_folder(store, tmp_path):
     config, kept = CONFIG, []
 
-    def keep(tokenizer) -> None:
+    def keep(tokenizer, is_there) -> None:
         with pytest.raises(UserError, match="alive"):
             train_transformer_tokenizer(store, dataclasses.replace(config, seed=7), tmp_path / "r", overwrite=True)
         kept.append(tokenizer)
@@ -113,6 +117,41 @@ def test_info_describes_the_tokenizer_of_a_run_once_it_is_there(store, tmp_path,
     save_tokenizer(tokenizer, tmp_path / "r" / "tokenizer", {})
     code, said, _ = run("info", tmp_path / "r")
     assert (code, tokenizer.fingerprint() in said) == (0, True)
+
+
+def test_a_tokenizer_of_another_run_or_kind_is_not_taken_for_a_runs_own(tmp_path, run):
+    small_dataset(tmp_path / "data", episodes=6)
+    command = [
+        "train",
+        "tokenizer",
+        tmp_path / "data",
+        "--kind",
+        "transformer",
+        "--steps",
+        1,
+        "--patch",
+        8,
+        "--batch",
+        1,
+    ]
+    command += ["--frames", 2, "--tokens", 4, "--latent-dim", 8, "--device", "cpu", "--out"]
+    for name, more in (("r", ()), ("other", ("--seed", 1)), ("more", ("--steps", 2))):
+        assert run(*command, tmp_path / name, *more)[0] == 0
+    linear = ["train", "tokenizer", tmp_path / "data", "--patch", 8, "--latent-dim", 6, "--out", tmp_path / "l"]
+    assert run(*linear)[0] == 0
+    mine, here = load_tokenizer(tmp_path / "r" / "tokenizer").fingerprint(), tmp_path / "r" / "tokenizer"
+    for foreign in (tmp_path / "other" / "tokenizer", tmp_path / "more" / "tokenizer", tmp_path / "l"):
+        shutil.rmtree(here)
+        shutil.copytree(foreign, here)
+        code, _, said = run(*command, tmp_path / "r")
+        assert (code, "tokenizer is missing, damaged or another run's, and made anew" in said) == (0, True), said
+        assert load_tokenizer(here).fingerprint() == mine
+    code, _, said = run(*command, tmp_path / "r")
+    assert (code, "made anew" in said) == (0, False)
+    config = read_object(here / "config.json")  # as an older version wrote it
+    del config["facts"]["train"]
+    (here / "config.json").write_text(json.dumps(seal(config)))
+    assert "made anew" not in run(*command, tmp_path / "r")[2]
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

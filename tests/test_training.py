@@ -159,11 +159,16 @@ def left_with_its_tokenizer_alone(world):
     (world / "model.safetensors").unlink()
 
 
-def replaced_by_another_runs(world):
-    path = world / "config.json"
-    document = json.loads(path.read_text())
-    document["facts"]["train"]["seed"] += 1
-    path.write_text(json.dumps(seal(document)))
+def stating(change):
+    """A world that states something else, under a hash that fits."""
+
+    def replaced(world):
+        path = world / "config.json"
+        document = json.loads(path.read_text())
+        change(document)
+        path.write_text(json.dumps(seal(document)))
+
+    return replaced
 
 
 def given_another_tokenizer(world):
@@ -173,8 +178,10 @@ def given_another_tokenizer(world):
 
 
 LOSSES = [
-    shutil.rmtree, replaced_by_a_file, left_with_its_tokenizer_alone, replaced_by_another_runs,
-    given_another_tokenizer,
+    shutil.rmtree, replaced_by_a_file, left_with_its_tokenizer_alone, given_another_tokenizer,
+    stating(lambda d: d["facts"]["train"].update(seed=7)), stating(lambda d: d["facts"].update(init_from="/a/world")),
+    stating(lambda d: d["facts"]["train"].update(muon_momentum=0.5)),
+    stating(lambda d: d["action_space"]["components"][0].update(labels=["A", "B"])),
     lambda world: (world / "model.safetensors").write_bytes(b""),
     lambda world: (world / "model.safetensors").unlink(), lambda world: (world / "config.json").unlink(),
 ]  # fmt: skip
@@ -204,6 +211,20 @@ def test_a_world_that_was_lost_is_made_anew_and_said(data, tmp_path, damage):
     damage(tmp_path / "b" / "best")
     assert "best is missing" in run(data, tmp_path / "b").run.found
     assert load_world(tmp_path / "b" / "best", "cpu").facts["step"] >= 4
+
+
+def test_a_best_in_the_place_of_last_is_put_right(data, tmp_path):
+    first = run(data, tmp_path / "r", replace(CONFIG, preview_every=1))
+    places = {name: tmp_path / "r" / name for name in ("best", "last")}
+    hashes = {name: weights_hash(load_world(path, "cpu")) for name, path in places.items()}
+    if hashes["best"] == hashes["last"]:
+        pytest.skip("the last world is the best one")
+    shutil.rmtree(places["last"])
+    shutil.copytree(places["best"], places["last"])
+    again = run(data, tmp_path / "r", replace(CONFIG, preview_every=1))
+    assert "; last is missing, damaged or another run's, and made anew" in again.run.found
+    assert weights_hash(load_world(places["last"], "cpu")) == hashes["last"]
+    assert first.finished
 
 
 class Ended(BaseException):

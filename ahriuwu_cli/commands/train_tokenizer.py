@@ -103,16 +103,17 @@ def _linear(
     from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.checkpoint import pick_device
+    from ahriuwu_cli.training.run_folder import OWN
     from ahriuwu_cli.training.tokenizer_quality import check_split
 
     check_folder(out, overwrite, holds="tokenizer")
-    refuse_other_kind(out, "tokenizer", "tokenizer's run")
+    refuse_other_kind(out, *OWN["tokenizer"])
     pick_device(device)
     store = EpisodeStore.open(dataset)
     check_split(store, "val")
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:
         tokenizer = fit_linear_tokenizer(store, values.pair(patch), latent_dim, whitening, progress)
-    return tokenizer, _write_tokenizer(tokenizer, store, out, overwrite, then=lambda: complete(out)), out
+    return tokenizer, _write_tokenizer(tokenizer, store, out, overwrite, lambda: complete(out), OWN["tokenizer"]), out
 
 
 def _transformer(
@@ -131,7 +132,7 @@ def _transformer(
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.startup import complete
-    from ahriuwu_cli.training.checkpoint import is_sound_tokenizer, load_tokenizer, pick_device, tokenizer_facts
+    from ahriuwu_cli.training.checkpoint import load_tokenizer, pick_device, tokenizer_facts
     from ahriuwu_cli.training.restart import command_line
     from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
     from ahriuwu_cli.training.tokenizer_quality import check_split
@@ -143,9 +144,9 @@ def _transformer(
 
     written = []
 
-    def keep(tokenizer) -> None:  # under the run's lock: afterwards the folder may become another run's
-        if not is_sound_tokenizer(folder):  # else written by this run, which had come to its end
-            _write_tokenizer(tokenizer, store, folder)
+    def keep(tokenizer, is_there: bool) -> None:  # under the run's lock: afterwards the folder may become another run's
+        if not is_there:  # else written by this run, which had come to its end
+            _write_tokenizer(tokenizer, store, folder, train=config.to_json())
         written.extend((load_tokenizer(folder), tokenizer_facts(folder)["val"]))
 
     with bar("train tokenizer", "step", quiet=quiet) as progress:
@@ -157,15 +158,18 @@ def _transformer(
     return *written, folder
 
 
-def _write_tokenizer(tokenizer, store, folder: Path, overwrite: bool = True, then=lambda: None) -> dict:
+def _write_tokenizer(
+    tokenizer, store, folder: Path, overwrite: bool = True, then=lambda: None, own=None, **more
+) -> dict:
     """Save a tokenizer with its reconstruction on the val split, which comes back."""
     from ahriuwu_cli.training.checkpoint import save_tokenizer
     from ahriuwu_cli.training.tokenizer_quality import reconstruction
     from ahriuwu_cli.training.versions import versions
 
     quality = reconstruction(tokenizer, store, "val")
-    facts = {**versions(), "dataset": store.name, "dataset_fingerprint": store.fingerprint, "val": quality}
-    save_tokenizer(tokenizer.cpu(), folder, facts, overwrite, then)
+    data = {"dataset": store.name, "dataset_fingerprint": store.fingerprint}
+    facts = {**versions(), **data, "val": quality, **more}
+    save_tokenizer(tokenizer.cpu(), folder, facts, overwrite, then, own)
     return quality
 
 

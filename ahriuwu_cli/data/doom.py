@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.calls import Calls, Lost
-from ahriuwu_cli.data.doom_guard import Guard, engines, shared_by
+from ahriuwu_cli.data.doom_guard import Guard, engines
 from ahriuwu_cli.data.recording import RecordConfig, Recorded, record_episodes
 from ahriuwu_cli.disk import random_digits
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
@@ -60,13 +60,11 @@ class DoomWorld:
         self.action_space, self._order = _action_space([b.name for b in game.get_available_buttons()])
         self._folder = litter = Path(tempfile.gettempdir()) / f"ahriuwu-doom-{random_digits()}"
         self._guard, self._calls = Guard(litter), Calls(self._has_ended)
-        self._shared: list[Path] = []
         home = Path.cwd()
         try:
             litter.mkdir(mode=0o700)
             os.chdir(litter)  # the engine writes _vizdoom/ and _vizdoom.ini where it is started
             self._calls.do(game.init)
-            self._shared = [left for pid in self._engines() for left in shared_by(pid)]
         except OSError:
             self._end()
             raise
@@ -100,12 +98,10 @@ class DoomWorld:
         except raised as error:
             raise DataError(f"the game's engine has ended by itself ({error}): see why, and record again") from None
 
-    def _engines(self) -> list[int]:
-        return [pid for pid in engines(os.path.realpath(self._folder)) if pid != os.getpid()]
-
     def _has_ended(self) -> bool:
         """Whether there is no engine. Where there is no /proc nobody knows."""
-        return Path("/proc/self/cwd").exists() and not self._engines()
+        there = set(engines(os.path.realpath(self._folder))) - {os.getpid()}
+        return Path("/proc/self/cwd").exists() and not there
 
     def close(self) -> None:
         """Stop the engine and remove its files."""
@@ -118,8 +114,6 @@ class DoomWorld:
     def _end(self) -> None:
         self._guard.end()
         self._calls.end()
-        for left in self._shared:  # by an engine that was killed
-            left.unlink(missing_ok=True)
 
 
 def record_doom(config: RecordConfig) -> Iterator[Recorded]:

@@ -2,13 +2,15 @@
 
 The engine is started by a library, which neither tells its pid nor ends it with us. It is known by the folder that it
 was started in, which is nobody else's. The guard sleeps on a pipe whose other end the recorder holds: the system closes
-it for a recorder that was killed, too. On a system without /proc it finds no engine and removes the folder alone.
+it for a recorder that was killed, too. The memory that both share is known from the recorder's own maps, so that an
+engine may be gone already. On a system without /proc it finds neither and removes the folder alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+LOOK = 0.01  # seconds between looks for the memory that recorder and engine share, until it is there
 SHARED = Path("/dev/shm")  # where the engine's pictures (10 MB) and messages pass
 
 
@@ -31,7 +34,7 @@ class Guard:
         self._undone = ExitStack()
         self._undone.enter_context(undoing(self.end))
         self._process = subprocess.Popen(
-            [sys.executable, "-IS", __file__, str(folder)],
+            [sys.executable, "-IS", __file__, str(folder), *instances(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -55,30 +58,36 @@ def engines(folder: str) -> list[int]:
     return found
 
 
-def shared_by(engine: int) -> list[Path]:
-    """The memory that an engine shares with its recorder, by the name on its command line. OSError when it is gone."""
-    words = Path(f"/proc/{engine}/cmdline").read_bytes().split(b"\0")
-    name = words[words.index(b"+viz_instance_id") + 1].decode() if b"+viz_instance_id" in words else ""
-    return list(SHARED.glob(f"ViZDoom*{name}")) if re.fullmatch(r"\w+", name) else []
+def instances(recorder: int) -> set[str]:
+    """The names of engines that a process shares memory with, from before they start until it lets go of it."""
+    with suppress(OSError):
+        return set(re.findall(rf"{SHARED}/ViZDoom(?:MQCtr|MQDoom|SM)(\w+)", Path(f"/proc/{recorder}/maps").read_text()))
+    return set()
 
 
-def clear_away(folder: str, recorder: int) -> None:
-    """Kill the engines of a folder; remove it and the memory that they share with their recorder.
+def watch(recorder: int, others: set[str]) -> set[str]:
+    """Sleep until the recorder lets go of the pipe, which its end does too; the names of its engines but for others."""
+    names: set[str] = set()
+    while not select.select([sys.stdin], [], [], None if names else LOOK)[0]:
+        names = instances(recorder) - others
+    return names
+
+
+def clear_away(folder: str, recorder: int, names: set[str]) -> None:
+    """Kill the engines of a folder; remove it, and the memory of the engines of these names.
 
     recorder: a process that is spared: it works in the folder itself while it starts the engine.
     """
     for pid in (pid for pid in engines(folder) if pid != recorder):
         with suppress(OSError):
-            shared = shared_by(pid)
             os.kill(pid, signal.SIGKILL)
-            for left in shared:
-                left.unlink(missing_ok=True)
+    for left in (left for name in names for left in SHARED.glob(f"ViZDoom*{name}")):
+        left.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    parent = os.getppid()
+    parent, place = os.getppid(), os.path.realpath(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    sys.stdin.buffer.read()
-    clear_away(os.path.realpath(sys.argv[1]), parent)
+    clear_away(place, parent, watch(parent, set(sys.argv[2:])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,8 +91,7 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
             if fault := clock.fault() or broken(Path(path)):
                 raise DataError(f"{path} is damaged ({fault}): restore it, or convert what is left of it first")
         except (av.error.FFmpegError, ValueError, OverflowError, MemoryError) as error:
-            if memory.at_limit():  # then it may be anybody's, and says nothing of the video
-                raise MemoryError(str(error)) from None
+            _raise_for_memory(error)
             if not isinstance(error, av.error.FFmpegError):  # frames in a form that cannot be shown
                 raise DataError(f"{path} holds a frame that cannot be decoded ({error}): convert it first") from None
             raise DataError(
@@ -149,14 +149,22 @@ def _container(path: Path, limits: Sequence[int]):
                 stream_options=[{"max_pixels": str(most)} for most in limits],
             )
         except (av.error.FFmpegError, Broken) as error:
-            if memory.at_limit():
-                raise MemoryError(str(error)) from None
+            _raise_for_memory(error)
             what = str(error) if isinstance(error, Broken) else error.strerror
             raise DataError(
                 f"{path} cannot be read as video ({what}): give an mp4, mkv, webm, avi, mov or gif"
             ) from None
         with container:
             yield container, file
+
+
+def _raise_for_memory(error: Exception) -> None:
+    """MemoryError where an error may be one near the limit of memory; data that are invalid are so anywhere."""
+    import av
+
+    lacking = isinstance(error, (MemoryError, av.error.ExternalError))
+    if (lacking or getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN)) and memory.at_limit():
+        raise MemoryError(str(error)) from None
 
 
 def _check_memory(path: Path | str, context: av.VideoCodecContext, threads: int) -> None:

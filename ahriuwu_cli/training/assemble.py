@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -104,9 +104,8 @@ def assemble(
     dynamics, run, found = world.dynamics, Run(out, config, facts, command, writes=group.leads), None
     if init_from is not None and not (there and run.states.newest()):
         start = group.together(lambda: start_from(init_from, dynamics.config, tokenizer))
-        if start.action_space != store.action_space and group.leads:
-            mine, its = (", ".join(space.column_names) for space in (store.action_space, start.action_space))
-            announce(f"{init_from} knows the actions {its}, and {store.path} has {mine}")
+        for differs in _differences(start, store) if group.leads else ():
+            announce(f"{init_from} {differs}")
         dynamics.load_state_dict(start.dynamics.state_dict(), strict=True)
     pack = group.together(lambda: open_pack(store, tokenizer, "train", progress), lead_first=True)
     if init_from is None:
@@ -126,6 +125,18 @@ def assemble(
         if changed and group.leads and not trainer.finished:
             announce(changed)
     return trainer
+
+
+def _differences(start: World, store: EpisodeStore) -> Iterator[str]:
+    """What a run's start is used to and its data have otherwise, though the shapes fit."""
+    if start.action_space != store.action_space:
+        its, mine = (
+            ", ".join(name for c in space.components for name in c.labels or [c.name])
+            for space in (start.action_space, store.action_space)
+        )
+        yield f"knows the actions {its}, and {store.path} has {mine}"
+    if start.fps != store.fps:
+        yield f"imagines {start.fps:g} frames a second, and {store.path} has {store.fps:g}"
 
 
 def _unfitted(store: EpisodeStore, patch: tuple[int, int], latent_dim: int) -> LinearTokenizer:

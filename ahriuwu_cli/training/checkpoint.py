@@ -172,13 +172,18 @@ def _is_sealed(folder: Path, kind: str, names: set[str]) -> bool:
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer, folder: Path, facts: dict, overwrite: bool = True, then: Callable[[], None] = lambda: None
+    tokenizer: Tokenizer,
+    folder: Path,
+    facts: dict,
+    overwrite: bool = True,
+    then: Callable[[], None] = lambda: None,
+    own: tuple[str, ...] | None = None,
 ) -> None:
     """Write a tokenizer folder, temporary name first. overwrite False: UserError where something came meanwhile.
 
-    then: as of `replacing`.
+    then, own: as of `replacing`.
     """
-    with replacing(folder, overwrite, then) as temporary:
+    with replacing(folder, overwrite, then, own) as temporary:
         _write_module(temporary, tokenizer, _tokenizer_document(tokenizer, facts))
 
 

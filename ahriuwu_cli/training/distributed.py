@@ -169,8 +169,8 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
         if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
             raise
         raise TrainingError(
-            f"process {rank} of {world} lost the others ({_reason(error)}): see which failed first, then go on with "
-            "--resume"
+            f"process {rank} of {world} lost the others ({_reason(error)}): see which failed first, then give the "
+            "same command again"
         ) from error
     else:
         dist.destroy_process_group()

@@ -77,7 +77,7 @@ def export(
     )
     _check_held(slim, weights)
     scores = None if evidence is None else _scores(evidence, world, slim)
-    with replacing(out, overwrite, then) as folder:
+    with replacing(out, overwrite, then, own=("world",)) as folder:
         if windows:  # before the folder is a checkpoint, among whose files nobody else may write
             _write_prompts(folder / PROMPT, prompts, windows, frames)
         fill_with_world(slim, folder)

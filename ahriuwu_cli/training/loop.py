@@ -265,9 +265,15 @@ class _Log:
         """Whether these can be sums of squares and counts of them, so that the means of a line are numbers."""
         return bool((sums >= 0).all() and (sums[1] == sums[1].round()).all())
 
-    def go_on(self, sums: Tensor, norms: list[float]) -> None:
-        """Take up what `unfinished` gave: a line's means are over the same steps, whatever stopped the run between."""
+    def go_on(self, sums: Tensor, norms: list[float], shares: int, before: int) -> None:
+        """Take up what `unfinished` gave: a line's means are over the same steps, whatever stopped the run between.
+
+        shares: of a step, by micro-batches and processes, now and before. Each of their losses has counted 1.
+        """
         self.terms, self.bins = (part.clone() for part in sums.split([len(self.TERMS), self.BINS], dim=1))
+        if shares != before:
+            total, count = self.terms[:, 0]
+            self.terms[:, 0] = torch.stack([total * shares / before, (count / before).round() * shares])
         self.norms = list(norms)
 
     def line(self, group: Group) -> dict:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.config import ADDED, TrainConfig
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.errors import CheckpointError
-from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, save_tokenizer, save_world
+from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, load_tokenizer, save_tokenizer, save_world
 from ahriuwu_cli.training.run_folder import WRITTEN, Announce, Asked, RunFolder, goes_on, read_run
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
@@ -90,28 +90,38 @@ class Run(RunFolder):
         trainer.best = None if "best" in self.lacking else document["best"]  # lost: the next preview is the best
         trainer.finished = self.is_finished(document)
         if "log" in tensors and trainer.group.leads:  # the sums of all
-            trainer.log.go_on(tensors["log"], document.get("grad_norms", []))
+            shares = trainer.config.accumulate * trainer.group.world
+            before = document.get("accumulate", trainer.config.accumulate) * document.get("processes", 1)
+            trainer.log.go_on(tensors["log"], document.get("grad_norms", []), shares, before)
         return {"processes": 1, "parallel": "none"} | document
 
     def lost(self, document: dict[str, Any]) -> list[str]:
-        """Worlds that a run at this state has written, and that are not there, or damaged."""
+        """Worlds that a run at this state has written, and that are not there, damaged, or not this run's."""
         written = ["best"] if document.get("best") is not None else []
         written += ["last"] if self.is_finished(document) else []
-        return [name for name in written if not self._is_own(name)]
+        return [name for name in written if not self._is_own(name, document)]
 
-    def _is_own(self, name: str) -> bool:
+    def _is_own(self, name: str, document: dict[str, Any]) -> bool:
         """Whether a world is there whole, and of this run: sound ones of others may have been put in its place."""
         if not is_sound(self.folder / name):
             return False
-        says = read_object(self.folder / name / "config.json")["facts"]
+        told = read_object(self.folder / name / "config.json")
+        says, asked = told["facts"], ADDED | self.asked["config"] | self.asked["facts"]
         trained = says.get("train")
-        pairs = [
-            (asked[key], there[key])
-            for asked, there in ((self.asked["config"], trained), (self.asked["facts"], says))
-            for key in asked.keys() & (there.keys() if isinstance(there, dict) else set())
-            if key not in (*FREE, "init_from")  # may have changed since, or be typed in another way
-        ]
-        return all(one == other for one, other in pairs)
+        there = {"action_space": told["action_space"]} | says | (trained if isinstance(trained, dict) else {})
+        asked["action_space"] = self.asked["facts"].get("architecture", {}).get("action_space")
+        if self.is_finished(document):  # of another, the best may be newer than the state
+            asked |= {"preview_gain_db": document["best"]} | ({"step": document["step"]} if name == "last" else {})
+        free = (*FREE, "init_from")  # may have changed since
+        same = all(asked[key] == there[key] for key in asked.keys() & there.keys() if key not in free)
+        return same and self._starts_alike(says.get("init_from"))
+
+    def _starts_alike(self, start: object) -> bool:
+        """Whether a world started from what this run started from: one path, typed in whatever way, or moved since."""
+        mine = {self.asked["facts"].get("init_from"), self._said.get("facts", {}).get("init_from")}
+        if start in mine or not isinstance(start, str):
+            return start in mine
+        return os.path.realpath(start) in {os.path.realpath(path) for path in mine if path is not None}
 
     def keep_tokenizer(self, tokenizer: Tokenizer, announce: Announce) -> None:
         """Write the tokenizer that is this run's own, unless it is there, so that going on needs no second fit."""
@@ -168,9 +178,10 @@ def is_own_tokenizer(given: Path | None, out: Path) -> bool:
 
 
 def copy_of_tokenizer(folder: Path) -> Path | None:
-    """Where a run that lost the tokenizer it fitted has a sound copy, within one of its worlds."""
+    """Where a run that lost the tokenizer it fitted has a copy of just that, within one of its worlds."""
+    wanted = _said_in(folder).get("facts", {}).get("tokenizer_hash")
     copies = (folder / world / "tokenizer" for world in ("best", "last"))
-    return next((copy for copy in copies if is_sound_tokenizer(copy)), None)
+    return next((c for c in copies if is_sound_tokenizer(c) and load_tokenizer(c).fingerprint() == wanted), None)
 
 
 def has_fitted(folder: Path) -> bool | None:

@@ -39,7 +39,7 @@ from ahriuwu_cli.training.versions import versions
 
 WRITTEN = ("run.json", run_log.NAME, "best", "last", "tokenizer", "state")  # under hidden names first
 _SAVED = "state_saved"  # of run.json
-_OWN = {"dynamics": ("run",), "tokenizer": ("tokenizer", "tokenizer's run")}  # what --overwrite may replace
+OWN = {"dynamics": ("run",), "tokenizer": ("tokenizer", "tokenizer's run")}  # what --overwrite may replace
 _HIDDEN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.\d+\.(tmp|old)")
 
 Announce = Callable[[str], None]
@@ -78,14 +78,28 @@ class RunFolder:
         """A new run in an empty or absent folder, or in place of what is there. UserError when that may not be."""
         if not self.writes:
             return
+        fresh = not os.path.lexists(self.folder)
         with self.writing("nothing was trained"), made(self.folder):
+            if overwrite:
+                self._refuse_what_came()
             self._hold(announce)
             if not overwrite and _content(self.folder):  # somebody was quicker
                 raise UserError(f"{self.folder} is not empty any more: run the same command again")
             if overwrite:
-                refuse_to_take_away(self.folder)  # nor what came there since `goes_on` looked
-            self._clear(os.listdir(self.folder))
-            self._begin(more)
+                self._refuse_what_came()
+            try:
+                self._clear(os.listdir(self.folder))
+                self._begin(more)
+            except OSError:
+                if fresh:
+                    (self.folder / LOCK).unlink(missing_ok=True)
+                    self.release()
+                raise
+
+    def _refuse_what_came(self) -> None:
+        """UserError for what --overwrite may not replace, and came here since `goes_on` looked."""
+        refuse_to_take_away(self.folder)
+        refuse_other_kind(self.folder, *OWN[self.asked["kind"]])
 
     def go_on(
         self, announce: Announce, expected: Expected | None = None, **more: Any
@@ -293,7 +307,7 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
     refuse_alive(folder)
     if overwrite:
         refuse_to_take_away(folder)
-        refuse_other_kind(folder, *_OWN[asked["kind"]])
+        refuse_other_kind(folder, *OWN[asked["kind"]])
     content = _content(folder)
     if overwrite or not content:
         if resume:

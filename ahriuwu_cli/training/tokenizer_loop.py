@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows, enumerate_windows
 from ahriuwu_cli.errors import DataError, Interrupted, TrainingError
@@ -50,11 +51,11 @@ def train_transformer_tokenizer(
     announce: Callable[[str], None] | None = None,
     stop: StopRequest | None = None,
     command: str = "train tokenizer",
-    keep: Callable[[TransformerTokenizer], None] | None = None,
+    keep: Callable[[TransformerTokenizer, bool], None] | None = None,
 ) -> TransformerTokenizer:
     """Train on the train split and return the tokenizer, latents scaled to unit spread, in evaluation mode.
 
-    keep gets it while the run's folder still is this run's alone, to write it there.
+    keep gets it while the run's folder still is this run's alone, to write it there, and whether it is there already.
 
     It goes on with the same run where that is in run_dir already; resume insists on it. progress(steps done, steps in
     all); announce gets sentences for the user (which loss, where it goes on). UserError for a used folder or other
@@ -73,7 +74,7 @@ def train_transformer_tokenizer(
         trainer.model.eval()
         if keep is not None:
             with trainer.run.writing():
-                keep(trainer.model)
+                keep(trainer.model, trainer.run.has_made(trainer.run.folder / "tokenizer"))
     return trainer.model
 
 
@@ -111,8 +112,20 @@ class _TokenizerRun(RunFolder):
     product = "tokenizer"
 
     def lost(self, document: dict[str, Any]) -> list[str]:
-        there = document["step"] != document.get("total") or is_sound_tokenizer(self.folder / "tokenizer")
-        return [] if there else ["tokenizer"]
+        due = document["step"] == document.get("total")
+        return ["tokenizer"] if due and not self.has_made(self.folder / "tokenizer") else []
+
+    def has_made(self, folder: Path) -> bool:
+        """Whether a tokenizer is there whole, and of this run: by what it states. An older version's states less."""
+        if not is_sound_tokenizer(folder):
+            return False
+        document = read_object(folder / "config.json")
+        says, asked = document["facts"], {n: v for n, v in self.asked["config"].items() if n not in FREE}
+        trained = says.get("train")
+        there = {"architecture": document["architecture"], "kind": document["tokenizer"]} | says
+        there |= trained if isinstance(trained, dict) else {}
+        asked |= self.asked["facts"] | {"kind": TransformerTokenizer.kind}
+        return all(asked[key] == there[key] for key in asked.keys() & there.keys())
 
 
 class _Trainer:
