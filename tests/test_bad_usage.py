@@ -119,6 +119,7 @@ PATHS = {
     ("eval merge", "out"): (2, 2, 2),  # not a .csv
     ("eval score", "rollouts"): (3, 3, 3),
     ("export", "prompts"): DATA,
+    ("export", "average"): WORLD,
     ("export", "evidence"): DATA,
     ("export", "notes"): (2, None, 2),
     ("info", "path"): (3, 3, 3),

@@ -256,3 +256,33 @@ def test_the_card_of_a_world_that_was_scored_on_still_frames_says_so_and_is_writ
     assert run("eval", tmp_path / "world", tmp_path / "data", *asked)[0] == 0
     assert run("export", tmp_path / "world", "--out", tmp_path / "small", "--evidence", tmp_path / "ev")[0] == 0
     assert "| - |" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_two_stages_are_averaged_and_others_are_refused(place, run):
+    def other(change):
+        world = small_world()
+        change(world)
+        save_world(world, place / "other")
+        return place / "other"
+
+    def moved(world):
+        for parameter in world.dynamics.parameters():
+            parameter.add_(0.5)
+
+    words = ("export", place / "world", "--out", place / "mean", "--weights", "float32", "--average")
+    assert run(*words, other(moved))[0] == 0
+    mean, first = load_world(place / "mean"), small_world().dynamics.state_dict()
+    names = dict(mean.dynamics.named_parameters())
+    for name, tensor in mean.dynamics.state_dict().items():
+        expected = first[name] + 0.25 if name in names else first[name]
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-6)
+    assert set(mean.facts["averaged_with"]) >= {"weights_sha256"}
+    assert "| averaged with |" in (place / "mean" / "README.md").read_text()
+
+    def turned(world):
+        world.tokenizer.mean += 1
+
+    code, _, err = run(*words, other(turned), "--overwrite")
+    assert (code, err.count("\n")) == (4, 1)
+    assert "has another tokenizer than" in err
+    assert run(*words, place / "mean", "--overwrite")[0] == 2  # it is read

@@ -38,6 +38,9 @@ def export(
     steps: int = options.passes("Another default K, model passes a frame."),
     sampler: str = options.sampler("Another default sampler: shortcut, euler or renoise."),
     seed: int = options.seed("Seed by which prompts are drawn."),
+    average: Path = typer.Option(
+        None, help="World trained on from this one, or this from it: the weights become the mean of both."
+    ),
     evidence: Path = typer.Option(None, help="Folder of `ahriuwu eval`, whose scores go into the model card."),
     notes: Path = typer.Option(
         None, help="Text file with the first words of the model card: limits, licence of the art."
@@ -52,6 +55,7 @@ def export(
     from ahriuwu_cli.places import check_folder, refuse_other_kind
     from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.checkpoint import load_world
+    from ahriuwu_cli.training.export import averaged
     from ahriuwu_cli.training.export import export as write
 
     if prompts is None:
@@ -63,8 +67,11 @@ def export(
     except (OSError, ValueError) as error:
         raise UserError(f"{notes} cannot be read as text ({error}): give a text file") from None
     store = None if prompts is None else EpisodeStore.open(prompts)
+    world = load_world(checkpoint, "cpu")
+    if average is not None:
+        world = averaged(world, load_world(average, "cpu"))
     facts = write(
-        load_world(checkpoint, "cpu"), out, weights=weights, prompts=store, clips=clips, frames=frames, split=split,
+        world, out, weights=weights, prompts=store, clips=clips, frames=frames, split=split,
         pick=pick, seed=seed, generation={"steps": steps, "sampler": sampler}, evidence=evidence, notes=words,
         overwrite=overwrite, then=lambda: complete(out),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from ahriuwu_cli.data.documents import MAX_RESULT, as_text, read_object
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows
-from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.cell_check import check_scores
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.evaluation.metrics import gradient_energy
@@ -97,6 +97,31 @@ def export(
     }
 
 
+def averaged(world: World, other: World) -> World:
+    """A world with the mean of the weights of two that were trained one from the other (Wortsman et al. 2022).
+
+    CheckpointError unless both have one architecture, one tokenizer and the same actions. Its facts are those of the
+    first, with the other's command, step and weights under `averaged_with`.
+    """
+    differs = [
+        what
+        for what, one, two in (
+            ("architecture", world.dynamics.config, other.dynamics.config),
+            ("tokenizer", world.tokenizer.fingerprint(), other.tokenizer.fingerprint()),
+            ("actions", world.action_space, other.action_space),
+        )
+        if one != two
+    ]
+    if differs:
+        remedy = "average worlds that were trained one from the other"
+        raise CheckpointError(f"{other.path} has another {differs[0]} than {world.path}: {remedy}")
+    dynamics, theirs = deepcopy(world.dynamics), other.dynamics.state_dict()
+    dynamics.load_state_dict({n: t.lerp(theirs[n], 0.5) for n, t in world.dynamics.state_dict().items()})
+    said = {n: other.facts[n] for n in ("command", "step", "train_seconds") if n in other.facts}
+    said["weights_sha256"] = weights_hash(other)
+    return replace(world, dynamics=dynamics, facts=world.facts | {"averaged_with": said})
+
+
 def _halved(tokenizer: Tokenizer) -> Tokenizer:
     """The same with its matrices in float16; what is divided by or added stays as it is."""
     half = deepcopy(tokenizer)
@@ -129,6 +154,7 @@ def card(name: str, world: World, weights: str, scores: dict[str, Any] | None, n
         "dynamics": f"{parameters / 1e6:.2f}M parameters, weights in {weights}",
         "trained": f"{facts.get('step', '?')} steps in {minutes:.0f} minutes on {threads} thread(s)",
         "command": facts.get("command", "not recorded"),
+        **({"averaged with": facts["averaged_with"].get("command", "?")} if "averaged_with" in facts else {}),
         "data": f"{facts.get('dataset', '?')}, fingerprint {str(facts.get('dataset_fingerprint', '?'))[:12]}",
         "made by": ", ".join(f"{what} {str(facts.get(what, '?'))[:12]}" for what in ("ahriuwu", "torch", "git")),
     }
