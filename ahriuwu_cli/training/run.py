@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ahriuwu_cli.config import ADDED, TrainConfig
+from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, load_tokenizer, save_tokenizer, save_world
@@ -106,7 +106,7 @@ class Run(RunFolder):
         if not is_sound(self.folder / name):
             return False
         told = read_object(self.folder / name / "config.json")
-        says, asked = told["facts"], ADDED | self.asked["config"] | self.asked["facts"]
+        says, asked = told["facts"], asdict(self.config) | self.asked["facts"]  # as `save_world` states them
         trained = says.get("train")
         there = {"action_space": told["action_space"]} | says | (trained if isinstance(trained, dict) else {})
         asked["action_space"] = self.asked["facts"].get("architecture", {}).get("action_space")
