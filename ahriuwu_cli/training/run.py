@@ -20,7 +20,7 @@ from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, load_tokenizer, save_tokenizer, save_world
-from ahriuwu_cli.training.run_folder import WRITTEN, Announce, Asked, RunFolder, goes_on, read_run
+from ahriuwu_cli.training.run_folder import WRITTEN, Announce, Asked, RunFolder, agrees, goes_on, read_run
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from ahriuwu_cli.training.state_check import Expected, Held, held
@@ -107,13 +107,10 @@ class Run(RunFolder):
             return False
         told = read_object(self.folder / name / "config.json")
         says, asked = told["facts"], asdict(self.config) | self.asked["facts"]  # as `save_world` states them
-        trained = says.get("train")
-        there = {"action_space": told["action_space"]} | says | (trained if isinstance(trained, dict) else {})
         asked["action_space"] = self.asked["facts"].get("architecture", {}).get("action_space")
         if self.is_finished(document):  # of another, the best may be newer than the state
             asked |= {"preview_gain_db": document["best"]} | ({"step": document["step"]} if name == "last" else {})
-        free = (*FREE, "init_from")  # may have changed since
-        same = all(asked[key] == there[key] for key in asked.keys() & there.keys() if key not in free)
+        same = agrees(asked, says, (*FREE, "init_from"), action_space=told["action_space"])
         return same and self._starts_alike(says.get("init_from"))
 
     def _starts_alike(self, start: object) -> bool:

@@ -331,6 +331,14 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
     return True
 
 
+def agrees(asked: Mapping[str, Any], facts: Mapping[str, Any], free: Iterable[str], **more: Any) -> bool:
+    """Whether what a run's product states is what was asked for, wherever both say something: its facts, the settings
+    among them (`train`), and more of it. free: what may differ."""
+    trained = facts.get("train")
+    told = more | dict(facts) | (trained if isinstance(trained, dict) else {})
+    return all(asked[key] == told[key] for key in asked.keys() & told.keys() - set(free))
+
+
 def refuse_used(folder: Path, overwrite: bool) -> None:
     """UserError when a folder to write already holds something and --overwrite was not given."""
     if not overwrite and _content(folder):

@@ -27,7 +27,7 @@ from ahriuwu_cli.training.distributed import machine, machine_changes
 from ahriuwu_cli.training.finite import not_finite
 from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate
-from ahriuwu_cli.training.run_folder import Asked, RunFolder, goes_on
+from ahriuwu_cli.training.run_folder import Asked, RunFolder, agrees, goes_on
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from ahriuwu_cli.training.state_check import Expected, held, not_negative
@@ -120,12 +120,9 @@ class _TokenizerRun(RunFolder):
         if not is_sound_tokenizer(folder):
             return False
         document = read_object(folder / "config.json")
-        says, asked = document["facts"], {n: v for n, v in self.asked["config"].items() if n not in FREE}
-        trained = says.get("train")
-        there = {"architecture": document["architecture"], "kind": document["tokenizer"]} | says
-        there |= trained if isinstance(trained, dict) else {}
-        asked |= self.asked["facts"] | {"kind": TransformerTokenizer.kind}
-        return all(asked[key] == there[key] for key in asked.keys() & there.keys())
+        asked = self.asked["config"] | self.asked["facts"] | {"kind": TransformerTokenizer.kind}
+        made = {"architecture": document["architecture"], "kind": document["tokenizer"]}
+        return agrees(asked, document["facts"], FREE, **made)
 
 
 class _Trainer:
