@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -286,3 +287,41 @@ def test_two_stages_are_averaged_and_others_are_refused(place, run):
     assert (code, err.count("\n")) == (4, 1)
     assert "has another tokenizer than" in err
     assert run(*words, place / "mean", "--overwrite")[0] == 2  # it is read
+
+
+def test_a_mean_states_what_holds_for_both(place, run):
+    def stated(**fields):
+        world = replace(small_world(), **fields)
+        for parameter in world.dynamics.parameters():
+            parameter.fill_(3e38)  # twice as much is infinite
+        save_world(world, place / "other")
+        return run(*words, place / "other", "--overwrite")
+
+    words = ("export", place / "world", "--out", place / "mean", "--weights", "float32", "--average")
+    both = small_world().trained_d
+    assert len(both) > 1
+    assert stated(trained_d=both[1:])[0] == 0
+    assert load_world(place / "mean").trained_d == both[1:]
+    assert stated(facts={"preview_gain_db": 2.0})[0] == 0
+    assert "preview_gain_db" not in load_world(place / "mean").facts
+    code, _, err = stated(facts={"averaged_with": {}})
+    assert (code, err.count("\n")) == (4, 1)
+    assert "is a mean already" in err
+    for fields, what in (
+        ({"fps": 3.0}, "frame rate"),
+        ({"frame_skip": 9}, "frame rate"),
+        ({"forcing": "x"}, "forcing"),
+    ):
+        code, _, err = stated(**fields)
+        assert (code, err.count("\n")) == (4, 1)
+        assert f"has another {what} than" in err
+
+
+@pytest.mark.parametrize("said", ["a text", [1], {"command": 7}])
+def test_a_world_whose_facts_of_its_mean_are_none_is_refused(place, run, said):
+    world = small_world()
+    world.facts = {"averaged_with": said}
+    save_world(world, place / "odd")
+    code, _, err = run("export", place / "odd", "--out", place / "small")
+    assert (code, err.count("\n")) == (4, 1)
+    assert "averaged_with" in err

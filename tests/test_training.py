@@ -1,5 +1,6 @@
 """Training does what it says: exact resume, true step counts, features that stay on, worlds that learn."""
 
+import itertools
 import json
 import math
 import os
@@ -181,6 +182,7 @@ LOSSES = [
     shutil.rmtree, replaced_by_a_file, left_with_its_tokenizer_alone, given_another_tokenizer,
     stating(lambda d: d["facts"]["train"].update(seed=7)), stating(lambda d: d["facts"].update(init_from="/a/world")),
     stating(lambda d: d["facts"]["train"].update(muon_momentum=0.5)),
+    stating(lambda d: d["facts"].update(averaged_with={})), stating(lambda d: d.update(fps=2 * d["fps"])),
     stating(lambda d: d["action_space"]["components"][0].update(labels=["A", "B"])),
     lambda world: (world / "model.safetensors").write_bytes(b""),
     lambda world: (world / "model.safetensors").unlink(), lambda world: (world / "config.json").unlink(),
@@ -213,18 +215,54 @@ def test_a_world_that_was_lost_is_made_anew_and_said(data, tmp_path, damage):
     assert load_world(tmp_path / "b" / "best", "cpu").facts["step"] >= 4
 
 
-def test_a_best_in_the_place_of_last_is_put_right(data, tmp_path):
-    first = run(data, tmp_path / "r", replace(CONFIG, preview_every=1))
+@pytest.mark.parametrize(("taken", "place"), [("best", "last"), ("last", "best")])
+def test_one_world_of_a_run_in_the_place_of_its_other_is_noticed(data, tmp_path, taken, place):
+    config = replace(CONFIG, preview_every=1, lr=1.0)  # it gets worse: the best world is not the last
+    first = run(data, tmp_path / "r", config)
     places = {name: tmp_path / "r" / name for name in ("best", "last")}
     hashes = {name: weights_hash(load_world(path, "cpu")) for name, path in places.items()}
-    if hashes["best"] == hashes["last"]:
-        pytest.skip("the last world is the best one")
-    shutil.rmtree(places["last"])
-    shutil.copytree(places["best"], places["last"])
-    again = run(data, tmp_path / "r", replace(CONFIG, preview_every=1))
-    assert "; last is missing, damaged or another run's, and made anew" in again.run.found
-    assert weights_hash(load_world(places["last"], "cpu")) == hashes["last"]
     assert first.finished
+    assert hashes["best"] != hashes["last"]
+    shutil.rmtree(places[place])
+    shutil.copytree(places[taken], places[place])
+    again = run(data, tmp_path / "r", config)
+    assert f"; {place} is missing, damaged or another run's, and made anew" in again.run.found
+    assert weights_hash(load_world(places[place], "cpu")) == hashes["last"]  # of the state that is there
+
+
+def test_a_best_that_is_newer_than_the_state_stays_and_another_one_of_its_step_does_not(data, tmp_path, monkeypatch):
+    gains, look = itertools.count(), loop.preview
+
+    def ever_better(*arguments):
+        seen = look(*arguments)
+        return seen | {"gain_db": dict.fromkeys(seen["gain_db"], float(next(gains)))}
+
+    monkeypatch.setattr(loop, "preview", ever_better)
+    config = replace(CONFIG, steps=8, preview_every=2, save_every=4)
+    run(data, tmp_path / "r", config, stop_at=6)
+    shutil.rmtree(tmp_path / "r" / "state" / "step-00000006")  # as if it had been killed between its best and its state
+    assert load_world(tmp_path / "r" / "best", "cpu").facts["step"] == 6
+    assert run(data, tmp_path / "r", config, stop_at=5).run.lacking == []
+    run(data, tmp_path / "b", config, stop_at=4)
+    stating(lambda d: d.update(frame_skip=d["frame_skip"] + 1))(tmp_path / "b" / "best")
+    assert run(data, tmp_path / "b", config, stop_at=5).run.lacking == ["best"]
+
+
+def test_a_run_of_an_older_version_does_not_say_what_it_wrote_and_goes_on(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(Run, "save_state", _without_worlds(Run.save_state))
+        run(data, tmp_path / "r", stop_at=4)
+    again = run(data, tmp_path / "r")
+    assert again.run.lacking == []
+    assert "last" in again.run.written
+
+
+def _without_worlds(save_state):
+    def save(self, step, tensors, document):
+        del document["worlds"]
+        save_state(self, step, tensors, document)
+
+    return save
 
 
 class Ended(BaseException):

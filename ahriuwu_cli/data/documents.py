@@ -111,6 +111,11 @@ def document_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def is_hash(value: object) -> bool:
+    """Whether a JSON value has the form of a sha256."""
+    return type(value) is str and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
 _KINDS = {dict: "an object", list: "an array", str: "a text", bool: "true or false", int: "a number", float: "a number"}
 _KINDS[type(None)] = "null"
 

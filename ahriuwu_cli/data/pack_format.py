@@ -14,13 +14,12 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ahriuwu_cli.data.documents import parse_object
+from ahriuwu_cli.data.documents import is_hash, parse_object
 from ahriuwu_cli.data.metadata import SPLITS
 from ahriuwu_cli.data.tensors import TensorInfo, make_header, read_header_and_metadata
 from ahriuwu_cli.errors import DataError
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 FORMAT = "ahriuwu-latents/2"
 PART = 1024  # frames
 NO_HASH = "0" * 64
-_HASH = re.compile(r"[0-9a-f]{64}")
 _BUFFER = 4 << 20  # bytes read at a time
 
 
@@ -177,7 +175,7 @@ def _facts_problem(facts: dict) -> str:
     kinds = {"format": str, "tokenizer": str, "dataset": str, "split": str, "episodes": list}
     if set(facts) != set(kinds) or not all(type(facts[k]) is kind for k, kind in kinds.items()):
         return "its header has other keys or types"
-    if facts["split"] not in SPLITS or not all(_HASH.fullmatch(facts[k]) for k in ("tokenizer", "dataset")):
+    if facts["split"] not in SPLITS or not all(is_hash(facts[k]) for k in ("tokenizer", "dataset")):
         return "its header names no split, tokenizer and dataset"
     kinds = {"id": str, "frames": int, "labelled": bool, "source": str, "parts": list}
     seen = set()
@@ -187,7 +185,7 @@ def _facts_problem(facts: dict) -> str:
         if not all(type(entry[k]) is kind for k, kind in kinds.items()):
             return "an episode in its header has other types"
         hashes = [entry["source"], *entry["parts"]]
-        if not all(type(h) is str and _HASH.fullmatch(h) for h in hashes):
+        if not all(map(is_hash, hashes)):
             return f"episode {entry['id']!r} has no hashes"
         if entry["frames"] < 2 or len(entry["parts"]) != -(-entry["frames"] // PART) or entry["id"] in seen:
             return f"episode {entry['id']!r} cannot be as its header says"

@@ -13,6 +13,7 @@ import torch
 
 from ahriuwu_cli import ranges
 from ahriuwu_cli.config import PRECISIONS
+from ahriuwu_cli.data.documents import is_hash
 from ahriuwu_cli.data.metadata import SPLITS
 from ahriuwu_cli.diffusion.samplers import SAMPLERS
 from ahriuwu_cli.diffusion.tau import LABEL
@@ -64,11 +65,6 @@ def text(value: Any) -> bool:
     return type(value) is str
 
 
-def digest(value: Any) -> bool:
-    """A sha256."""
-    return type(value) is str and re.fullmatch(r"[0-9a-f]{64}", value) is not None
-
-
 def device(value: Any) -> bool:
     """A device as PyTorch calls it."""
     try:
@@ -97,8 +93,8 @@ GENERATION = {
 }  # fmt: skip
 K_MAX = whole(*ranges.STEPS)
 IDENTITY = {  # of `cells.identity`
-    "checkpoint_hash": digest, "tau": exactly(LABEL), "tokenizer_fingerprint": digest, "dataset_fingerprint": digest,
-    "split": one_of(SPLITS), "manifest_hash": digest, "window_seed": whole(*ranges.SEED), "evaluation": EVALUATION,
+    "checkpoint_hash": is_hash, "tau": exactly(LABEL), "tokenizer_fingerprint": is_hash, "dataset_fingerprint": is_hash,
+    "split": one_of(SPLITS), "manifest_hash": is_hash, "window_seed": whole(*ranges.SEED), "evaluation": EVALUATION,
     "generation": GENERATION, "k_max": K_MAX, "random_action_hold": exactly(list(HOLD)),
     "psnr_cap_db": exactly(CAP_DB), "interval": exactly(INTERVAL), "precision": one_of(PRECISIONS),
     "ahriuwu": _version,
@@ -110,9 +106,9 @@ SETTINGS = {name: form for name, form in IDENTITY.items() if name != "checkpoint
 }  # fmt: skip
 SAVED = {  # of saved.json, see `saved`
     "format": text, "identity": IDENTITY, "generation": GENERATION, "evaluation": EVALUATION | {"batch": BATCH},
-    "manifest": digest, "checksum": digest,
+    "manifest": is_hash, "checksum": is_hash,
     "world": {
-        "path": or_none(text), "git": or_none(text), "tokenizer": digest, "k_max": K_MAX, "fps": number(*ranges.FPS),
+        "path": or_none(text), "git": or_none(text), "tokenizer": is_hash, "k_max": K_MAX, "fps": number(*ranges.FPS),
         "frame_skip": whole(*ranges.FRAME_SKIP), "device": device, "precision": one_of(PRECISIONS),
     },
 }  # fmt: skip

@@ -58,6 +58,14 @@ def seal(document: dict) -> dict:
     return kept | {"sha256": document_hash(kept)}
 
 
+def identity(document: dict) -> str:
+    """What makes a world this one and no other: the hash of all but its facts and how it is rolled out by default.
+
+    The weights' hash is part of it; `sweep-tau --write-back` changes nothing of it.
+    """
+    return document_hash({n: value for n, value in document.items() if n not in ("generation", "facts", "sha256")})
+
+
 def check_seal(folder: Path, document: dict) -> None:
     """CheckpointError when config.json or the weights are not what was saved, by their hashes."""
     if document["format"] == UNSEALED:
@@ -88,9 +96,11 @@ def numbers_of(document: dict, k_max: int) -> tuple[float, int, tuple[float, ...
 
 def check_facts(facts: dict) -> None:
     """Facts are for people, but for the run's settings and a few that are counted with. ValueError."""
-    train = facts.get("train") or {}
+    train, other = facts.get("train") or {}, facts.get("averaged_with") or {}
     if not isinstance(train, dict) or type(facts.get("git") or "") is not str:
         raise ValueError("facts: train is no object, or git no text")
+    if not isinstance(other, dict) or type(other.get("command") or "") is not str:
+        raise ValueError("facts: averaged_with is no object, or its command no text")
     try:
         TrainConfig.check_stated(train)
     except ValueError as error:

@@ -100,15 +100,21 @@ def export(
 def averaged(world: World, other: World) -> World:
     """A world with the mean of the weights of two that were trained one from the other (Wortsman et al. 2022).
 
-    CheckpointError unless both have one architecture, one tokenizer and the same actions. Its facts are those of the
-    first, with the other's command, step and weights under `averaged_with`.
+    CheckpointError unless both have one architecture, tokenizer, action space, frame rate and forcing. Of step sizes it
+    knows those that both were trained on. Its facts are those of the first, but for its preview, with the other's
+    command, step and weights under `averaged_with`.
     """
+    for each in (world, other):
+        if "averaged_with" in each.facts:
+            raise CheckpointError(f"{each.path} is a mean already: average worlds that their own runs wrote")
     differs = [
         what
         for what, one, two in (
             ("architecture", world.dynamics.config, other.dynamics.config),
             ("tokenizer", world.tokenizer.fingerprint(), other.tokenizer.fingerprint()),
             ("actions", world.action_space, other.action_space),
+            ("frame rate", (world.fps, world.frame_skip), (other.fps, other.frame_skip)),
+            ("forcing", world.forcing, other.forcing),
         )
         if one != two
     ]
@@ -116,10 +122,16 @@ def averaged(world: World, other: World) -> World:
         remedy = "average worlds that were trained one from the other"
         raise CheckpointError(f"{other.path} has another {differs[0]} than {world.path}: {remedy}")
     dynamics, theirs = deepcopy(world.dynamics), other.dynamics.state_dict()
-    dynamics.load_state_dict({n: t.lerp(theirs[n], 0.5) for n, t in world.dynamics.state_dict().items()})
+    dynamics.load_state_dict({n: t / 2 + theirs[n] / 2 for n, t in world.dynamics.state_dict().items()})  # no overflow
     said = {n: other.facts[n] for n in ("command", "step", "train_seconds") if n in other.facts}
     said["weights_sha256"] = weights_hash(other)
-    return replace(world, dynamics=dynamics, facts=world.facts | {"averaged_with": said})
+    return replace(
+        world,
+        dynamics=dynamics,
+        trained_d=tuple(d for d in world.trained_d if d in other.trained_d),
+        trained_unlabelled=world.trained_unlabelled and other.trained_unlabelled,
+        facts={n: fact for n, fact in world.facts.items() if n != "preview_gain_db"} | {"averaged_with": said},
+    )
 
 
 def _halved(tokenizer: Tokenizer) -> Tokenizer:

@@ -218,7 +218,7 @@ class DynamicsTrainer:
             "step": self.step,
             "total_steps": self.total,
             "seconds": round(self.elapsed, 1),
-            "eta_s": round(self.elapsed * (1 - done) / done, 1) if done else None,
+            "eta_s": max(0.0, round(self.elapsed * (1 - done) / done, 1)) if done else None,
             "lr": self.config.lr * rate(self.step - 1, self.total, self.config),
         }
 

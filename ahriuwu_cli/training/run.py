@@ -20,6 +20,7 @@ from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, load_tokenizer, save_tokenizer, save_world
+from ahriuwu_cli.training.config_json import identity
 from ahriuwu_cli.training.run_folder import WRITTEN, Announce, Asked, RunFolder, agrees, goes_on, read_run
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
@@ -44,6 +45,7 @@ class Run(RunFolder):
     def __init__(self, folder: Path, config: TrainConfig, facts: dict, command: str, writes: bool = True) -> None:
         super().__init__(folder, _asked(config, facts), command, config.keep, FREE, writes)
         self.config, self.facts = config, facts
+        self.written: dict[str, str] = {}  # the worlds that it wrote, by name: what each is (`config_json.identity`)
 
     def save(self, trainer: DynamicsTrainer) -> None:
         """Save everything that the next step depends on; keep the last few states. All processes take part."""
@@ -62,6 +64,7 @@ class Run(RunFolder):
             "elapsed": trainer.elapsed,
             "best": trainer.best,
             "finished": trainer.finished,
+            "worlds": self.written,
             "optimizers": optimizers,
             "grad_norms": norms,
             **trainer.group.facts(trainer.config),
@@ -89,6 +92,7 @@ class Run(RunFolder):
         trainer.step, trainer.total, trainer.elapsed = document["step"], document["total"], float(document["elapsed"])
         trainer.best = None if "best" in self.lacking else document["best"]  # lost: the next preview is the best
         trainer.finished = self.is_finished(document)
+        self.written = dict(document.get("worlds", {}))
         if "log" in tensors and trainer.group.leads:  # the sums of all
             shares = trainer.config.accumulate * trainer.group.world
             before = document.get("accumulate", trainer.config.accumulate) * document.get("processes", 1)
@@ -102,15 +106,22 @@ class Run(RunFolder):
         return [name for name in written if not self._is_own(name, document)]
 
     def _is_own(self, name: str, document: dict[str, Any]) -> bool:
-        """Whether a world is there whole, and of this run: sound ones of others may have been put in its place."""
+        """Whether a world is there whole, and what this run wrote: sound ones may have been put in its place.
+
+        One that is newer than the state, and any of an older version's run, is held to what it states alone.
+        """
         if not is_sound(self.folder / name):
             return False
         told = read_object(self.folder / name / "config.json")
+        wrote, step = document.get("worlds", {}).get(name), told["facts"].get("step")
+        if wrote not in (None, identity(told)) and not (type(step) is int and step > document["step"]):
+            return False
         says, asked = told["facts"], asdict(self.config) | self.asked["facts"]  # as `save_world` states them
         asked["action_space"] = self.asked["facts"].get("architecture", {}).get("action_space")
         if self.is_finished(document):  # of another, the best may be newer than the state
             asked |= {"preview_gain_db": document["best"]} | ({"step": document["step"]} if name == "last" else {})
         same = agrees(asked, says, (*FREE, "init_from"), action_space=told["action_space"])
+        same = same and "averaged_with" not in says  # no run writes a mean
         return same and self._starts_alike(says.get("init_from"))
 
     def _starts_alike(self, start: object) -> bool:
@@ -141,6 +152,7 @@ class Run(RunFolder):
         }
         with self.writing():
             save_world(world, self.folder / name)
+            self.written[name] = identity(read_object(self.folder / name / "config.json"))
 
 
 def has_state(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ahriuwu_cli.data.documents import parse_object, read_json, to_json
+from ahriuwu_cli.data.documents import is_hash, parse_object, read_json, to_json
 from ahriuwu_cli.data.tensors import as_any_file, read_header, read_tensors
 from ahriuwu_cli.disk import file_hash, sync
 from ahriuwu_cli.errors import CheckpointError, DataError
@@ -113,7 +113,7 @@ def read_document(folder: Path) -> tuple[dict[str, Any], str]:
     sum_of_document = hashlib.sha256(json.dumps(document).encode()).hexdigest()
     if not isinstance(document, dict) or sum_of_document != facts.get("document_sha256"):
         raise CheckpointError(f"{path} was altered after it was written (its sha256 differs): use another state")
-    if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+    if not is_hash(digest):
         raise CheckpointError(f"{path} names no tensors file: the training state is damaged, use another one")
     return document, digest
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ahriuwu_cli.data.documents import is_hash
 from ahriuwu_cli.data.tensors import TORCH, TensorInfo
 from ahriuwu_cli.training.finite import first_not_finite
 from ahriuwu_cli.training.state import describe_optimizer, with_prefix
@@ -53,6 +54,7 @@ def _fields(step: int, steps: int | None) -> dict[str, Check]:
         "grad_norms": lambda v: type(v) is list and len(v) <= step and all(map(_number(0, STEEPEST), v)),
         "finished": lambda value: type(value) is bool,
         "optimizers": lambda value: type(value) is list,
+        "worlds": lambda v: type(v) is dict and v.keys() <= {"best", "last"} and all(map(is_hash, v.values())),
         **counts,
         **texts,
     }
