@@ -26,6 +26,7 @@ NO_FOLDER_LOCKS = NO_LOCKS | {errno.EBADF}  # some disks lock files alone
 PATIENCE, PAUSE = 10.0, 0.001  # seconds: how long a reader waits for a folder that is being replaced, between looks
 MISSING = 3  # looks by which a folder that is not there, with no old one beside it, counts as missing
 T = TypeVar("T")
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # no pipe in the place of a folder: it would wait for a writer
 
 
 class replacing:
@@ -103,7 +104,7 @@ def clear_leftovers(near: Path, name: str) -> None:
     hidden = re.compile(rf"\.{re.escape(name)}\.\d+\.tmp")
     for left in filter(hidden.fullmatch, os.listdir(near)):
         with suppress(OSError):  # no folder, or another process takes it away
-            held = os.open(near / left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            held = os.open(near / left, _FOLDER | os.O_NOFOLLOW)
             try:
                 if lock(held, absent=NO_FOLDER_LOCKS):  # without locks nobody knows whether its writer lives
                     shutil.rmtree(near / left, ignore_errors=True)
@@ -168,7 +169,7 @@ def whole(folder: Path, read: Callable[[], T]) -> T:
     deadline, missing = time.monotonic() + PATIENCE, 0
     while True:
         try:
-            held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            held = os.open(folder, _FOLDER)
         except OSError:
             old, missing = _put_away(folder), missing + 1
             if not old and missing > MISSING:
@@ -218,7 +219,7 @@ def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iter
     """
     with ExitStack() as stack:
         stack.enter_context(made(out))
-        held = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+        held = os.open(out, _FOLDER)
         stack.callback(os.close, held)
         try:
             if not lock(held, absent=NO_FOLDER_LOCKS):
@@ -234,7 +235,7 @@ def claimed(out: Path, overwrite: bool, announce: Callable[[str], None]) -> Iter
 @contextmanager
 def holding(folder: Path) -> Iterator[tuple[int, Callable[[], bool]]]:
     """A folder, held open, and whether its name still leads to it. OSError."""
-    held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    held = os.open(folder, _FOLDER)
     try:
         yield held, lambda: _leads_to(folder, held)
     finally:

@@ -93,6 +93,8 @@ def shipped_prompt(checkpoint: Path) -> Path:
     """The prompts inside a world that was exported with some. UserError where there are none."""
     if not checkpoint.exists():
         raise CheckpointError(f"there is no checkpoint at {checkpoint}")
+    if not any((checkpoint / name).is_file() for name in ("config.json", "run.json", "best/config.json")):
+        raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no config.json")
     folder = checkpoint / "prompt"
     if not (folder / "dataset.json").is_file():
         raise UserError(f"{checkpoint} brings no prompts of its own: name a dataset, video or image after it")

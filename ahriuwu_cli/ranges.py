@@ -16,7 +16,7 @@ TAU_CTX = (0.0, 1.0)  # without its upper end, where nothing of the context is l
 
 
 def as_number(given: object) -> float:
-    """`float` of plain digits: `1_5` may be a slip for `1.5`. ValueError, TypeError, OverflowError."""
+    """`float` of plain digits: `1_5` may be a slip for `1.5`. -0 is 0. ValueError, TypeError, OverflowError."""
     if isinstance(given, str) and ("_" in given or not given.isascii()):
         raise ValueError(given)
-    return float(given)
+    return float(given) + 0.0

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small import small_dataset, small_world
+from small import small_dataset, small_place, small_world
 
 import ahriuwu_cli
 from ahriuwu_cli.cli import main
@@ -762,6 +763,38 @@ def test_an_image_is_looked_at_before_it_is_decoded(tmp_path, folder, kind, caps
     assert end.value.code == 3
     assert said.count("\n") == 1
     assert "a.png" in said
+
+
+WAITING = [
+    (4, "rollout PIPE --out o"), (4, "rollout PIPE data --out o"), (3, "rollout world PIPE --out o"),
+    (4, "eval PIPE data --out o"), (3, "eval world PIPE --out o"), (4, "export PIPE --out o"),
+    (3, "export world --prompts PIPE --out o"), (4, "export world --average PIPE --out o"),
+    (4, "sweep-tau PIPE data --out o"), (3, "sweep-tau world PIPE --out o"), (4, "verify PIPE --no-metrics"),
+    (3, "train tokenizer PIPE --out o"), (3, "train dynamics PIPE --out o --steps 1"),
+    (4, "train dynamics data --out o --steps 1 --tokenizer PIPE"), (4, "train dynamics data --out o --init-from PIPE"),
+    (3, "info PIPE"), (3, "import PIPE --out o"), (3, "eval score PIPE data --out o"), (3, "eval merge PIPE"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "line"), WAITING)
+def test_a_pipe_in_the_place_of_a_folder_is_refused_and_nothing_waits_for_it(tmp_path, monkeypatch, capsys, code, line):
+    def give_up(*_):
+        raise AssertionError("it waits")
+
+    monkeypatch.chdir(small_place(tmp_path, {}))
+    os.mkfifo("PIPE")
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(line.split())
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    said = capsys.readouterr().err
+    assert end.value.code == code, said
+    assert said.count("\n") == 1
+    assert not Path("o").exists()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])

@@ -29,6 +29,7 @@ from ahriuwu_cli.evaluation.plan import read_plan
 from ahriuwu_cli.evaluation.protocol import make_manifest
 from ahriuwu_cli.evaluation.score_files import flat, write_scores
 from ahriuwu_cli.evaluation.shards import Shards, choose_device, find_shards, read_part, shard_windows
+from ahriuwu_cli.ranges import as_number
 from ahriuwu_cli.training.checkpoint import load_world, save_world
 
 DEFAULTS = '[defaults]\ndataset = "data"\nwindows = 5\ncontext = 3\nhorizon = 4\n'
@@ -93,6 +94,12 @@ def test_a_cell_has_the_defaults_and_its_own_settings_over_them_with_paths_besid
     assert (b.checkpoint, b.tau_ctx, b.windows, b.horizon) == (places / "b", 0.3, 7, 4)
 
 
+def test_minus_zero_is_zero_as_a_cells_name_is_made_of_its_digits(plan):
+    (cell,) = read_plan(plan(CELL + "tau_ctx = -0.0\n"))
+    assert str(cell.tau_ctx) == "0.0"
+    assert str(as_number("-0")) == "0.0"
+
+
 def test_json_lines_say_the_same_as_toml(plan):
     lines = ['{"defaults": {"dataset": "data", "windows": 5, "context": 3, "horizon": 4}}', "", '{"checkpoint": "a"}']
     assert read_plan(plan("\n".join(lines), ".jsonl")) == read_plan(plan(ONE))
@@ -120,6 +127,12 @@ CELL = '[[cell]]\ncheckpoint = "a"\ndataset = "data"\n'
         (CELL + "tau_ctx = nan\n", ".toml", UserError, "tau_ctx is nan, not a finite number"),
         (CELL + "sampler = 1\n", ".toml", UserError, "sampler is 1, not text"),
         (CELL + CELL, ".toml", UserError, "cell 2 of PLAN repeats cell 1 of PLAN"),
+        (
+            CELL + "tau_ctx = 0\n" + CELL + "tau_ctx = -0.0\n",
+            ".toml",
+            UserError,
+            "cell 2 of PLAN repeats cell 1 of PLAN",
+        ),
         ('[[cell]]\ncheckpoint = "a"\n', ".toml", UserError, "cell 1 of PLAN names no dataset"),
         (CELL + 'manifest = "w.json"\nsplit = "test"\n', ".toml", UserError, "which has its own split"),
         (CELL.replace('"a"', '"none"'), ".toml", CheckpointError, "cell 1 of PLAN: the checkpoint"),

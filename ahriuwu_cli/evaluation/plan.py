@@ -185,7 +185,7 @@ def _cell(folder: Path, settings: dict[str, Any], where: str) -> Cell:
             if not _exists(settings[name]):
                 raise error(f"{where}: the {name} {settings[name]} does not exist")
     if "tau_ctx" in settings:
-        settings["tau_ctx"] = float(settings["tau_ctx"])
+        settings["tau_ctx"] = ranges.as_number(settings["tau_ctx"])
     assert set(settings) <= {f.name for f in fields(Cell)}, settings
     return Cell(**settings, where=where, names=names)
 
