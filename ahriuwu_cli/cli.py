@@ -71,9 +71,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = [a for a in arguments if a != "--debug"]
     with only_text():
         code = _run(arguments, debug)
+    code = code if isinstance(code, int) else 0
     if argv is None:
-        ended()
-    sys.exit(code if isinstance(code, int) else 0)
+        ended(code)
+    sys.exit(code)
 
 
 def _run(arguments: list[str], debug: bool) -> object:
@@ -144,7 +145,10 @@ def _explain(error: Exception, arguments: list[str]) -> int:
         _complain(sentence + hint)
         return getattr(error, "exit_code", 2)
     if memory.ran_out(error):
-        _complain(memory.sentence(" ".join(arguments)))
+        _complain(memory.sentence(" ".join(arguments), error))
+        return 1
+    if isinstance(error, BlockingIOError) and error.filename is None:  # of a fork
+        _complain(memory.NO_PROCESS)
         return 1
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         _complain("too many open files: raise the limit (`ulimit -n`)")

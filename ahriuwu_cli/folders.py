@@ -60,8 +60,8 @@ class replacing:
         with ExitStack() as stack:
             while True:
                 path = self.temporary = near / f".{self.folder.name}.{random_digits()}.tmp"
-                stack.callback(shutil.rmtree, path, ignore_errors=True)
-                stack.enter_context(undoing(lambda path=path: shutil.rmtree(path, ignore_errors=True)))
+                stack.callback(_away, path)
+                stack.enter_context(undoing(lambda path=path: _away(path)))
                 try:
                     path.mkdir()
                 except OSError as error:
@@ -97,6 +97,13 @@ class replacing:
             put_in_place(self.temporary, self.folder, self.overwrite)
             self._then()
         sync(self.folder.parent)
+
+
+def _away(path: Path) -> None:
+    """Remove a hidden folder of ours, as well as it can be done; an empty one that nobody may look into, too."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.rmdir()
 
 
 def clear_leftovers(near: Path, name: str) -> None:
@@ -197,8 +204,8 @@ def made(folder: Path) -> Iterator[None]:
         for each in missing:
             try:
                 each.rmdir()
-            except FileNotFoundError:
-                continue  # it was never made
+            except (FileNotFoundError, PermissionError):
+                continue  # it was never made, or lies in one that nobody may look into
             except OSError:
                 break
 

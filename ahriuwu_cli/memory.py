@@ -23,6 +23,7 @@ _WORDS = (
     "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "could not create a primitive",
     "can't start new thread", "resources to create thread", "failed to map segment", "annot allocate memory",
 )  # fmt: skip
+NO_PROCESS = "no process more could be started: raise the limit (`ulimit -u`), or end others"
 _NEAR = 1 << 27  # bytes: what a thread asks for at once
 
 
@@ -45,8 +46,10 @@ def at_limit() -> bool:
     return False
 
 
-def sentence(command: str) -> str:
-    """One sentence for who ran out of memory by `command`, such as "train dynamics data --out run"."""
+def sentence(command: str, error: BaseException | None = None) -> str:
+    """One sentence for who ran out of memory, or of threads, by `command`, such as "train dynamics data --out run"."""
+    if "thread" in str(error):
+        return "no thread more could be started: raise the limit (`ulimit -u`), or make memory free"
     less = next((less for name, less in LESS.items() if f"{command} ".startswith(f"{name} ")), "something smaller")
     return f"there is not enough memory for this: ask for {less}, or make memory free"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from contextlib import suppress
 
 from ahriuwu_cli.printing import open_missing
 from ahriuwu_cli.stopping import HANDLED
@@ -32,15 +34,20 @@ def begin() -> None:
         _stop.__enter__()  # until the process ends
 
 
-def ended() -> None:
+def ended(code: int) -> None:
     """The command is through and has its exit code: a signal changes it no more.
 
     Python gives handlers back before it takes itself down, some 0.1 s with torch, and a signal would end it there by
-    the system's own rule, without a word.
+    the system's own rule, without a word. And it would wait for threads that an environment left behind, for ever.
     """
     if _stop is not None:
         for each in HANDLED:
             signal.signal(each, signal.SIG_IGN)
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def complete(what: object) -> None:

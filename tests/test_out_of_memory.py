@@ -11,6 +11,8 @@ import torch
 from small import small_dataset, small_place
 
 from ahriuwu_cli import cli, memory
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.data.video_writing import write_mp4
 from ahriuwu_cli.errors import TrainingError, UserError
 from ahriuwu_cli.training.assemble import fit_linear_tokenizer
@@ -49,15 +51,31 @@ def test_memory_that_ran_out_is_a_sentence_whoever_says_it(who, tmp_path, monkey
     with pytest.raises(SystemExit) as stop:
         cli.main(["info"])
     assert stop.value.code == 1
-    said = "error: there is not enough memory for this: ask for something smaller, or make memory free\n"
-    assert capsys.readouterr().err == said
+    of_threads = "thread" in who or who == "an engine"
+    said = "there is not enough memory for this: ask for something smaller, or make memory free"
+    said = "no thread more could be started: raise the limit (`ulimit -u`), or make memory free" if of_threads else said
+    assert capsys.readouterr().err == f"error: {said}\n"
 
     run = RunFolder(tmp_path / "run", {"kind": "dynamics", "config": {}, "facts": {}}, "train", 2, ())
     run.begin(False, print)
     run.save_state(3, {"a": torch.zeros(1)}, {"step": 3, "total": 9})
-    told = r"a larger --accumulate.* the last good state is .*3, go on with: train"
-    with pytest.raises(TrainingError, match=told), run.training():
+    told = "ulimit -u" if of_threads else "a larger --accumulate"
+    with pytest.raises(TrainingError, match=f"{told}.* the last good state is .*3, go on with: train"), run.training():
         fail(error)
+
+
+def test_a_process_that_cannot_be_started_is_a_sentence(tmp_path, monkeypatch, capsys):
+    error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: fail(error))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["record", "doom:basic", "--out", str(tmp_path / "d"), "--episodes", "1"])
+    assert stop.value.code == 1
+    said = "no process more could be started: raise the limit (`ulimit -u`), or end others"
+    assert capsys.readouterr().err == f"error: {said}\n"
+    small_dataset(tmp_path / "small")
+    store = EpisodeStore.open(tmp_path / "small")
+    with pytest.raises(BlockingIOError):
+        open_pack(store, fit_linear_tokenizer(store, patch=(8, 8), latent_dim=4, whitening=0.5), workers=2)
 
 
 def test_other_errors_are_not_of_memory():

@@ -255,7 +255,7 @@ def test_the_look_says_what_it_measured_on_and_a_broken_world_does_not_pass_for_
         found["efficientnet_lite0_frechet"]
     )
     short = make_manifest(store, "train", 4, 8, 16, 0)
-    with pytest.raises(UserError, match="horizon of at least 16"):
+    with pytest.raises(UserError, match="needs clips of 16 frames, not 8"):
         perceptual_look(world, store, config, RolloutConfig(steps=2), short, weights=weights)
 
 

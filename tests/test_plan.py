@@ -215,6 +215,15 @@ def test_a_share_that_cannot_be_is_refused(shard, share, environment, sentence):
     assert sentence in str(refused.value)
 
 
+def test_a_share_of_processes_that_are_not_there_is_refused(plan, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["eval", "plan", str(plan(ONE)), "--out", str(tmp_path / "o"), "--share", "cells"])
+    assert end.value.code == 2
+    assert "--share is about torchrun's processes" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_local_rank_chooses_the_gpu_where_there_are_gpus(monkeypatch):
     local = Shards(local_rank=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -69,6 +69,7 @@ def test_an_edited_manifest_is_refused(store, tmp_path):
         lambda d: d.update(windows=[["000000", 1.5]]),
         lambda d: d.update(context=True),
         lambda d: d.update(surplus=1),
+        lambda d: d.update(split="tset"),
     ],
 )
 def test_a_damaged_manifest_is_refused_in_a_sentence(store, tmp_path, damage):

@@ -121,6 +121,7 @@ def test_what_an_environment_raises_is_a_sentence_with_its_name(echo_world, monk
         (False, "render", needs, UserError, "'Echo-v0' needs another package: pygame is not installed"),
         (True, "reset", ImportError("no module"), UserError, "'Echo-v0' needs another package: no module"),
         (True, "step", MemoryError("no"), MemoryError, "^no$"),
+        (True, "step", SystemExit(0), DataError, r"failed in step \(SystemExit: 0\)"),
     ):
         echo_world.registry["Echo-v0"].kwargs = {"pixels": pixels}
         world = GymWorld(config)
@@ -133,6 +134,75 @@ def test_what_an_environment_raises_is_a_sentence_with_its_name(echo_world, monk
             list(record_episodes(world, config))
         monkeypatch.undo()
         world.close()
+
+
+def _odd(**named):
+    def change(world, named=named):
+        vars(world).update(named)
+
+    return change
+
+
+def _raising(error):
+    def fails(*_, **__):
+        raise error
+
+    return fails
+
+
+def _without(name):
+    return lambda world: delattr(world, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_raising(KeyError("rom")), r"failed in its start with its defaults \(KeyError: 'rom'\)"),
+        (_raising(FileNotFoundError(2, "No such file", "/rom.bin")), r"failed in its start .*rom\.bin"),
+        (_raising(SystemExit(0)), r"failed in its start .*SystemExit"),
+        (_without("observation_space"), "failed in what it shows"),
+        (_without("action_space"), "failed in what actions it takes"),
+        (_odd(get_action_meanings=_raising(KeyError("a"))), "failed in what actions it takes"),
+        (_odd(get_action_meanings=lambda: [1, 2, 3, 4, 5]), "failed in what actions it takes"),
+        (_odd(get_action_meanings=lambda: None), "failed in what actions it takes"),
+        (_odd(metadata=None), r"frame rate.*render_fps'\] is None"),
+        (_odd(metadata={"render_fps": "fast"}), "is fast"),
+        (_odd(metadata={"render_fps": float("nan")}), "is nan"),
+        (_odd(metadata={"render_fps": 1e9}), "none from 0.01 to 1000 a second"),
+        (_odd(reset=lambda **_: 7), "failed in reset"),
+        (_odd(step=lambda _: (0, 0)), "failed in step"),
+        (_odd(step=lambda _: (0, 0.0, np.array([1, 0]), False, {})), "failed in step"),
+        (_odd(reset=lambda **_: (np.zeros((0, 16, 3), np.uint8), {})), r"shows uint8 \(0, 16, 3\)"),
+        (_odd(reset=lambda **_: (None, {})), "shows NoneType"),
+    ],
+)
+def test_whatever_is_wrong_with_an_environment_is_a_sentence(echo_world, change, said):
+    with pytest.raises(DataError, match=said):
+        _odd_world(echo_world, change)
+
+
+def _odd_world(echo_world, change):
+    made = echo_world.registry["Echo-v0"].entry_point
+
+    def make(**options):
+        world = made(**options)
+        change(world)
+        return world
+
+    echo_world.registry["Echo-v0"].entry_point = make
+    return _echo(echo_world)
+
+
+def test_an_environment_that_prints_or_cannot_be_closed_is_recorded_all_the_same(echo_world, capsys):
+    def speaks(world):
+        before = world.reset
+        vars(world).update(reset=lambda **options: print("hello") or before(**options), close=_raising(OSError("no")))
+
+    assert len(_odd_world(echo_world, speaks)[1]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "hello\n" in err
+    assert "warning: the environment 'Echo-v0' failed in close (OSError: no)" in err
 
 
 def test_the_atari_paddle_goes_where_it_is_told():

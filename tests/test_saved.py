@@ -80,6 +80,10 @@ def test_scoring_needs_no_world_and_can_ask_for_another_delta(place, run, tmp_pa
         (place / "gone").rename(place / "world")
     assert code == 0, err
     assert set(json.loads(out)["action_delta_db"]["shuffled"]) == {"2", "5"}
+    code, _, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "t", "--delta-at", 6)
+    assert code == 2
+    assert "--delta-at 6 is beyond the 5 frames" in err
+    assert not (tmp_path / "t").exists()
 
 
 def test_a_world_without_actions_is_saved_and_scored_too(tmp_path):

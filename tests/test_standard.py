@@ -20,6 +20,7 @@ from torch import nn
 
 from ahriuwu_cli.errors import CheckpointError, UserError
 from ahriuwu_cli.evaluation import standard
+from ahriuwu_cli.evaluation.looks import check_fits
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
 from ahriuwu_cli.evaluation.protocol import make_manifest
 from ahriuwu_cli.evaluation.standard import (
@@ -292,6 +293,10 @@ def test_weights_of_another_network_are_no_i3d(i3d, tmp_path):
     for name, other in wrong.items():
         with pytest.raises(CheckpointError, match="not an RGB I3D with 400 classes"):
             load_i3d(stored(tmp_path / f"{name}.safetensors", other))
+    bias = tensors["logits.conv3d.bias"]
+    for bad in (torch.full_like(bias, torch.nan), torch.ones(bias.shape, dtype=torch.int64)):
+        with pytest.raises(CheckpointError, match=r"logits\.conv3d\.bias is not of finite numbers"):
+            load_i3d(stored(tmp_path / "bad.safetensors", tensors | {"logits.conv3d.bias": bad}))
 
 
 @pytest.mark.parametrize("name", ["blur", "mean frame", "frozen", "shuffled", "noise"])
@@ -352,6 +357,12 @@ def test_n_backbone_and_hash_stand_beside_every_number(package, i3d, tmp_path, m
     short = make_manifest(store, "train", 4, 15, 16, 0)
     with pytest.raises(UserError, match="FVD needs clips of 16 frames, not 15"):
         standard_distances(world, store, config, RolloutConfig(steps=2), short, fvd=fvd)
+    for name, what in (("fvd", "FVD"), ("features", "the look at features")):
+        with pytest.raises(UserError, match=f"{what} needs clips of 16 frames, not 15"):
+            check_fits({name: None}, store, short)
+    check_fits({"fvd": None, "features": None, "lpips": None}, store, manifest)
     monkeypatch.setattr(standard, "LPIPS_SIDE", 32)
+    with pytest.raises(UserError, match="LPIPS needs frames of 32 pixels a side, not 16x16"):
+        check_fits({"lpips": None}, store, manifest)
     with pytest.raises(UserError, match="LPIPS needs frames of 32 pixels a side, not 16x16"):
         standard_distances(world, store, config, RolloutConfig(steps=2), manifest, lpips=lpips)

@@ -323,6 +323,31 @@ def _write(folder: Path, pause=lambda: None) -> None:
         pause()
 
 
+def test_a_thread_that_an_environment_left_behind_keeps_no_process_alive():
+    code = """
+import threading, time
+from ahriuwu_cli import startup
+startup.begin()
+threading.Thread(target=time.sleep, args=(600,)).start()
+print("a result")
+startup.ended(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (3, b"a result\n")
+
+
+def test_a_folder_that_nobody_may_look_into_goes_with_its_writer(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as of one of mode 000
+
+    def refused(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(folders, "hold", refused)
+    with pytest.raises(PermissionError), folders.replacing(tmp_path / "o"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_writer_left_is_cleared_by_the_next_and_what_a_live_one_fills_is_not(tmp_path):
     reads, writes = os.pipe()
     children = []

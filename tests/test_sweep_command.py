@@ -14,7 +14,7 @@ from worlds import moving_pictures, tiny_world
 
 from ahriuwu_cli import cli
 from ahriuwu_cli.commands import sweep_tau
-from ahriuwu_cli.errors import CheckpointError
+from ahriuwu_cli.errors import CheckpointError, DataError
 from ahriuwu_cli.evaluation import report, sweep_plots, sweep_run, sweep_verdict
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.rollout import RolloutConfig
@@ -130,6 +130,22 @@ def test_the_same_command_goes_on_and_another_is_refused_unless_resumed(places, 
     code, _, _ = run(places / "world", out, "--taus", "0,.1,.2", "--overwrite", "--no-video")
     assert code == 0
     assert len(rolled) >= 2 * 3  # with true and with shuffled actions
+
+
+def test_a_sweep_that_goes_on_with_other_windows_and_fails_leaves_the_results_of_before(
+    places, run, tmp_path, monkeypatch
+):
+    out = tmp_path / "sweep"
+    assert run(places / "world", out, "--taus", ".1")[0] == 0
+    before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
+
+    def gone(*_, **__):
+        raise DataError("an episode is not what was recorded")
+
+    monkeypatch.setattr(sweep_run, "generate", gone)
+    code, _, err = run(places / "world", out, "--taus", ".1", "--seed", "9", "--resume")
+    assert (code, err.count("error: ")) == (3, 1)
+    assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
 def test_a_folder_where_a_result_goes_is_refused_before_the_work(places, run, tmp_path, rolled):

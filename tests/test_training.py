@@ -35,13 +35,14 @@ from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
 from ahriuwu_cli.training.batches import draw_batch, share_of
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_tokenizer
 from ahriuwu_cli.training.clip_loss import denoiser
-from ahriuwu_cli.training.config_json import seal
+from ahriuwu_cli.training.config_json import identity, seal
 from ahriuwu_cli.training.distributed import Group
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.optimiser import rate
 from ahriuwu_cli.training.preview import stands_still
 from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.signals import StopRequest
+from ahriuwu_cli.training.state import read_document
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_hidden": 32, "window": 6, "time_every": 2, "k_max": 8}
 CONFIG = TrainConfig(size="test", steps=6, budget=None, batch=4, frames=6, log_every=1, preview_windows=2, warmup=2)
@@ -150,6 +151,10 @@ def test_a_resume_with_other_settings_is_refused_and_names_them(data, tmp_path):
         run(data, tmp_path / "r", replace(CONFIG, lr=1e-3), resume=True)
 
 
+class Ended(BaseException):
+    """Stands for the end of the process where a signal or a kill finds it."""
+
+
 def replaced_by_a_file(world):
     shutil.rmtree(world)
     world.touch()
@@ -242,10 +247,34 @@ def test_a_best_that_is_newer_than_the_state_stays_and_another_one_of_its_step_d
     run(data, tmp_path / "r", config, stop_at=6)
     shutil.rmtree(tmp_path / "r" / "state" / "step-00000006")  # as if it had been killed between its best and its state
     assert load_world(tmp_path / "r" / "best", "cpu").facts["step"] == 6
-    assert run(data, tmp_path / "r", config, stop_at=5).run.lacking == []
+    again = run(data, tmp_path / "r", config, stop_at=5)
+    assert again.run.lacking == []
+    assert again.run.written == {"best": identity(read_object(tmp_path / "r" / "best" / "config.json"))}
     run(data, tmp_path / "b", config, stop_at=4)
     stating(lambda d: d.update(frame_skip=d["frame_skip"] + 1))(tmp_path / "b" / "best")
     assert run(data, tmp_path / "b", config, stop_at=5).run.lacking == ["best"]
+
+
+def test_worlds_of_a_last_preview_that_was_killed_are_the_runs_own(data, tmp_path, monkeypatch):
+    config = replace(CONFIG, preview_every=100, keep=2)
+    run(data, tmp_path / "r", config)
+    state = tmp_path / "r" / "state" / "step-00000006"
+
+    def killed(self, trainer, save=Run.save):
+        if trainer.finished:
+            raise Ended
+        save(self, trainer)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(Run, "save", killed)
+        with pytest.raises(Ended):
+            run(data, tmp_path / "k", config)
+    assert (tmp_path / "k" / "last").exists()
+    shutil.copytree(tmp_path / "k", tmp_path / "other")
+    again = run(data, tmp_path / "k", config)
+    assert again.run.found.endswith("after step 6 of 6: its last preview is left")
+    before, after = (read_document(f / "state" / state.name)[0] for f in (tmp_path / "r", tmp_path / "k"))
+    assert before["worlds"] == after["worlds"]
 
 
 def test_a_run_of_an_older_version_does_not_say_what_it_wrote_and_goes_on(data, tmp_path, monkeypatch):
@@ -263,10 +292,6 @@ def _without_worlds(save_state):
         save_state(self, step, tensors, document)
 
     return save
-
-
-class Ended(BaseException):
-    """Stands for the end of the process where a signal finds it."""
 
 
 AT_ONCE = "all 6 steps are done and saved, the worlds come of: train --resume"

@@ -19,6 +19,7 @@ from ahriuwu_cli.data.describe import as_text, describe
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.validate import validate
+from ahriuwu_cli.errors import DataError
 
 SPACE = ActionSpace((ActionComponent("action", "discrete", 4),))
 
@@ -93,6 +94,15 @@ def test_a_run_of_frames_shared_by_two_splits_is_seen_but_a_standing_picture_is_
     for clip in still:
         clip[10:35] = _clip(99, 1)  # all share a long standing title screen
     assert not _failed(_store(tmp_path / "e", still))
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_dataset_that_goes_away_while_it_is_read_is_a_sentence(tmp_path, monkeypatch, check):
+    store = small_dataset(tmp_path / "d")
+    monkeypatch.setattr(EpisodeStore, "open", lambda *_, **__: store)
+    store.file(store.episodes()[0].id).unlink()
+    with pytest.raises(DataError, match=r"000000\.safetensors went away while .* was read"):
+        describe(tmp_path / "d", check)
 
 
 def test_black_and_frozen_episodes_are_warnings(tmp_path):

@@ -171,6 +171,15 @@ def test_fragments_whose_list_says_that_more_follow_are_refused(tmp_path):
         count(tmp_path / "a.mp4")
 
 
+def test_a_video_that_goes_away_while_it_is_decoded_is_a_sentence(tmp_path):
+    write_mp4(tmp_path / "a.mp4", np.zeros((20, 32, 32, 3), np.uint8), 10)
+    frames = iter_video(tmp_path / "a.mp4")
+    next(frames)
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(DataError, match="went away while it was decoded"):
+        list(frames)
+
+
 def test_import_refuses_a_short_video_in_one_sentence(tmp_path):
     film(tmp_path / "a.mkv", "libvpx")
     whole = (tmp_path / "a.mkv").read_bytes()

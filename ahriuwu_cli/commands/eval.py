@@ -69,7 +69,7 @@ def evaluate(
     from ahriuwu_cli.evaluation.cells import weights_hash
     from ahriuwu_cli.evaluation.evaluate import EvaluationConfig
     from ahriuwu_cli.evaluation.evaluate import evaluate as run
-    from ahriuwu_cli.evaluation.looks import look_closer, optional_looks, parse_looks
+    from ahriuwu_cli.evaluation.looks import check_fits, look_closer, optional_looks, parse_looks
     from ahriuwu_cli.evaluation.looks_text import looks_text
     from ahriuwu_cli.evaluation.prepare import prepare
     from ahriuwu_cli.folders import claimed, replacing
@@ -90,6 +90,7 @@ def evaluate(
     config = EvaluationConfig(seed=seed, batch=batch, noise_seeds=noise_seeds)
     config, stored = choose_windows(config, asked, manifest, store)
     config, stored = prepare(world, store, config, generation, stored)
+    check_fits(extra, store, stored)
     with claimed(out, overwrite, options.say), replacing(out, overwrite, then=lambda: complete(out)) as folder:
         with bar("eval", "frame", quiet=as_json) as progress:
             result = run(world, store, config, generation, stored, progress)

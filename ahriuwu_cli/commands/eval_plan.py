@@ -86,6 +86,8 @@ def plan(
     from ahriuwu_cli.evaluation.plan import read_plan
     from ahriuwu_cli.evaluation.shards import find_shards
 
+    if share != "windows" and "RANK" not in os.environ:
+        raise UserError("--share is about torchrun's processes: start with torchrun, or leave it out")
     split = find_shards(shard, share, os.environ)
     cells = read_plan(plan)
 

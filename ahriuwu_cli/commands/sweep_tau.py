@@ -130,18 +130,19 @@ def sweep_tau(
     if sweep_cells.check_results(out, identity, resume=resume, overwrite=overwrite):
         sweep_cells.begin(out, identity, overwrite)
         ctx.with_resource(claimed(out, True, options.say))  # another folder has that name now
-    else:
-        sweep_cells.note_asked(out, identity)
 
     clear_files(out, "|".join(map(re.escape, files)))
     clear_files(out / sweep_cells.FOLDER, ".+")
     storage = Storage(out / sweep_cells.FOLDER, weights)
-    plan.manifest.save(files["windows.json"])
+    if not files["sweep.json"].exists():  # else they belong together, and change together
+        plan.manifest.save(files["windows.json"])
     rows: list[dict[str, Any]] = []
 
     def on_cell(cell: dict[str, Any]) -> None:
+        if not rows:  # what was measured before is given up now
+            sweep_cells.note_asked(out, identity)
         rows.extend(sweep_report.sweep_rows(cell))
-        if not files["sweep.json"].exists():  # else they belong together, and change together
+        if not files["sweep.json"].exists():
             report.write_text(files["sweep.csv"], report.as_csv(rows))
 
     found = sweep(
@@ -211,6 +212,7 @@ def _write_files(
         "gain.png": lambda path: sweep_plots.plot_gain_by_tau(found.result, path),
         "curves.png": lambda path: sweep_plots.plot_sweep_curves(found.result, path),
         "map.png": lambda path: sweep_plots.plot_gain_map(found.result, path),
+        "windows.json": plan.manifest.as_json(),
         "sweep.json": report.as_json(result),
     }
     if plan.test:

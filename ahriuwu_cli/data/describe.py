@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.metadata import SPLITS
-from ahriuwu_cli.printing import one_line
+from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.printing import one_line, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +19,18 @@ RUN, FEW = 256, 256  # steps in a row; as many times more as there are fewer tha
 
 
 def describe(path: Path, check: bool = False) -> dict[str, Any]:
-    """Facts ready for JSON. With check, `checks` holds the rows of `data.validate` and `sound` whether none failed."""
+    """Facts ready for JSON. With check, `checks` holds the rows of `data.validate` and `sound` whether none failed.
+
+    DataError for what is no dataset, or goes away while it is read.
+    """
+    try:
+        return _describe(path, check)
+    except FileNotFoundError as error:
+        gone = printable(str(error.filename))
+        raise DataError(f"{gone} went away while {path} was read: put it back, or look again later") from None
+
+
+def _describe(path: Path, check: bool) -> dict[str, Any]:
     store = EpisodeStore.open(path, verify=False)  # --check hashes every file itself, and says which are not sound
     facts: dict[str, Any] = {
         "kind": "dataset",

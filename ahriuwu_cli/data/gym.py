@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ahriuwu_cli import memory
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
+from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
 from ahriuwu_cli.data.recording import RecordConfig, Recorded, record_episodes
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 
@@ -38,31 +40,28 @@ class GymWorld:
         name = config.name
         if ":" not in name and name not in gymnasium.registry:  # "module:Name" is imported by Gymnasium itself
             raise UserError(f"unknown Gymnasium environment {name!r}: {_nearest(name, sorted(gymnasium.registry))}")
-        self._is_atari = name.startswith("ALE/")
+        self._name, self._is_atari = name, name.startswith("ALE/")
         options = {"frameskip": 1, "repeat_action_probability": 0.0} if self._is_atari else {}
         self._env = self._open(name, options)
-        self._renders = not _is_image(self._env.observation_space)
-        if self._renders:
-            self._env.close()
-            self._env = self._open(name, options | {"render_mode": "rgb_array"})
         try:
-            self.action_space, self._to_env = action_space_of(self._env, name)
+            with self._asked("what it shows"):
+                self._renders = not _is_image(self._env.observation_space)
+            if self._renders:
+                self.close()
+                self._env = self._open(name, options | {"render_mode": "rgb_array"})
+            with self._asked("what actions it takes"):
+                self.action_space, self._to_env = action_space_of(self._env, name)
+            self.frame_skip = config.frame_skip or (ATARI_FRAME_SKIP if self._is_atari else 1)
+            self.fps = self._rate() / self.frame_skip
         except BaseException:
-            self._env.close()
+            self.close()
             raise
-        self._name = name
-        self.frame_skip = config.frame_skip or (ATARI_FRAME_SKIP if self._is_atari else 1)
-        rate = ATARI_FPS if self._is_atari else self._env.metadata.get("render_fps")
-        if not rate or rate <= 0:
-            self._env.close()
-            raise DataError(f"{name} does not say its frame rate (metadata['render_fps']): set it in the environment")
-        self.fps = float(rate) / self.frame_skip
         self.facts: dict[str, Any] = {"kind": "gym", "environment": name, "gymnasium": gymnasium.__version__} | options
 
     def reset(self, seed: int) -> np.ndarray:
         """Start an episode; the first picture, uint8 (h, w, 3)."""
         with self._asked("reset"):
-            observation, _ = self._env.reset(seed=seed)
+            observation, _ = self._env.reset(seed=seed)  # its value is two things, by Gymnasium's rules
         return self._picture(observation)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -73,7 +72,7 @@ class GymWorld:
         for i in range(self.frame_skip):
             with self._asked("step"):
                 observation, _, terminated, truncated, _ = self._env.step(value)
-            over = terminated or truncated
+                over = bool(terminated) or bool(truncated)
             if over or i == self.frame_skip - 1:
                 break
             if self._is_atari and i == self.frame_skip - 2:
@@ -82,30 +81,40 @@ class GymWorld:
         return (picture if before is None else np.maximum(before, picture)), over
 
     def close(self) -> None:
-        """End the environment."""
-        self._env.close()
+        """End the environment. That it fails in this takes nothing from what was recorded: it is said."""
+        try:
+            with self._asked("close"):
+                self._env.close()
+        except (DataError, UserError) as error:
+            print(f"warning: {error}", file=sys.stderr)
 
     def _open(self, name: str, options: dict[str, Any]) -> gymnasium.Env:
-        try:
+        with self._asked(f"its start with {options or 'its defaults'}"):
             return _gymnasium().make(name, disable_env_checker=True, **options)
-        except ImportError as error:  # gymnasium's DependencyNotInstalled says what to install
-            raise UserError(f"the environment {name!r} needs another package: {error}") from None
-        except Exception as error:
-            if not isinstance(error, (_gymnasium().error.Error, TypeError, ValueError, AssertionError, RuntimeError)):
-                raise
-            if isinstance(error, _gymnasium().error.DependencyNotInstalled):
-                raise UserError(f"the environment {name!r} needs another package: {error}") from None
+
+    def _rate(self) -> float:
+        """Steps a second. DataError where it says none that a dataset may have."""
+        rate = ATARI_FPS if self._is_atari else (self._env.metadata or {}).get("render_fps")
+        try:
+            fits = MIN_FPS <= float(rate) / self.frame_skip <= MAX_FPS
+        except (TypeError, ValueError, OverflowError):
+            fits = False
+        if not fits:
             raise DataError(
-                f"the environment {name!r} does not start with {options or 'its defaults'}: {error}"
-            ) from None
+                f"{self._name} does not say its frame rate, or none from {MIN_FPS} to {MAX_FPS:g} a second "
+                f"(metadata['render_fps'] is {str(rate)[:40]}): set it in the environment"
+            )
+        return float(rate)
 
     @contextlib.contextmanager
     def _asked(self, for_what: str) -> Iterator[None]:
-        """An environment is somebody's program: what it raises is said with its name."""
+        """An environment is somebody's program: what it raises is said with its name, that it ends ours, too; what it
+        prints goes to stderr, since stdout is for results."""
         try:
-            yield
-        except Exception as error:
-            if memory.ran_out(error):
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        except (Exception, SystemExit) as error:
+            if memory.ran_out(error) or isinstance(error, DataError):
                 raise
             if isinstance(error, (ImportError, _gymnasium().error.DependencyNotInstalled)):
                 raise UserError(f"the environment {self._name!r} needs another package: {error}") from None
@@ -119,11 +128,12 @@ class GymWorld:
 
         with self._asked("render"):
             picture = self._env.render() if self._renders else observation
-        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+        form = picture.shape if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 else ()
+        if len(form) not in (2, 3) or min(form) < 1:
             shown = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
             raise DataError(f"{self._name} shows {shown}, not an 8-bit image: choose an environment with pixels")
-        if picture.ndim == 2 or picture.shape[2] == 1:
-            picture = np.repeat(picture.reshape(*picture.shape[:2], 1), 3, axis=2)
+        if picture.ndim == 2 or picture.shape[2] < 3:  # grey, with or without its opacity
+            picture = np.repeat(picture.reshape(*picture.shape[:2], -1)[:, :, :1], 3, axis=2)
         return picture[:, :, :3]
 
 

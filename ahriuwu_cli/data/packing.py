@@ -57,6 +57,8 @@ def make_pack(
         with locked(path, announce) as place:
             if not is_there():
                 _make(path, store, tokenizer, facts, layout, place, progress, announce, workers)
+    except BlockingIOError:  # no process more could be started
+        raise
     except OSError as error:
         kind = DiskError if error.errno in REFUSALS else DataError
         raise kind(_sentence(error, path, layout)) from None

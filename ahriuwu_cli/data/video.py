@@ -88,7 +88,7 @@ def timed_frames(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[tup
                 if size != picture.shape[:2]:
                     raise DataError(f"{path} changes its size from {size} to {picture.shape[:2]}: convert it first")
                 yield None if untimed else frame.time, picture
-            if fault := clock.fault() or broken(Path(path)):
+            if fault := clock.fault() or _broken(Path(path)):
                 raise DataError(f"{path} is damaged ({fault}): restore it, or convert what is left of it first")
         except (av.error.FFmpegError, ValueError, OverflowError, MemoryError) as error:
             _raise_for_memory(error)
@@ -132,6 +132,13 @@ def _opened(path: Path):
         most = _most_pixels(context) if context.format else MAX_PIXELS  # not known: of it one picture is decoded
     with _container(path, [0] * index + [most]) as (container, file):
         yield container, container.streams[index], file
+
+
+def _broken(path: Path) -> str:
+    try:
+        return broken(path)
+    except OSError as error:
+        raise DataError(f"{path} went away while it was decoded ({error.strerror}): put it back") from None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Each look is a part of the result under its own name, and is left out only by na
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,18 @@ def optional_looks(
             load(weights)
             looks[name] = partial(_standard, name=name, weights=weights)
     return looks
+
+
+def check_fits(looks: Collection[str], store: EpisodeStore, manifest: WindowManifest) -> None:
+    """UserError where frames or windows are too small for one of `optional_looks`: known before any work."""
+    from ahriuwu_cli.evaluation.perceptual import check_horizon
+    from ahriuwu_cli.evaluation.standard import check_size
+
+    if "lpips" in looks:
+        check_size(store)
+    for name, what in (("fvd", "FVD"), ("features", "the look at features")):
+        if name in looks:
+            check_horizon(what, manifest)
 
 
 def _standard(world, store, config, rollout_config, manifest, name, weights) -> dict[str, Any]:

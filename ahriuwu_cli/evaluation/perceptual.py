@@ -162,6 +162,12 @@ def efficientnet_lite0_features(network: EfficientNetLite0, clips: np.ndarray, b
     return pooled.reshape(len(clips), CLIP_FRAMES, 1, -1)
 
 
+def check_horizon(what: str, manifest: WindowManifest) -> None:
+    """UserError for windows without a whole clip."""
+    if manifest.horizon < CLIP_FRAMES:
+        raise UserError(f"{what} needs clips of {CLIP_FRAMES} frames, not {manifest.horizon}: give a longer --horizon")
+
+
 def perceptual_look(
     world: World,
     store: EpisodeStore,
@@ -176,8 +182,7 @@ def perceptual_look(
     persistence. UserError without `weights` or for a horizon below 16, CheckpointError for other weights.
     """
     network = load_efficientnet_lite0(weights).to(world.device)
-    if manifest.horizon < CLIP_FRAMES:
-        raise UserError(f"features of clips need a horizon of at least {CLIP_FRAMES}, not {manifest.horizon}")
+    check_horizon("the look at features", manifest)
     others = reference_clips(store, len(manifest.windows), split=manifest.split, seed=config.seed, avoid=manifest)
     reference, _ = reference_clips(store, REFERENCE, split="train", seed=config.seed, avoid=manifest)
     frames, actions = read_windows(store, manifest)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ahriuwu_cli.data.documents import read_object, to_json
 from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.metadata import SPLITS
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.disk import write_whole
 from ahriuwu_cli.errors import DataError, UserError
@@ -190,6 +191,8 @@ def _parse(path: Path, advice: str) -> WindowManifest:
         if document or not windows or min(numbers["context"], numbers["horizon"]) < 1:
             raise ValueError(f"unknown or empty fields: {', '.join(document) or 'windows, context or horizon'}")
         _check_ranges(numbers | {"windows": len(windows)})
+        if names["split"] not in SPLITS:
+            raise ValueError(f"its split is {names['split'][:40]!r}")
         if len(set(windows)) != len(windows):
             raise ValueError("it lists a window twice")
     except FileNotFoundError:

@@ -100,6 +100,8 @@ def score_rollouts(
     if delta_at is not None:
         if delta_at < 1:
             raise UserError(f"--delta-at must be at least 1, got {delta_at}")
+        if delta_at > manifest.horizon:
+            raise UserError(f"--delta-at {delta_at} is beyond the {manifest.horizon} frames that {folder} holds")
         config = replace(config, delta_at=delta_at)
     horizons, parts = pick_horizons(config.horizons, manifest.horizon), []
     for part in _parts(folder, len(manifest.windows)):

@@ -23,11 +23,12 @@ from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation.distances import CLIP_FRAMES, check_clips, frechet_distance, reference_clips
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct
-from ahriuwu_cli.evaluation.perceptual import pad_same
+from ahriuwu_cli.evaluation.perceptual import check_horizon, pad_same
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
 from ahriuwu_cli.evaluation.protocol import WindowManifest, read_windows
 from ahriuwu_cli.evaluation.summary import jsonable, pick_horizons
 from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.training.finite import first_no_weight
 from ahriuwu_cli.world import World
 
 MAX_BYTES = 1_000_000_000  # of a file of weights: VGG16 whole takes half of it
@@ -79,6 +80,12 @@ class Weights:
             raise CheckpointError(f"{error}; convert the published one to safetensors (docs/evaluation.md)") from None
 
 
+def check_size(store: EpisodeStore) -> None:
+    """UserError for frames that LPIPS is too large for."""
+    if min(store.height, store.width) < LPIPS_SIDE:
+        raise UserError(f"LPIPS needs frames of {LPIPS_SIDE} pixels a side, not {store.height}x{store.width}")
+
+
 def standard_distances(
     world: World,
     store: EpisodeStore,
@@ -94,12 +101,12 @@ def standard_distances(
     LPIPS: the mean over windows at the reported horizons, for model, ceiling (decode(encode)) and persistence. FVD: see
     `frechet_video_distance`. Both networks are loaded before anything is generated.
     """
+    if lpips:
+        check_size(store)
+    if fvd:
+        check_horizon("FVD", manifest)
     judge = load_lpips(lpips).to(world.device) if lpips else None
     i3d = load_i3d(fvd).to(world.device) if fvd else None
-    if judge and min(store.height, store.width) < LPIPS_SIDE:
-        raise UserError(f"LPIPS needs frames of {LPIPS_SIDE} pixels a side, not {store.height}x{store.width}")
-    if i3d and manifest.horizon < CLIP_FRAMES:
-        raise UserError(f"FVD needs clips of {CLIP_FRAMES} frames, not {manifest.horizon}: give a longer --horizon")
     frames, actions = read_windows(store, manifest)
     made = generate(
         world, frames, actions, manifest.keys, rollout_config,
@@ -208,6 +215,10 @@ def load_i3d(weights: Weights) -> I3D:
         raise CheckpointError(
             f"{weights.path} is not an RGB I3D with {I3D_CLASSES} classes: {len(wrong)} keys or shapes differ, first "
             f"{wrong[0]}; see I3D in ahriuwu_cli/evaluation/standard.py for the names"
+        )
+    if bad := first_no_weight(tensors):
+        raise CheckpointError(
+            f"{weights.path} is no trained network: {bad} is not of finite numbers; give another file"
         )
     network.load_state_dict(tensors, strict=True)
     return network

@@ -38,3 +38,8 @@ def check_finite(tensors: Mapping[str, Tensor], step: int, newest: Path | None) 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a number that is not finite, or None."""
     return next((n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
+
+
+def first_no_weight(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that no network has for a weight, not finite or of whole numbers; or None."""
+    return next((n for n, t in tensors.items() if not (t.is_floating_point() and torch.isfinite(t).all())), None)

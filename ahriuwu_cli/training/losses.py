@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ahriuwu_cli.data.tensors import read_tensors
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError, UserError
+from ahriuwu_cli.training.finite import first_no_weight
 
 LPIPS_WEIGHT = 0.2
 MAX_BYTES = 1_000_000_000  # of the file of weights: VGG16 whole takes half of it
@@ -125,6 +126,8 @@ def build_lpips(tensors: dict[str, Tensor], path: Path) -> tuple[nn.Module, str]
             f"LPIPS needs the package lpips and a torchvision made for this PyTorch ({error}): "
             "`pip install 'ahriuwu[lpips]'`, or leave out --lpips-weights"
         ) from None
+    if bad := first_no_weight(tensors):
+        raise ValueError(f"{path} is no trained network: {bad} is not of finite numbers")
     lacking = [name for name in (f"lin{i}.model.1.weight" for i in range(5)) if name not in tensors]
     if lacking:
         raise ValueError(f"{path} lacks {lacking[0]}: put the published heads lin0 to lin4 in it (docs/evaluation.md)")

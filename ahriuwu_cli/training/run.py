@@ -92,7 +92,9 @@ class Run(RunFolder):
         trainer.step, trainer.total, trainer.elapsed = document["step"], document["total"], float(document["elapsed"])
         trainer.best = None if "best" in self.lacking else document["best"]  # lost: the next preview is the best
         trainer.finished = self.is_finished(document)
-        self.written = dict(document.get("worlds", {}))
+        if self.writes:  # what is there, which may be newer than the state
+            there = [name for name in self._due(document) if name not in self.lacking]
+            self.written = {name: identity(self._config_of(name)) for name in there}
         if "log" in tensors and trainer.group.leads:  # the sums of all
             shares = trainer.config.accumulate * trainer.group.world
             before = document.get("accumulate", trainer.config.accumulate) * document.get("processes", 1)
@@ -101,20 +103,29 @@ class Run(RunFolder):
 
     def lost(self, document: dict[str, Any]) -> list[str]:
         """Worlds that a run at this state has written, and that are not there, damaged, or not this run's."""
-        written = ["best"] if document.get("best") is not None else []
-        written += ["last"] if self.is_finished(document) else []
-        return [name for name in written if not self._is_own(name, document)]
+        return [name for name in self._due(document) if not self._is_own(name, document)]
+
+    def _due(self, document: dict[str, Any]) -> list[str]:
+        """Worlds that a run at this state has written."""
+        best = ["best"] if document.get("best") is not None else []
+        return [*best, "last"] if self.is_finished(document) else best
+
+    def _config_of(self, name: str) -> dict[str, Any]:
+        return read_object(self.folder / name / "config.json")
 
     def _is_own(self, name: str, document: dict[str, Any]) -> bool:
         """Whether a world is there whole, and what this run wrote: sound ones may have been put in its place.
 
-        One that is newer than the state, and any of an older version's run, is held to what it states alone.
+        One that is newer than the state (of its own step, where that is of before the last preview), and any of an
+        older version's run, is held to what it states alone.
         """
         if not is_sound(self.folder / name):
             return False
-        told = read_object(self.folder / name / "config.json")
+        told = self._config_of(name)
         wrote, step = document.get("worlds", {}).get(name), told["facts"].get("step")
-        if wrote not in (None, identity(told)) and not (type(step) is int and step > document["step"]):
+        last_preview = step == document["total"] and not self.is_finished(document)
+        newer = type(step) is int and (step > document["step"] or last_preview)
+        if wrote not in (None, identity(told)) and not newer:
             return False
         says, asked = told["facts"], asdict(self.config) | self.asked["facts"]  # as `save_world` states them
         asked["action_space"] = self.asked["facts"].get("architecture", {}).get("action_space")
@@ -152,7 +163,7 @@ class Run(RunFolder):
         }
         with self.writing():
             save_world(world, self.folder / name)
-            self.written[name] = identity(read_object(self.folder / name / "config.json"))
+            self.written[name] = identity(self._config_of(name))
 
 
 def has_state(folder: Path) -> bool:

@@ -237,7 +237,7 @@ class RunFolder:
         except Exception as error:
             if not memory.ran_out(error):
                 raise
-            said = memory.sentence(f"train {self.asked['kind']}")
+            said = memory.sentence(f"train {self.asked['kind']}", error)
             raise TrainingError(f"{said}; {self.where_it_stands()}") from error
         finally:
             self.release()
