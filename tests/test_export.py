@@ -317,6 +317,15 @@ def test_a_mean_states_what_holds_for_both(place, run):
         assert f"has another {what} than" in err
 
 
+def test_no_folder_of_this_machine_goes_out_with_a_world(place, run):
+    world = small_world()
+    world.facts = {"init_from": "/home/somebody/worlds/first"}
+    save_world(world, place / "second")
+    assert run("export", place / "second", "--out", place / "small")[0] == 0
+    assert load_world(place / "small").facts["init_from"] == "first"
+    assert "somebody" not in "".join(f.read_text() for f in (place / "small").glob("*.*") if f.suffix != ".safetensors")
+
+
 @pytest.mark.parametrize("said", ["a text", [1], {"command": 7}])
 def test_a_world_whose_facts_of_its_mean_are_none_is_refused(place, run, said):
     world = small_world()

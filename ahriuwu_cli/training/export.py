@@ -7,6 +7,7 @@ world/            a checkpoint as `training.checkpoint` writes it, weights in 16
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -73,7 +74,7 @@ def export(
         world,
         dynamics=deepcopy(world.dynamics).to(FORMATS[weights]),
         tokenizer=world.tokenizer if weights == "float32" else _halved(world.tokenizer),
-        facts=world.facts | {"weights": weights},
+        facts=_shareable(world.facts) | {"weights": weights},
     )
     _check_held(slim, weights)
     scores = None if evidence is None else _scores(evidence, world, slim)
@@ -95,6 +96,12 @@ def export(
         "prompts": len(windows),
         "largest_rounding": rounding,
     }
+
+
+def _shareable(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts for other people, without the folders of this machine: of where training started, the name alone."""
+    start = facts.get("init_from")
+    return facts | {"init_from": os.path.basename(start)} if isinstance(start, str) else facts
 
 
 def averaged(world: World, other: World) -> World:
