@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
 # The whole toolkit on real game video, on two CPU cores in under ten minutes:
 # record ViZDoom, fit a tokenizer, train the dynamics, imagine, evaluate, sweep tau_ctx, verify.
-# BUDGET sets the training time (default 330s); results go to runs/demo (OUT), any earlier ones there are replaced.
+# BUDGET sets the training time (default 330s); results go to runs/demo (OUT), those of an earlier demo there are replaced.
 set -euo pipefail
 began=$(date +%s)
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-out=${OUT:-runs/demo}
-budget=${BUDGET:-330s}
-rm -rf "$out"
-mkdir -p "$out"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+budget=${BUDGET:-330s} out=${OUT:-$root/runs/demo}
+case $out in /*) ;; *) out=$PWD/$out ;; esac
+[[ $budget =~ ^[0-9]+(\.[0-9]+)?[smh]?$ ]] || { echo "error: BUDGET '$budget' is not a time: write 90s, 4m or 2h" >&2; exit 2; }
+if [ -e "$out" ] && [ ! -f "$out/stages.tsv" ] && [ -n "$(ls -A -- "$out")" ]; then
+  echo "error: $out holds something else than a demo's results: choose another OUT" >&2
+  exit 2
+fi
+source "$root/scripts/environment.sh"
+out=${out#"$PWD/"}
+rm -rf -- "$out"
+mkdir -p -- "$out"
 timings=$out/stages.tsv
 printf 'environment\t%s\n' "$(($(date +%s) - began))" > "$timings"
 

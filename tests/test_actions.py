@@ -19,6 +19,13 @@ STEER = ActionComponent("steer", "continuous", 2, ("wheel", "gas"), (-1.0, 0.0),
 SPACES = {"buttons": ActionSpace((BUTTONS,)), "move": ActionSpace((MOVE,)), "all": ActionSpace((BUTTONS, GEAR, STEER))}
 
 
+def test_a_range_allows_its_own_ends_however_small_or_large_they_are():
+    for low, high in ((0.0, 1.2e-44), (-1e-30, 1e-45), (3.3e38, 3.4e38), (0.1, 0.3)):
+        space = ActionSpace((ActionComponent("a", "continuous", 1, (), (low,), (high,)),))
+        assert space.allows(np.float32([[low], [high]])).all(), (low, high)
+        assert not space.allows(np.float32([[np.nan], [-3.4e38]])).any()
+
+
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_a_space_survives_json(space):
     assert ActionSpace.from_json(json.loads(json.dumps(space.to_json()))) == space

@@ -23,6 +23,12 @@ def saved(folder: Path, *steps: int, keep: int = 3) -> States:
     return states
 
 
+def test_the_newest_is_the_one_of_most_steps_beyond_eight_digits_too(tmp_path):
+    states = saved(tmp_path, 99_999_999, 100_000_000, keep=1)
+    assert names(states) == ["step-100000000"]
+    assert states.load(silent)[2]["step"] == 100_000_000
+
+
 def names(states: States) -> list[str]:
     return sorted(path.name for path in states.folder.iterdir())
 

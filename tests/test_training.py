@@ -712,8 +712,9 @@ def test_a_time_budget_ends_the_run_near_its_time(data, tmp_path):
         (0.0, 10, 100.0, 11),
         (0.9, 1, 10.0, 10),
         (1.0, 0, 0.0, None),
-        (1.0, 1, 2.0, 50),  # all of the run is decay, and not a thousand steps
-        (0.9995, 1, 2.0, 50),
+        (1.0, 1, 2.0, None),  # all of the run is decay, but its first step says little of the others
+        (1.0, 10, 12.0, 83),
+        (0.9995, 10, 10.0, 100),
     ],
 )
 def test_a_time_budget_decides_as_many_steps_as_the_rest_of_it_gives(decay, step, elapsed, total):

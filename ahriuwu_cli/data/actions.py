@@ -113,8 +113,9 @@ class ActionSpace:
         for component, columns in self.slices():
             values = actions[..., columns]
             if component.kind == "continuous":
-                slack = 1e-5 * (np.abs(component.low) + np.abs(component.high))  # float32 against the JSON's float64
-                allowed[..., columns] = (values >= component.low - slack) & (values <= component.high + slack)
+                low, high = (np.float64(np.float32(ends)) for ends in (component.low, component.high))
+                slack = 1e-5 * (np.abs(low) + np.abs(high))  # what others computed in another order
+                allowed[..., columns] = (values >= low - slack) & (values <= high + slack)
             else:
                 top = component.size - 1 if component.kind == "discrete" else 1
                 allowed[..., columns] = (values >= 0) & (values <= top) & (values == np.round(values))

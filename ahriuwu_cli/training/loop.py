@@ -165,9 +165,12 @@ class DynamicsTrainer:
         return results, norm, clips * frames
 
     def _decide_total(self) -> bool:
-        """With a time budget: when only the decay's share of it is left, fix how many steps there will be, once."""
+        """With a time budget: when only the decay's share of it is left, fix how many steps there will be, once.
+
+        Not before a tenth of it is over, whatever the decay: the first steps are slow, and would promise too few.
+        """
         budget = self.config.budget
-        if self.total is None and 0 < self.elapsed >= budget * (1 - self.config.decay):
+        if self.total is None and 0 < self.elapsed >= budget * max(1 - self.config.decay, 0.1):
             self.total = self.step + max(1, round(self.step * (budget - self.elapsed) / self.elapsed))
             return True
         return False

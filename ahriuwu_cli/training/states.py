@@ -104,7 +104,8 @@ class States:
             remove(left)
 
     def _found(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
+        found = (path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))  # beyond 8 digits too
 
     def _set_aside(self, path: Path) -> Path:
         aside, count = path.with_name(f"{path.name}.damaged"), 1
