@@ -10,6 +10,7 @@ if [ ! -f "$marker" ]; then
   command -v "$python" > /dev/null || { echo "error: there is no $python: set PYTHON to a Python of 3.11 or newer" >&2; exit 2; }
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $python is older than 3.11: set PYTHON to a newer one" >&2; exit 2; }
   echo "making .venv with extras [$extras] (a minute or two, once)" >&2
+  find .venv -maxdepth 1 -name '.installed-*' ! -name "*-$stamp" -delete 2> /dev/null || true # of other releases
   .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv .venv # not there, or killed as it was made
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$extras]"
   touch "$marker"

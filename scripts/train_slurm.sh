@@ -25,6 +25,8 @@ gpus=${SLURM_GPUS_ON_NODE:-8}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 [ -d "$out/tokenizer" ] || srun --nodes 1 --ntasks 1 ahriuwu train tokenizer "$data" --out "$out/tokenizer"
+length=(--steps "${STEPS:-500000}") # unless an option says how long
+for option in "$@"; do case $option in --steps | --steps=* | --budget | --budget=*) length=() ;; esac; done
 resume=()
 ls "$out"/world/state/step-*/state.json > /dev/null 2>&1 && resume=(--resume)
 
@@ -38,7 +40,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun -
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 \
   -m ahriuwu_cli train dynamics "$data" --tokenizer "$out/tokenizer" --out "$out/world" \
   --size large --batch 512 --precision bfloat16 --parallel fsdp \
-  --steps "${STEPS:-500000}" --save-every 2000 --preview-every 10000 "$@" "${resume[@]}" &
+  "${length[@]}" --save-every 2000 --preview-every 10000 "$@" "${resume[@]}" &
 step=$!
 code=0
 wait "$step" || code=$?

@@ -10,6 +10,8 @@ set -euo pipefail
 data=$1 out=$2 processes=${3:-auto}
 shift $(($# < 3 ? $# : 3))
 [ -d "$out/tokenizer" ] || ahriuwu train tokenizer "$data" --out "$out/tokenizer"
+length=(--steps "${STEPS:-100000}") # unless an option says how long
+for option in "$@"; do case $option in --steps | --steps=* | --budget | --budget=*) length=() ;; esac; done
 resume=()
 ls "$out"/world/state/step-*/state.json > /dev/null 2>&1 && resume=(--resume)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -17,5 +19,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 torchrun --standalone --nproc-per-node "$processes" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 \
   -m ahriuwu_cli train dynamics "$data" --tokenizer "$out/tokenizer" --out "$out/world" \
-  --size medium --batch 256 --precision bfloat16 --steps "${STEPS:-100000}" --save-every 2000 --preview-every 10000 \
+  --size medium --batch 256 --precision bfloat16 "${length[@]}" --save-every 2000 --preview-every 10000 \
   "$@" "${resume[@]}"

@@ -228,6 +228,14 @@ def test_a_dry_run_for_people_says_what_fits_and_what_was_assumed(dry, monkeypat
         assert words in out
 
 
+def test_a_dry_run_is_of_one_process(dry, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = dry("--json")
+    assert (code, out) == (2, "")
+    assert err == "error: --dry-run is a forecast of one process: run it without torchrun\n"
+
+
 def test_a_dry_run_refuses_what_the_run_would_refuse(dry):
     code, _, err = dry("--batch", 4, "--accumulate", 4, "--long-frames", 24, "--long-every", 2)
     assert code == 2

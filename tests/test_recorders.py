@@ -300,6 +300,11 @@ def test_memory_shared_with_an_engine_that_is_gone_is_removed_and_that_of_anothe
                 with open(file, "r+b") as opened:
                     maps.append(mmap.mmap(opened.fileno(), 0))
         assert instances(os.getpid()) == {names["before"], names["mine"]}
+        strange = Path(os.fsdecode(bytes(tmp_path) + b"/jos\xe9"))
+        strange.write_bytes(bytes(4096))
+        with open(strange, "r+b") as opened:
+            maps.append(mmap.mmap(opened.fileno(), 0))
+        assert instances(os.getpid()) == {names["before"], names["mine"]}  # a path is of any bytes
         time.sleep(1)  # it looks every 10 ms from when its interpreter has started
         guard.end()
         assert {kind for kind, file in files.items() if file.exists()} == {"before", "foreign"}

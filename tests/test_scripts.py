@@ -53,3 +53,48 @@ def test_an_environment_that_was_killed_as_it_was_made_is_made_again(tmp_path):
     python.chmod(0o755)
     assert _run(tmp_path / "scripts" / "demo.sh", tmp_path, PYTHON=str(python))[0] == 1  # this pip is none either
     assert said.read_text().splitlines()[-1] == "-m venv .venv"
+
+
+def test_an_environment_of_other_releases_does_not_count_as_this_one(tmp_path):
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(SCRIPTS.parent / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\n")  # whatever it is asked to install, it has done
+    python.chmod(0o755)
+    (tmp_path / "use.sh").write_text('source "$(dirname "${BASH_SOURCE[0]}")/scripts/environment.sh"\n')
+
+    def marks() -> set[str]:
+        assert _run(tmp_path / "use.sh", tmp_path, AHRIUWU_EXTRAS="doom")[0] == 0
+        return {p.name for p in (tmp_path / ".venv").glob(".installed-*")}
+
+    first, wanted = marks(), (tmp_path / "constraints.txt").read_text()
+    (tmp_path / "constraints.txt").write_text(wanted + "# other releases\n")
+    second = marks()
+    assert len(second) == 1
+    assert second != first
+    (tmp_path / "constraints.txt").write_text(wanted)
+    assert marks() == first
+
+
+def test_training_scripts_leave_the_length_to_an_option_that_says_it(tmp_path):
+    command = tmp_path / "bin" / "ahriuwu"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path / "said"}"\n')
+    command.chmod(0o755)
+    shutil.copy(command, command.parent / "torchrun")
+    (tmp_path / "out" / "tokenizer").mkdir(parents=True)
+    path = f"{command.parent}:{os.environ['PATH']}"
+    for script, before in (("train_gpu.sh", []), ("train_torchrun.sh", ["2"])):
+        for options, said in (
+            ([], "--steps 100000"),
+            (["--budget", "2h"], "--budget 2h"),
+            (["--steps=7"], "--steps=7"),
+        ):
+            (tmp_path / "said").unlink(missing_ok=True)
+            words = ["bash", str(SCRIPTS / script), "data", str(tmp_path / "out"), *before, *options]
+            subprocess.run(words, env=os.environ | {"PATH": path}, check=True, timeout=60)
+            line = (tmp_path / "said").read_text()
+            assert said in line
+            assert line.count("--steps") + line.count("--budget") == 1, line

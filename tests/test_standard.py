@@ -18,8 +18,8 @@ from small import SPACE, small_dataset, small_world
 from test_distances import bars, controls
 from torch import nn
 
-from ahriuwu_cli.errors import CheckpointError, UserError
-from ahriuwu_cli.evaluation import standard
+from ahriuwu_cli.errors import CheckpointError, DataError, UserError
+from ahriuwu_cli.evaluation import distances, standard
 from ahriuwu_cli.evaluation.looks import check_fits
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
 from ahriuwu_cli.evaluation.protocol import make_manifest
@@ -359,10 +359,16 @@ def test_n_backbone_and_hash_stand_beside_every_number(package, i3d, tmp_path, m
         standard_distances(world, store, config, RolloutConfig(steps=2), short, fvd=fvd)
     for name, what in (("fvd", "FVD"), ("features", "the look at features")):
         with pytest.raises(UserError, match=f"{what} needs clips of 16 frames, not 15"):
-            check_fits({name: None}, store, short)
-    check_fits({"fvd": None, "features": None, "lpips": None}, store, manifest)
+            check_fits({name: None}, store, short, 0)
+    check_fits({"fvd": None, "lpips": None}, store, manifest, 0)
+    with pytest.raises(UserError, match="15 scored clips say nothing"):
+        check_fits({"fvd": None}, store, make_manifest(store, "train", 4, 16, 15, 0), 0)
+    with monkeypatch.context() as full:
+        full.setattr(distances, "_gaps", lambda *_: [])
+        with pytest.raises(DataError, match=r"scored windows leave nothing of .*'train'"):
+            check_fits({"fvd": None}, store, manifest, 0)
     monkeypatch.setattr(standard, "LPIPS_SIDE", 32)
     with pytest.raises(UserError, match="LPIPS needs frames of 32 pixels a side, not 16x16"):
-        check_fits({"lpips": None}, store, manifest)
+        check_fits({"lpips": None}, store, manifest, 0)
     with pytest.raises(UserError, match="LPIPS needs frames of 32 pixels a side, not 16x16"):
         standard_distances(world, store, config, RolloutConfig(steps=2), manifest, lpips=lpips)

@@ -719,9 +719,23 @@ def test_a_time_budget_ends_the_run_near_its_time(data, tmp_path):
 )
 def test_a_time_budget_decides_as_many_steps_as_the_rest_of_it_gives(decay, step, elapsed, total):
     config = replace(CONFIG, steps=None, budget=100.0, decay=decay)
-    trainer = SimpleNamespace(config=config, step=step, elapsed=elapsed, total=None)
+    trainer = SimpleNamespace(config=config, step=step, elapsed=elapsed, total=None, warm=(0, 0.0))
     assert DynamicsTrainer._decide_total(trainer) == (total is not None)
     assert trainer.total == total
+
+
+def test_a_time_budget_is_not_divided_by_steps_that_waited_for_a_compiler():
+    config = replace(CONFIG, steps=None, budget=100.0, decay=0.9)
+
+    def decided(step, elapsed, warm):
+        trainer = SimpleNamespace(config=config, step=step, elapsed=elapsed, total=None, warm=warm)
+        DynamicsTrainer._decide_total(trainer)
+        return trainer.total
+
+    assert decided(2, 60.0, None) is None
+    assert decided(3, 60.5, (3, 60.5)) is None
+    assert decided(4, 61.0, (3, 60.5)) == 4 + 78
+    assert decided(1, 130.0, None) == 2  # the budget is over
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def evaluate(
     config = EvaluationConfig(seed=seed, batch=batch, noise_seeds=noise_seeds)
     config, stored = choose_windows(config, asked, manifest, store)
     config, stored = prepare(world, store, config, generation, stored)
-    check_fits(extra, store, stored)
+    check_fits(extra, store, stored, seed)
     with claimed(out, overwrite, options.say), replacing(out, overwrite, then=lambda: complete(out)) as folder:
         with bar("eval", "frame", quiet=as_json) as progress:
             result = run(world, store, config, generation, stored, progress)

@@ -70,7 +70,7 @@ def rollout(
     prompt = shipped_prompt(checkpoint) if prompt is None else prompt
     if prompt.is_file():
         options.only_for(ctx, f"is for a dataset, and {prompt} is a file", "episode", "split", "pick")
-    if prompt.suffix.lower() in IMAGES:
+    if prompt.suffix.lower() in IMAGES and not prompt.is_dir():
         options.only_for(ctx, f"is for a video or a dataset, and {prompt} is one image", "start", "context")
     if episode is not None:
         options.only_for(ctx, "draws an episode, and --episode names one", "split")

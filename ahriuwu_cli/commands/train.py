@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import typer
@@ -188,7 +189,10 @@ def _with_options(settings: dict, stop) -> dict | None:
     given = {name: settings[name] for name in ("dataset", "out", "tokenizer", "resume", "overwrite", "init_from")}
     if settings["forecast"]:
         from ahriuwu_cli.commands.dry_run import dry_run
+        from ahriuwu_cli.evaluation.shards import processes
 
+        if processes(os.environ)[1] > 1:
+            raise UserError("--dry-run is a forecast of one process: run it without torchrun")
         store, encoder = _opened(config, **given)
         return dry_run(store, encoder, config, settings["device"], settings["init_from"], settings["as_json"])
 

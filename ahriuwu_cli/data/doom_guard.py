@@ -61,7 +61,8 @@ def engines(folder: str) -> list[int]:
 def instances(recorder: int) -> set[str]:
     """The names of engines that a process shares memory with, from before they start until it lets go of it."""
     with suppress(OSError):
-        return set(re.findall(rf"{SHARED}/ViZDoom(?:MQCtr|MQDoom|SM)(\w+)", Path(f"/proc/{recorder}/maps").read_text()))
+        mapped = os.fsdecode(Path(f"/proc/{recorder}/maps").read_bytes())  # paths may be of any bytes
+        return set(re.findall(rf"{SHARED}/ViZDoom(?:MQCtr|MQDoom|SM)(\w+)", mapped))
     return set()
 
 

@@ -97,8 +97,8 @@ def _make(
                     for part, digest in finished:
                         journal.add(part.index, digest)
                         done[part.index] = digest
-        except (CheckpointError, OSError) as error:
-            if isinstance(error, CheckpointError) or not done:  # no pack of this tokenizer will be whole; a full disk
+        except (CheckpointError, DataError, OSError) as error:
+            if isinstance(error, CheckpointError) or not done:  # none of it will be whole, or nothing is lost
                 place.partial.unlink(missing_ok=True)
                 place.journal.unlink(missing_ok=True)
             raise

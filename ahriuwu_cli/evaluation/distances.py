@@ -137,11 +137,26 @@ def reference_clips(
     None shares a frame with a window of `avoid`. Where the dataset has actions, only labelled episodes count, as for
     scored windows. DataError when the split has not so many.
     """
+    windows = reference_windows(store, count, frames, split=split, seed=seed, avoid=avoid)
+    return np.stack([store.frames(e, s, s + frames) for e, s in windows]), [e for e, _ in windows]
+
+
+def reference_windows(
+    store: EpisodeStore,
+    count: int,
+    frames: int = CLIP_FRAMES,
+    *,
+    split: str,
+    seed: int = 0,
+    avoid: WindowManifest | None = None,
+) -> list[tuple[str, int]]:
+    """(episode, first frame) of `reference_clips`, whose frames are not read."""
     usable = {e.id: e.frames for e in store.episodes(split) if e.labelled or not store.action_space.width}
     free = {f"{e}:{a}": (e, a, b) for e, n in usable.items() for a, b in _gaps(e, n, avoid)}
+    if usable and not free:
+        raise DataError(f"the scored windows leave nothing of {store.path}'s split {split!r}: ask for fewer")
     drawn = draw_windows({key: b - a for key, (_, a, b) in free.items()}, frames, count, seed)
-    windows = [(free[key][0], free[key][1] + start) for key, start in drawn]
-    return np.stack([store.frames(e, s, s + frames) for e, s in windows]), [e for e, _ in windows]
+    return [(free[key][0], free[key][1] + start) for key, start in drawn]
 
 
 def clip_latents(world: World, frames: np.ndarray, batch: int = 32) -> Tensor:
@@ -301,9 +316,13 @@ def _numbered(*names: Sequence[str]) -> list[Tensor]:
     return [torch.tensor([numbers[name] for name in row]) for row in names]
 
 
+def check_count(name: str, clips: int) -> None:
+    if clips < MIN_CLIPS:
+        raise UserError(f"{clips} {name} clips say nothing about a distribution: give at least {MIN_CLIPS}")
+
+
 def check_clips(name: str, clips: np.ndarray) -> None:
-    if len(clips) < MIN_CLIPS:
-        raise UserError(f"{len(clips)} {name} clips say nothing about a distribution: give at least {MIN_CLIPS}")
+    check_count(name, len(clips))
     if clips.shape[1] < CLIP_FRAMES:
         raise UserError(
             f"distances are between clips of {CLIP_FRAMES} frames, but the {name} clips have {clips.shape[1]}: "

@@ -12,7 +12,14 @@ from typing import Any
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import UserError, did_you_mean
-from ahriuwu_cli.evaluation.distances import CLIP_FRAMES, REFERENCE_CLIPS, latent_distances, reference_clips
+from ahriuwu_cli.evaluation.distances import (
+    CLIP_FRAMES,
+    REFERENCE_CLIPS,
+    check_count,
+    latent_distances,
+    reference_clips,
+    reference_windows,
+)
 from ahriuwu_cli.evaluation.generate import generate
 from ahriuwu_cli.evaluation.levels import error_by_level
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
@@ -95,9 +102,12 @@ def optional_looks(
     return looks
 
 
-def check_fits(looks: Collection[str], store: EpisodeStore, manifest: WindowManifest) -> None:
-    """UserError where frames or windows are too small for one of `optional_looks`: known before any work."""
-    from ahriuwu_cli.evaluation.perceptual import check_horizon
+def check_fits(looks: Collection[str], store: EpisodeStore, manifest: WindowManifest, seed: int) -> None:
+    """UserError or DataError where frames or windows are too small, or clips too few, for one of `optional_looks`.
+
+    All of it is known before any work.
+    """
+    from ahriuwu_cli.evaluation.perceptual import REFERENCE, check_horizon
     from ahriuwu_cli.evaluation.standard import check_size
 
     if "lpips" in looks:
@@ -105,6 +115,10 @@ def check_fits(looks: Collection[str], store: EpisodeStore, manifest: WindowMani
     for name, what in (("fvd", "FVD"), ("features", "the look at features")):
         if name in looks:
             check_horizon(what, manifest)
+            check_count("scored", len(manifest.windows))
+            reference_windows(store, len(manifest.windows), split=manifest.split, seed=seed, avoid=manifest)
+    if "features" in looks:
+        reference_windows(store, REFERENCE, split="train", seed=seed, avoid=manifest)
 
 
 def _standard(world, store, config, rollout_config, manifest, name, weights) -> dict[str, Any]:

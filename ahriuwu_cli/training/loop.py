@@ -35,6 +35,7 @@ from ahriuwu_cli.training.states import SAVE_SECONDS
 from ahriuwu_cli.world import World
 
 Report = Callable[[dict], None]
+WARM = 3  # steps of a process that say nothing of its speed
 DEAD = (
     "held-out rollouts are as they were at the preview before, and worse than the last frame repeated: the network "
     "learns nothing; begin anew with a smaller --lr, or --adamw-lr-scale"
@@ -71,6 +72,7 @@ class DynamicsTrainer:
         self.step = 0
         self.total = self.config.steps  # None until a time budget has decided it
         self.finished = False  # the last preview is done as well
+        self.warm: tuple[int, float] | None = None  # (step, elapsed) behind this process's first steps, which are slow
         self.elapsed = 0.0  # seconds of training (`clock`), over all resumed parts
         self.log = _Log(world.k_max)
         self.seen: dict | None = None  # the preview before, of this process
@@ -95,7 +97,7 @@ class DynamicsTrainer:
             self.elapsed, lambda s: report(self.run.log({"step": self.step, "stood_still_s": round(s)})), self.now,
             stood,
         )  # fmt: skip
-        saved_at, self.log.since = self.elapsed, time.monotonic()
+        saved_at, self.log.since, taken = self.elapsed, time.monotonic(), 0
         report = report if self.group.leads else lambda line: None
         while self.total is None or self.step < self.total:
             if self._decide_total():
@@ -103,6 +105,8 @@ class DynamicsTrainer:
             losses, norm, frames = self._update()
             self.step += 1
             self.elapsed, signal = self.group.agree(clock.lap(), stop.number)
+            taken += 1
+            self.warm = (self.step, self.elapsed) if taken == WARM else self.warm
             self.log.add(losses, norm, frames)
 
             # once in a while: write a line of metrics
@@ -167,13 +171,20 @@ class DynamicsTrainer:
     def _decide_total(self) -> bool:
         """With a time budget: when only the decay's share of it is left, fix how many steps there will be, once.
 
-        Not before a tenth of it is over, whatever the decay: the first steps are slow, and would promise too few.
+        Not before a tenth of it is over, whatever the decay, and by the speed that came after this process's first
+        steps, which wait for a compiler and for memory: they would promise too few.
         """
         budget = self.config.budget
-        if self.total is None and 0 < self.elapsed >= budget * max(1 - self.config.decay, 0.1):
-            self.total = self.step + max(1, round(self.step * (budget - self.elapsed) / self.elapsed))
-            return True
-        return False
+        if self.total is not None or not 0 < self.elapsed >= budget * max(1 - self.config.decay, 0.1):
+            return False
+        if self.warm is None and self.elapsed < budget:
+            return False
+        first, began = self.warm or (0, 0.0)
+        steps, seconds = self.step - first, self.elapsed - began
+        if not steps and self.elapsed < budget:
+            return False
+        self.total = self.step + max(1, round(steps * (budget - self.elapsed) / max(seconds, 1e-9)))
+        return True
 
     def _due(self, every: int, times_a_run: int) -> bool:
         """Every `every` steps and at the end; with every = 0 `times_a_run` times in a run of known length."""
