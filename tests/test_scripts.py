@@ -16,6 +16,13 @@ def _run(script: Path, cwd: Path, **variables: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def _clone(folder: Path) -> None:
+    """What the scripts need of the project, without an environment."""
+    shutil.copytree(SCRIPTS, folder / "scripts")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(SCRIPTS.parent / name, folder)
+
+
 def test_the_demo_replaces_nothing_but_a_demos_results(tmp_path):
     (tmp_path / "my own").mkdir()
     (tmp_path / "my own" / "thesis.tex").touch()
@@ -33,17 +40,13 @@ def test_the_demo_reads_its_budget_before_the_work(tmp_path):
 
 
 def test_a_python_that_is_not_there_is_not_called_old(tmp_path):
-    shutil.copytree(SCRIPTS, tmp_path / "scripts")
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(SCRIPTS.parent / name, tmp_path)
+    _clone(tmp_path)
     code, err = _run(tmp_path / "scripts" / "demo.sh", tmp_path, PYTHON="python-of-nowhere")
     assert (code, err) == (2, "error: there is no python-of-nowhere: set PYTHON to a Python of 3.11 or newer\n")
 
 
 def test_an_environment_that_was_killed_as_it_was_made_is_made_again(tmp_path):
-    shutil.copytree(SCRIPTS, tmp_path / "scripts")
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(SCRIPTS.parent / name, tmp_path)
+    _clone(tmp_path)
     said, fake = tmp_path / "said", tmp_path / ".venv" / "bin" / "python"
     fake.parent.mkdir(parents=True)
     fake.write_text("#!/bin/sh\nexit 1\n")  # it is there, and has no pip
@@ -56,9 +59,7 @@ def test_an_environment_that_was_killed_as_it_was_made_is_made_again(tmp_path):
 
 
 def test_an_environment_of_other_releases_does_not_count_as_this_one(tmp_path):
-    shutil.copytree(SCRIPTS, tmp_path / "scripts")
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(SCRIPTS.parent / name, tmp_path)
+    _clone(tmp_path)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\n")  # whatever it is asked to install, it has done

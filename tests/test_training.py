@@ -270,7 +270,6 @@ def test_worlds_of_a_last_preview_that_was_killed_are_the_runs_own(data, tmp_pat
         with pytest.raises(Ended):
             run(data, tmp_path / "k", config)
     assert (tmp_path / "k" / "last").exists()
-    shutil.copytree(tmp_path / "k", tmp_path / "other")
     again = run(data, tmp_path / "k", config)
     assert again.run.found.endswith("after step 6 of 6: its last preview is left")
     before, after = (read_document(f / "state" / state.name)[0] for f in (tmp_path / "r", tmp_path / "k"))

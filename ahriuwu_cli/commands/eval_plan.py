@@ -86,9 +86,9 @@ def plan(
     from ahriuwu_cli.evaluation.plan import read_plan
     from ahriuwu_cli.evaluation.shards import find_shards
 
-    if share != "windows" and "RANK" not in os.environ:
-        raise UserError("--share is about torchrun's processes: start with torchrun, or leave it out")
     split = find_shards(shard, share, os.environ)
+    if share != "windows" and split.local_rank is None:
+        raise UserError("--share is about torchrun's processes: start with torchrun, or leave it out")
     cells = read_plan(plan)
 
     from ahriuwu_cli.evaluation.cells import run_plan

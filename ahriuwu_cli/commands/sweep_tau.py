@@ -134,7 +134,8 @@ def sweep_tau(
     clear_files(out, "|".join(map(re.escape, files)))
     clear_files(out / sweep_cells.FOLDER, ".+")
     storage = Storage(out / sweep_cells.FOLDER, weights)
-    if not files["sweep.json"].exists():  # else they belong together, and change together
+    unfinished = not files["sweep.json"].exists()  # else its files belong together, and change together
+    if unfinished:
         plan.manifest.save(files["windows.json"])
     rows: list[dict[str, Any]] = []
 
@@ -142,7 +143,7 @@ def sweep_tau(
         if not rows:  # what was measured before is given up now
             sweep_cells.note_asked(out, identity)
         rows.extend(sweep_report.sweep_rows(cell))
-        if not files["sweep.json"].exists():
+        if unfinished:
             report.write_text(files["sweep.csv"], report.as_csv(rows))
 
     found = sweep(

@@ -61,7 +61,7 @@ class GymWorld:
     def reset(self, seed: int) -> np.ndarray:
         """Start an episode; the first picture, uint8 (h, w, 3)."""
         with self._asked("reset"):
-            observation, _ = self._env.reset(seed=seed)  # its value is two things, by Gymnasium's rules
+            observation, _ = self._env.reset(seed=seed)
         return self._picture(observation)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:

@@ -316,6 +316,12 @@ def _numbered(*names: Sequence[str]) -> list[Tensor]:
     return [torch.tensor([numbers[name] for name in row]) for row in names]
 
 
+def check_horizon(what: str, manifest: WindowManifest) -> None:
+    """UserError for windows without a whole clip."""
+    if manifest.horizon < CLIP_FRAMES:
+        raise UserError(f"{what} needs clips of {CLIP_FRAMES} frames, not {manifest.horizon}: give a longer --horizon")
+
+
 def check_count(name: str, clips: int) -> None:
     if clips < MIN_CLIPS:
         raise UserError(f"{clips} {name} clips say nothing about a distribution: give at least {MIN_CLIPS}")

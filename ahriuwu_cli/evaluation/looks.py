@@ -16,6 +16,7 @@ from ahriuwu_cli.evaluation.distances import (
     CLIP_FRAMES,
     REFERENCE_CLIPS,
     check_count,
+    check_horizon,
     latent_distances,
     reference_clips,
     reference_windows,
@@ -107,7 +108,7 @@ def check_fits(looks: Collection[str], store: EpisodeStore, manifest: WindowMani
 
     All of it is known before any work.
     """
-    from ahriuwu_cli.evaluation.perceptual import REFERENCE, check_horizon
+    from ahriuwu_cli.evaluation.perceptual import REFERENCE
     from ahriuwu_cli.evaluation.standard import check_size
 
     if "lpips" in looks:

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.tensors import read_tensors
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
-from ahriuwu_cli.evaluation.distances import CLIP_FRAMES, REFERENCE_CLIPS, clip_distances, reference_clips
+from ahriuwu_cli.evaluation.distances import (
+    CLIP_FRAMES,
+    REFERENCE_CLIPS,
+    check_horizon,
+    clip_distances,
+    reference_clips,
+)
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
 from ahriuwu_cli.evaluation.protocol import WindowManifest, read_windows
@@ -160,12 +166,6 @@ def efficientnet_lite0_features(network: EfficientNetLite0, clips: np.ndarray, b
     device, last = next(network.parameters()).device, clips[:, -CLIP_FRAMES:]
     pooled = torch.cat([network.look(part.to(device))[1].double().cpu() for part in _batches(last, batch)])
     return pooled.reshape(len(clips), CLIP_FRAMES, 1, -1)
-
-
-def check_horizon(what: str, manifest: WindowManifest) -> None:
-    """UserError for windows without a whole clip."""
-    if manifest.horizon < CLIP_FRAMES:
-        raise UserError(f"{what} needs clips of {CLIP_FRAMES} frames, not {manifest.horizon}: give a longer --horizon")
 
 
 def perceptual_look(

@@ -21,9 +21,9 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.tensors import read_tensors
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
-from ahriuwu_cli.evaluation.distances import CLIP_FRAMES, check_clips, frechet_distance, reference_clips
+from ahriuwu_cli.evaluation.distances import CLIP_FRAMES, check_clips, check_horizon, frechet_distance, reference_clips
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct
-from ahriuwu_cli.evaluation.perceptual import check_horizon, pad_same
+from ahriuwu_cli.evaluation.perceptual import pad_same
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
 from ahriuwu_cli.evaluation.protocol import WindowManifest, read_windows
 from ahriuwu_cli.evaluation.summary import jsonable, pick_horizons

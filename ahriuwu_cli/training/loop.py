@@ -177,9 +177,7 @@ class DynamicsTrainer:
         budget = self.config.budget
         if self.total is not None or not 0 < self.elapsed >= budget * max(1 - self.config.decay, 0.1):
             return False
-        if self.warm is None and self.elapsed < budget:
-            return False
-        first, began = self.warm or (0, 0.0)
+        first, began = self.warm or (self.step, self.elapsed)
         steps, seconds = self.step - first, self.elapsed - began
         if not steps and self.elapsed < budget:
             return False

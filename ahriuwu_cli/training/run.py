@@ -132,8 +132,7 @@ class Run(RunFolder):
         if self.is_finished(document):  # of another, the best may be newer than the state
             asked |= {"preview_gain_db": document["best"]} | ({"step": document["step"]} if name == "last" else {})
         same = agrees(asked, says, (*FREE, "init_from"), action_space=told["action_space"])
-        same = same and "averaged_with" not in says  # no run writes a mean
-        return same and self._starts_alike(says.get("init_from"))
+        return same and "averaged_with" not in says and self._starts_alike(says.get("init_from"))
 
     def _starts_alike(self, start: object) -> bool:
         """Whether a world started from what this run started from: one path, typed in whatever way, or moved since."""
