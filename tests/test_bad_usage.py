@@ -154,6 +154,8 @@ CONTRADICTIONS = [
     ([*TOKENIZER, "--seed", "1"], "--seed is for --kind transformer"),
     ([*TOKENIZER, "--lpips-weights", "{text}"], "--lpips-weights is for --kind transformer"),
     ([*TOKENIZER, "--resume"], "--resume is for --kind transformer"),
+    ([*TOKENIZER, "--device", "cpu"], "--device is for --kind transformer"),
+    (["eval", "merge", "{full}", "--overwrite"], "--overwrite is for --out"),
     ([*TOKENIZER, "--kind", "transformer", "--whitening", "0.5"], "--whitening is for --kind linear"),
     ([*TOKENIZER, "--kind", "transformer", "--resume", "--overwrite"], "contradicts --resume"),
     ([*TOKENIZER, "--kind", "transformer", "--patch", "8x16"], "not square"),

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -301,6 +302,16 @@ def test_a_disk_that_fills_up_before_the_first_part_is_noted_is_left_empty(store
     said = []
     assert open_pack(store, tokenizer, announce=said.append).path.read_bytes() == whole
     assert said == []
+
+
+def test_no_room_for_temporary_files_is_not_said_of_the_dataset(store, tokenizer, whole, monkeypatch):
+    temporary = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "wb"))  # noqa: SIM115
+    with pytest.raises(DiskError, match=r"no temporary file of 0\.\d MB .*No space left.*or set TMPDIR to another"):
+        open_pack(store, tokenizer, workers=2)
+    assert {p.suffix for p in (store.path / "latents").iterdir()} == {".lock"}
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary)
+    assert open_pack(store, tokenizer, workers=2).path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("workers", [1, 2])

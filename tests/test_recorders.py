@@ -1,6 +1,7 @@
 """Recorders: actions[t] takes frames[t] to frames[t+1] in every source, seeds repeat, nothing is littered."""
 
 import itertools
+import json
 import mmap
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ahriuwu_cli.cli import main
 from ahriuwu_cli.data.recording import RecordConfig
 from ahriuwu_cli.errors import DataError, UserError
 
@@ -241,6 +243,25 @@ def test_an_atari_frame_is_the_brighter_of_the_last_two_raw_ones():
         differ += (pictures[2] != pictures[3]).any()
         np.testing.assert_array_equal(skipping.step(right)[0], np.maximum(pictures[2], pictures[3]))
     assert differ > 0
+
+
+def test_an_environment_that_leaves_the_folder_takes_the_dataset_nowhere(echo_world, tmp_path, monkeypatch, capsys):
+    class Leaves(echo_world.spec("Echo-v0").entry_point):
+        def reset(self, **options):
+            os.chdir(tmp_path / "elsewhere")
+            return super().reset(**options)
+
+    monkeypatch.setitem(echo_world.registry, "Leaves-v0", echo_world.envs.registration.EnvSpec("Leaves-v0", Leaves))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = ("record", "gym:Leaves-v0", "--out", "d", "--episodes", "3", "--min-frames", "8", "--size", "16", "--json")
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0, err
+    assert json.loads(out)["path"] == "d"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "elsewhere"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def _doom(**options):

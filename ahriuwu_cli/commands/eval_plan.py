@@ -109,6 +109,7 @@ def plan(
 
 
 def merge(
+    ctx: typer.Context,
     folder: Path = typer.Argument(..., help="The --out of `ahriuwu eval plan`."),
     out: Path = typer.Option(None, "--out", help="The CSV; tables lie beside it as .txt, .md (default: in FOLDER)."),
     reference: str = typer.Option(None, help="Compare with this checkpoint or cell (default: the best of each table)."),
@@ -125,6 +126,8 @@ def merge(
     from ahriuwu_cli.evaluation.merge import merge as compare
     from ahriuwu_cli.startup import complete
 
+    if out is None:
+        options.only_for(ctx, "is for --out: the tables in FOLDER are made anew each time", "overwrite")
     files = _merged_files(folder, out, overwrite)
     cells, notes = read_cells(folder)
     result = compare(cells, reference, notes)

@@ -59,7 +59,8 @@ Precision = name(
     "float32", "--precision", listed("config", "PRECISIONS"), "float32, or bfloat16 weights and products: faster where "
     "a GPU or CPU has units for it."
 )  # fmt: skip
-Device = text("auto", "--device", device_name, "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+DEVICES = "auto (CUDA where there is one), cpu, cuda, cuda:1, ..."
+Device = text("auto", "--device", device_name, DEVICES)
 Out = typer.Option(..., "--out", help="Folder to write: new, empty, or with this very run to go on with.")
 Overwrite = typer.Option(False, "--overwrite", help="Replace what is in --out.")
 AsJson = typer.Option(False, "--json", help="Print one JSON object instead of text.")

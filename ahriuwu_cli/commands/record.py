@@ -54,12 +54,13 @@ def record(
     fractions = parse_fractions(splits)
     config = RecordConfig(source, height, width, frame_skip, max_frames, min_frames, (hold_min, hold_max), seed)
     check_target(out, overwrite)
+    place = out.absolute()  # now: an environment is somebody's program, and may leave this folder for another
     world = open_world(source, config)
     dropped = Shortfall()
     try:
         settings = {"max_frames": max_frames, "min_frames": min_frames, "hold": [hold_min, hold_max]}
         writer = EpisodeWriter(
-            out,
+            place,
             height=height,
             width=width,
             fps=world.fps,
@@ -84,5 +85,5 @@ def record(
         typer.echo(f"note: dropped {dropped.episodes} episodes shorter than {min_frames} frames", err=True)
     if frames and writer.frames < frames:
         typer.echo(f"note: {episodes} episodes gave {writer.frames} of {frames} frames; raise --episodes", err=True)
-    facts = describe(out)
+    facts = describe(place) | {"path": str(out)}
     typer.echo(json.dumps(facts) if as_json else as_text(facts))

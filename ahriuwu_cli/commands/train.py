@@ -204,8 +204,8 @@ def _with_options(settings: dict, stop) -> dict | None:
 
         torch.set_num_threads(config.threads)
     with join(settings["device"], settings["parallel"]) as group:
-        if settings["parallel"] == "fsdp" and group.world == 1:
-            typer.echo("one process: --parallel fsdp has nothing to share out", err=True)
+        if settings["parallel"] and group.world == 1:
+            typer.echo(f"one process: --parallel {settings['parallel']} has nothing to share out", err=True)
         result = _train(group, config, stop, given, quiet=settings["as_json"] or not group.leads)
         complete(settings["out"])
     return result if group.leads else None

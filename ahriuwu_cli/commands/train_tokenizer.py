@@ -13,6 +13,7 @@ from ahriuwu_cli.errors import UserError
 KINDS = ("linear", "transformer")
 TRANSFORMER = (  # options of that kind alone
     "tokens", "steps", "batch", "frames", "lr", "lpips_weights", "seed", "log_every", "save_every", "keep", "resume",
+    "device",
 )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def train_tokenizer(
     resume: bool = typer.Option(
         False, "--resume", help="transformer: insist on going on with the run in --out; the same command does."
     ),
-    device: str = options.Device,
+    device: str = options.text("auto", "--device", values.device_name, f"transformer: {options.DEVICES}"),
     overwrite: bool = options.Overwrite,
     as_json: bool = options.AsJson,
 ) -> None:
@@ -69,7 +70,7 @@ def train_tokenizer(
     refuse_several("train tokenizer")
     if kind == "linear":
         tokenizer, quality, folder = _linear(
-            dataset, out, patch or "16", latent_dim or 64, whitening, device, overwrite, quiet=as_json
+            dataset, out, patch or "16", latent_dim or 64, whitening, overwrite, quiet=as_json
         )
     else:
         with stoppable() as stop:
@@ -94,7 +95,7 @@ def train_tokenizer(
 
 
 def _linear(
-    dataset: Path, out: Path, patch: str, latent_dim: int, whitening: float, device: str, overwrite: bool, quiet: bool
+    dataset: Path, out: Path, patch: str, latent_dim: int, whitening: float, overwrite: bool, quiet: bool
 ) -> tuple:
     """(tokenizer, its quality, its folder): fitted in closed form and written."""
     from ahriuwu_cli.commands.progress import bar
@@ -102,13 +103,11 @@ def _linear(
     from ahriuwu_cli.places import check_folder, refuse_other_kind
     from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
-    from ahriuwu_cli.training.checkpoint import pick_device
     from ahriuwu_cli.training.run_folder import OWN
     from ahriuwu_cli.training.tokenizer_quality import check_split
 
     check_folder(out, overwrite, holds="tokenizer")
     refuse_other_kind(out, *OWN["tokenizer"])
-    pick_device(device)
     store = EpisodeStore.open(dataset)
     check_split(store, "val")
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ahriuwu_cli.data.pack_format import Layout, Part
-from ahriuwu_cli.errors import CheckpointError, DataError
+from ahriuwu_cli.errors import CheckpointError, DataError, DiskError
 
 if TYPE_CHECKING:
     from ahriuwu_cli.data.episodes import EpisodeStore
@@ -43,9 +43,7 @@ class Workers:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._listeners: list[threading.Thread] = []
         weights = {name: t.detach().cpu().contiguous() for name, t in tokenizer.state_dict().items()}
-        with tempfile.TemporaryFile() as file:
-            file.write(save(weights))
-            file.flush()
+        with _nameless(save(weights)) as file:
             setup = {
                 "dataset": str(Path(store.path).absolute()),
                 "fingerprint": store.fingerprint,
@@ -139,6 +137,20 @@ class Workers:
             listener.join()
             process.stdin.close()
             process.stdout.close()
+
+
+def _nameless(content: bytes) -> BinaryIO:
+    """A file of this content without a name, for the caller to close. DiskError where temporary files have no room."""
+    try:
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        file.write(content)
+        file.flush()
+    except OSError as error:
+        raise DiskError(
+            f"no temporary file of {len(content) / 1e6:.1f} MB can be written ({error.strerror}): make room in "
+            f"{os.environ.get('TMPDIR', '/tmp')}, or set TMPDIR to another folder"
+        ) from None
+    return file
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def _make(
                     for part, digest in finished:
                         journal.add(part.index, digest)
                         done[part.index] = digest
-        except (CheckpointError, DataError, OSError) as error:
+        except (CheckpointError, DataError, DiskError, OSError) as error:
             if isinstance(error, CheckpointError) or not done:  # none of it will be whole, or nothing is lost
                 place.partial.unlink(missing_ok=True)
                 place.journal.unlink(missing_ok=True)
