@@ -112,7 +112,7 @@ def _generate(
             _check_finite(t + 1 - len(waiting), torch.stack(finite).cpu().numpy())
             clip = torch.cat([past, torch.stack(waiting, dim=1)], dim=1)
             yield t + 1 - len(waiting), world.decode(clip).numpy()[:, past.shape[1] :]
-            waiting, finite, past = [], [], clip[:, clip.shape[1] - lead :] if lead else past
+            waiting, finite, past = [], [], clip[:, max(0, clip.shape[1] - lead) :] if lead else past
         progress(t + 1, request.length)
 
 

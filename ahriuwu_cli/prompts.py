@@ -129,10 +129,10 @@ def _from_file(world: World, request: Request, source: str | None) -> Prompt:
         (name, context, truth), said = _from_image(world, request), []
     else:
         (name, context, truth), said = _from_video(world, request), _of_rate(world, request.prompt)
-    steps = len(context) + request.length - 1
+    steps, before = len(context) + request.length - 1, request.start or 0  # an image has no start
     from_file = source is not None and _is_file(source)
     source = source or ("random" if world.action_space.width else "none")
-    actions, known = _chosen_actions(world, request, source, steps)
+    actions, known = _chosen_actions(world, request, source, steps, before=before)
     if not from_file:
         known[: len(context) - 1] = False  # nobody knows what was pressed in this video
     same = not world.action_space.width or from_file
@@ -245,9 +245,9 @@ def _is_file(source: str) -> bool:
 
 
 def _chosen_actions(
-    world: World, request: Request, source: str, steps: int, recorded: np.ndarray | None = None
+    world: World, request: Request, source: str, steps: int, recorded: np.ndarray | None = None, before: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, A) actions and (steps,) known, from a source of actions."""
+    """(steps, A) actions and (steps,) known, from a source of actions; a file has so many rows `before` them."""
     space = world.action_space
     known = np.ones(steps, bool)
     if not space.width and source not in ("none", "data"):
@@ -272,9 +272,10 @@ def _chosen_actions(
     if _is_file(source):
         rows = read_actions(_existing(source)).rows_for(space)
         space.validate(rows, source)
-        if len(rows) < steps:
-            raise DataError(f"{source} has {len(rows)} actions, but {steps} are needed (context and length, less one)")
-        return rows[:steps], known
+        if len(rows) < before + steps:
+            parts = "its rows begin with the video: start, context and length" if before else "context and length"
+            raise DataError(f"{source} has {len(rows)} actions, but {before + steps} are needed ({parts}, less one)")
+        return rows[before : before + steps], known
     raise UserError(f"unknown --actions {source!r}: {did_you_mean(source, ACTION_SOURCES)}")
 
 

@@ -134,6 +134,21 @@ def test_a_rollout_starts_from_an_image_or_a_video(run, place):
     assert run("rollout", place / "world", place / "v.mp4", "--out", place / "o3", *options)[0] == 0
 
 
+def test_the_rows_of_an_action_file_are_those_of_the_videos_frames(run, place):
+    iio.imwrite(place / "v.mp4", np.full((12, 32, 32, 3), 90, np.uint8), plugin="pyav", codec="libx264", fps=10)
+    rows = np.random.default_rng(0).integers(0, 2, (11, 2))
+    (place / "a.csv").write_text("LEFT,RIGHT\n" + "".join(f"{a},{b}\n" for a, b in rows))
+    rollout = ("rollout", place / "world", place / "v.mp4", "--length", 3, "--context", 4, "--actions", place / "a.csv")
+    for start in (0, 5):
+        out = place / f"o{start}"
+        assert run(*rollout, "--start", start, "--out", out)[0] == 0
+        saved = load_file(out / "arrays.safetensors")["actions"]
+        np.testing.assert_array_equal(saved.reshape(-1, 2), rows[start : start + 6])
+    code, _, err = run(*rollout, "--start", 6, "--out", place / "o6")
+    assert code == 3
+    assert "a.csv has 11 actions, but 12 are needed (its rows begin with the video: start, context and length" in err
+
+
 def test_a_rollout_of_a_prompt_of_another_rate_says_so(run, place):
     Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(place / "p.png")
     for fps in (10, 240):

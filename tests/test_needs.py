@@ -74,6 +74,39 @@ def test_frames_of_a_tokenizer_stay_below_what_is_foreseen():
     assert alive.most < tokenizer.config.needed < 8 * alive.most
 
 
+@pytest.mark.parametrize(
+    ("window", "heads"), [(9, 1), (40, 16), (120, 1), (120, 16)], ids=["short", "heads", "beyond a chunk", "both"]
+)
+@pytest.mark.parametrize("at_once", [needs.AT_ONCE, 20_000_000])
+def test_long_clips_of_a_tokenizer_stay_below_what_is_foreseen(window, heads, at_once, monkeypatch):
+    monkeypatch.setattr(needs, "AT_ONCE", at_once)
+    fields = IMAGES | {"heads": heads, "kv_heads": 1, "model_width": 2 * heads, "window": window, "mlp_hidden": 4}
+    tokenizer = TransformerTokenizer(TransformerTokenizerConfig(16, 16, 2, **fields))
+    latents = tokenizer.encode(torch.zeros(1, 150, 16, 16, 3, dtype=torch.uint8))
+    results = 2 * 4 * 150 * 16 * 16 * 3  # all frames, in parts and put together
+    with Alive() as alive:
+        tokenizer.decode(latents)
+    size = needs.frames_at_once(tokenizer.config, window - 1, 64)
+    assert (size < 64) == (at_once < needs.of_a_clip(tokenizer.config, 64 + window - 1))
+    foreseen = needs.of_a_clip(tokenizer.config, min(150, size + window - 1)) + results
+    assert foreseen / 8 < alive.most < foreseen, (alive.most, foreseen)
+
+
+def test_large_frames_go_through_a_linear_tokenizer_in_parts_with_the_same_result(monkeypatch):
+    world = small_world()
+    frames = torch.randint(0, 256, (2, 9, 16, 16, 3), dtype=torch.uint8)
+    latents = world.encode(frames)
+    shown = world.decode(latents)
+    with Alive() as whole:
+        world.decode(latents)
+    monkeypatch.setattr(needs, "AT_ONCE", 2 * needs.of_pixels(world.tokenizer))  # a frame of both clips
+    torch.testing.assert_close(world.encode(frames), latents, atol=1e-5, rtol=1e-5)
+    with Alive() as alive:
+        again = world.decode(latents)
+    assert (again.int() - shown.int()).abs().max() <= 1
+    assert alive.most < needs.AT_ONCE + 2 * shown.nbytes < whole.most
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_can_be_built_with_any_number_of_tokens_that_its_attention_takes(size):
     most = 4090 if SIZES[size].get("time_attention") != "frame" else 16_384 // SIZES[size]["window"]
@@ -90,6 +123,10 @@ def test_every_size_can_be_built_with_any_number_of_tokens_that_its_attention_ta
         lambda: DynamicsConfig(**SMALL | {"latent_dim": 65_536}),
         lambda: TransformerTokenizerConfig(512, 512, **IMAGES, mlp_hidden=100_000),
         lambda: TransformerTokenizerConfig(512, 512, **IMAGES, window=4096, mlp_hidden=10_000),
+        lambda: TransformerTokenizerConfig(16, 16, **IMAGES, window=4000, mlp_hidden=20_000),
+        lambda: TransformerTokenizerConfig(
+            64, 64, 2, **IMAGES | {"heads": 64, "model_width": 128}, window=64, mlp_hidden=1
+        ),
     ],
 )
 def test_what_needs_gigabytes_beside_weights_of_kilobytes_is_no_model(build):
@@ -120,7 +157,7 @@ def test_images_go_through_in_parts_with_the_same_result(monkeypatch):
     shown = tokenizer.decode(latents)
     seen, run = [], tokenizer._to_bottleneck
     monkeypatch.setattr(tokenizer, "_to_bottleneck", lambda x, mask: seen.append(x.shape[:2]) or run(x, mask))
-    monkeypatch.setattr(needs, "AT_ONCE", 4 * needs.of_an_image(tokenizer.config))
+    monkeypatch.setattr(needs, "AT_ONCE", needs.of_a_clip(tokenizer.config, 6))
     torch.testing.assert_close(tokenizer.encode(frames), latents, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(tokenizer.decode(latents), shown, atol=1e-5, rtol=1e-5)
     assert {tuple(shape) for shape in seen} == {(1, 4), (1, 6), (1, 3)}  # four frames, with two before them

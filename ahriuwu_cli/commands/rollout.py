@@ -36,8 +36,9 @@ def rollout(
     ),
     actions: list[str] = typer.Option(
         [],
-        help="data (default for a dataset), random, none, repeat:NAME (repeat:TURN_LEFT, repeat:2), or a file; "
-        "several times: the same prompt and noise under each.",
+        help="data (default for a dataset), random, none, repeat:NAME (repeat:TURN_LEFT, repeat:2), or a file: its "
+        "first row leaves a video's first frame, else the first context frame. Several times: the same prompt and "
+        "noise under each.",
     ),
     samples: int = options.whole(1, "--samples", 1, 256, "Rollouts of the same prompt with different noise."),
     steps: int = options.passes(),

@@ -18,6 +18,7 @@ from ahriuwu_cli.models.kernels import SHORT
 
 if TYPE_CHECKING:
     from ahriuwu_cli.models.dynamics_config import DynamicsConfig
+    from ahriuwu_cli.models.tokenizer import Tokenizer
     from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizerConfig
 
 FREE, TIMES = 2 << 30, 32
@@ -70,6 +71,24 @@ def of_an_image(c: TransformerTokenizerConfig) -> int:
     line = c.patches + c.tokens
     weights = line**2 if line <= SHORT else 0
     return NUMBER * (_wide(line, c.model_width, c) + 2 * c.heads * weights + 4 * 3 * c.height * c.width)
+
+
+def of_pixels(tokenizer: Tokenizer) -> int:
+    """Bytes for each of the frames of a tokenizer that looks at one at a time: its pixels, four times over."""
+    return NUMBER * 4 * 3 * tokenizer.height * tokenizer.width
+
+
+def of_a_clip(c: TransformerTokenizerConfig, frames: int) -> int:
+    """Bytes for so many frames of one clip at once: its images, attention's weights over time, what may be seen."""
+    line = c.patches + c.tokens
+    over_time = 2 * c.heads * line * frames**2 if frames <= SHORT else 0
+    return frames * of_an_image(c) + NUMBER * (over_time + 2 * frames**2 + 2 * line**2)
+
+
+def frames_at_once(c: TransformerTokenizerConfig, earlier: int, most: int) -> int:
+    """How many frames, 1 to `most`, a tokenizer works on at a time that looks back at so many earlier ones."""
+    fits = (frames for frames in range(most, 1, -1) if of_a_clip(c, earlier + frames) <= AT_ONCE)
+    return next(fits, 1)
 
 
 def _wide(line: int, width: int, c: DynamicsConfig | TransformerTokenizerConfig) -> int:

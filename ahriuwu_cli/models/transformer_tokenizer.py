@@ -96,9 +96,7 @@ class TransformerTokenizerConfig:
     @property
     def needed(self) -> int:
         """Bytes at work besides the weights: a frame, those before it that it can see, and what may look at what."""
-        reach = self.reach(max(self.depth_encoder, self.depth_decoder))
-        masks = 2 * 4 * (self.patches + self.tokens) ** 2
-        return (1 + min(reach, CHUNK)) * needs.of_an_image(self) + masks
+        return needs.of_a_clip(self, 1 + self.reach(max(self.depth_encoder, self.depth_decoder)))
 
     def reach(self, depth: int) -> int:
         """Earlier frames that so many layers look back at: every time layer adds window - 1."""
@@ -279,12 +277,11 @@ class TransformerTokenizer(Tokenizer):
 
         Some clips at a time where a chunk of all would take too much memory; short chunks where one clip's would.
         """
-        image, parts = needs.of_an_image(self.config), []
-        size = min(CHUNK, needs.in_parts(image))
+        size, parts = needs.frames_at_once(self.config, min(reach, x.shape[1] - 1), CHUNK), []
         for start in range(0, max(x.shape[1], 1), size):
             lead = min(start, reach)
             chunk = x[:, start - lead : start + size]
-            clips = chunk.split(needs.in_parts(image * max(1, chunk.shape[1])))
+            clips = chunk.split(needs.in_parts(needs.of_a_clip(self.config, chunk.shape[1])))
             parts.append(torch.cat([run(part)[:, lead:] for part in clips]))
         return torch.cat(parts, dim=1)
 
