@@ -107,7 +107,7 @@ def _generate(
     finite: list[Tensor] = []  # (K + 1,) bool of every waiting frame: its passes, itself; read with its chunk alone
     for t, z_hat in enumerate(imagined):
         waiting.append(z_hat)
-        finite.append(torch.stack([torch.isfinite(each).all() for each in (*passes, z_hat)]))
+        finite.append(torch.stack([*passes, torch.isfinite(z_hat).all()]))
         if len(waiting) == CHUNK or t + 1 == request.length:
             _check_finite(t + 1 - len(waiting), torch.stack(finite).cpu().numpy())
             clip = torch.cat([past, torch.stack(waiting, dim=1)], dim=1)

@@ -98,7 +98,7 @@ def rollout(
 
     prompt: clean latents (B, P, N, D), P >= 1. actions: incoming (B, P + L, A) for prompt and new frames, known
     (B, P + L) likewise (`models.dynamics.incoming_actions`); L frames are generated. noise: see NoiseSource. passes:
-    a list that then holds z_hat (B, 1, N, D) of each pass of the frame that was yielded last, to find where it broke.
+    a list that then holds, for each pass of the frame that was yielded last, whether z_hat is finite: a bool tensor ().
     """
     batch, prompt_frames = prompt.shape[:2]
     device = prompt.device
@@ -141,7 +141,7 @@ def rollout(
             else:
                 z_hat = dynamics.extend(z, tau, d, *inputs(t, t + 1), cache, keep=0)
             if passes is not None:
-                passes.append(z_hat)
+                passes.append(torch.isfinite(z_hat).all())
             return z_hat
 
         z_hat, z_end, tau_end = SAMPLERS[config.sampler](

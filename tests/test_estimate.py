@@ -100,6 +100,19 @@ def test_the_teacher_costs_two_forward_passes_of_the_bootstrapped_clips():
     assert estimate(replace(CONFIG, forcing="horizon"), SMALL).flops["teacher"] == 0
 
 
+@pytest.mark.parametrize(("accumulate", "share"), [(1, 0.03), (8, 0.2), (8, 0.0)])
+def test_images_lie_between_their_neighbours_in_flops_and_take_the_bytes_of_the_fewest(accumulate, share):
+    config = replace(CONFIG, accumulate=accumulate, bootstrap_share=0.0, single_image_share=share)
+    clips = config.batch // accumulate
+    few, many = (estimate(replace(config, single_image_share=x / clips), SMALL) for x in (0, 1))
+    found, part = estimate(config, SMALL), share * clips
+    assert 0 <= part < 1
+    for phase in ("forward", "backward"):
+        assert many.flops[phase] < few.flops[phase]
+        assert found.flops[phase] == pytest.approx((1 - part) * few.flops[phase] + part * many.flops[phase], rel=1e-6)
+    assert found.peak == few.peak > many.peak
+
+
 BYTES_OF_STATE = {"adamw": (8, 8.2), "muon": (4, 5.5), "adafactor": (0, 1.5)}
 
 

@@ -346,7 +346,9 @@ UNTRAINABLE = (  # settings that no run can have: they are counted with
         {"trained_unlabelled": 1}, {"architecture": []}, *({"facts": {"train": t}} for t in UNTRAINABLE),
         *({"generation": {"steps": 2, "sampler": "euler", "tau_ctx": 0.1, "ctx_mode": "stop",
         "ctx_label": "honest"} | g}
-          for g in ({"steps": 10**9}, {"steps": "2"}, {"tau_ctx": -1}, {"tau_ctx": None}, {"sampler": ["x"]})),
+          for g in ({"steps": 10**9}, {"steps": "2"}, {"tau_ctx": -1}, {"tau_ctx": None}, {"sampler": ["x"]},
+                    {"sampler": "foo"}, {"ctx_mode": "x"}, {"ctx_label": "x"}, {"steps": 3, "sampler": "shortcut"})),
+        {"trained_d": [1.0]},
     ],
 )  # fmt: skip
 def test_every_other_field_of_a_config_has_its_type_and_its_limits(folder, changes):

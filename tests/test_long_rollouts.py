@@ -3,6 +3,7 @@
 import json
 import os
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ahriuwu_cli.errors import TrainingError
 from ahriuwu_cli.imagine import imagine
 from ahriuwu_cli.models.block import TimeContext, time_tables
 from ahriuwu_cli.models.layers import as_bias, window_mask
+from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
 from ahriuwu_cli.prompts import Request
 from ahriuwu_cli.rollout import KeyedNoise, RolloutConfig, rollout
 
@@ -116,6 +118,34 @@ def test_what_is_written_in_chunks_is_what_is_written_at_once(tmp_path, monkeypa
     assert whole["psnr_db"] == pieces["psnr_db"] is not None
     for name in ("arrays.safetensors", "rollout.gif", "strip.png"):
         assert (tmp_path / "64" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_a_decoder_that_looks_back_beyond_the_clip_so_far_sees_all_of_it_in_chunks_too(tmp_path, monkeypatch):
+    small_dataset(tmp_path / "data")
+    fields = {"model_width": 16, "heads": 2, "kv_heads": 2, "mlp_hidden": 16, "time_every": 2, "depth_encoder": 2}
+    torch.manual_seed(0)
+    tokenizer = TransformerTokenizer(
+        TransformerTokenizerConfig(16, 16, 8, tokens=4, latent_dim=6, window=6, depth_decoder=4, **fields)
+    ).eval()
+    for p in tokenizer.parameters():
+        p.data.mul_(2)  # so that what lies behind is seen
+    assert tokenizer.decoder_window == 11  # of a clip of 4, 6, 8, ... frames
+    world, found = replace(small_world(), tokenizer=tokenizer.requires_grad_(False)), []
+    for chunk in (64, 2):
+        monkeypatch.setattr("ahriuwu_cli.imagine.CHUNK", chunk)
+        request = Request(tmp_path / "data", context=4, length=20, actions=("random",))
+        imagine(world, request, {}, tmp_path / str(chunk), 1, lambda *_: None)
+        found.append(load_file(tmp_path / str(chunk) / "arrays.safetensors")["frames"].astype(int))
+    assert abs(found[0] - found[1]).max() <= 1  # a rounding
+
+
+def test_many_passes_a_frame_hold_no_more_than_one(tmp_path):
+    model, held = small_world().dynamics, []
+    config, noise = RolloutConfig(steps=64, sampler="euler"), KeyedNoise(0, ["a"], (4, 6))
+    for _ in rollout(
+        model, torch.zeros(1, 1, 4, 6), torch.zeros(1, 3, 2), torch.ones(1, 3).bool(), config, noise, 8, held
+    ):
+        assert [(each.shape, bool(each)) for each in held] == [((), True)] * 64
 
 
 def _breaking(world, frame, at_pass):

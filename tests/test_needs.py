@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ahriuwu_cli import memory
 from ahriuwu_cli.evaluation.question import verify_world
 from ahriuwu_cli.models import cache, needs
+from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
@@ -199,9 +201,15 @@ def test_what_the_machine_does_not_have_is_refused_before_it_is_taken(make_dynam
 
 def test_a_world_is_not_questioned_on_clips_that_the_machine_cannot_hold(monkeypatch):
     world = small_world()
-    monkeypatch.setattr(needs, "AT_ONCE", 0)
-    monkeypatch.setattr(memory, "most", lambda: needs.of_a_frame(world.dynamics.config, 2) * 13 - 1)
-    with pytest.raises(MemoryError):
+    config = replace(world.dynamics.config, mlp_hidden=4000, window=12)  # the model's part is by far the largest
+    world = replace(world, dynamics=Dynamics(config).eval().requires_grad_(False))
+    with Alive() as alive:
         verify_world(world)
-    monkeypatch.setattr(memory, "most", lambda: needs.of_a_frame(world.dynamics.config, 2) * 13)
+    monkeypatch.setattr(needs, "AT_ONCE", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "most", lambda: 0.9 * alive.most)
+        patched.setattr(world.dynamics, "forward", None)  # it is refused before anything is asked of it
+        with pytest.raises(MemoryError):
+            verify_world(world)
+    monkeypatch.setattr(memory, "most", lambda: 1.2 * alive.most)
     assert verify_world(world)

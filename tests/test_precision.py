@@ -35,6 +35,19 @@ def test_on_a_cpu_products_alone_are_in_16_bits(make_dynamics, tiny_clip, condit
     assert BITS / 100 < difference < 4 * BITS, difference
 
 
+def test_on_a_gpu_the_spread_of_latents_and_the_ranges_of_actions_stay_exact(make_dynamics, monkeypatch):
+    model = make_dynamics(action_space=(("continuous", 1, (1000.0,), (1001.0,)),))
+    before, embedding = model.channel_scale.clone(), model.action
+    with monkeypatch.context() as m:
+        m.setattr(type(model.embed.weight), "device", property(lambda _: torch.device("cuda")))
+        in_bfloat16(model)
+    assert {name for name, p in model.named_parameters() if p.dtype != torch.bfloat16} == {"channel_scale"}
+    assert torch.equal(model.channel_scale, before)
+    values, known = torch.tensor([[[1000.0], [1000.5], [1001.0]]]), torch.ones(1, 3, dtype=torch.bool)
+    row = embedding.tables[0][0]
+    torch.testing.assert_close(embedding(values, known)[0], torch.stack([-row, 0 * row, row]))
+
+
 def test_weights_that_were_stored_in_bfloat16_multiply_unchanged(make_dynamics):
     model = make_dynamics()
     stored = {name: p.bfloat16() for name, p in model.state_dict().items()}

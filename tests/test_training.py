@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from killing import differing_bytes
-from small import LEARNERS, small_dataset
+from small import LEARNERS, SPACE, small_dataset
 
 from ahriuwu_cli import stopping
 from ahriuwu_cli.commands import train as command
@@ -644,6 +644,28 @@ def test_shares_hold_on_average_however_small_the_batch():
     for share, count in ((0.25, 1), (0.25, 4), (0.3, 5)):
         mean = np.mean([share_of(share, count, step, 0) for step in range(4000)])
         assert mean == pytest.approx(share * count, abs=0.05)
+
+
+@pytest.mark.parametrize(("share", "trained"), [(0.5, True), (1e-6, False), (0.0, False)])
+def test_a_world_says_the_step_sizes_that_were_drawn_for_it(data, tmp_path, share, trained):
+    run(data, tmp_path / "r", replace(CONFIG, bootstrap_share=share))
+    sizes = load_world(tmp_path / "r" / "last", "cpu").trained_d
+    assert sizes == ((1.0, 0.5, 0.25, 0.125) if trained else (0.125,))
+
+
+def test_single_images_teach_no_world_to_go_without_actions(data, tmp_path):
+    run(data, tmp_path / "r", replace(CONFIG, single_image_share=0.5))
+    assert not load_world(tmp_path / "r" / "last", "cpu").trained_unlabelled
+
+
+@pytest.mark.parametrize("forcing", ["independent", "context"])
+def test_frames_that_never_change_can_be_trained_on(tmp_path, forcing, data):
+    with EpisodeWriter(tmp_path / "flat", height=16, width=16, fps=10.0, action_space=SPACE, seed=0) as writer:
+        for i in range(8):
+            writer.add(np.full((30, 16, 16, 3), 90, np.uint8), SPACE.random(29, (2, 5), np.random.default_rng(i)))
+    store = EpisodeStore.open(tmp_path / "flat")
+    config = replace(CONFIG, forcing=forcing, tau_ctx=0.0)
+    run((store, fit_linear_tokenizer(store, (8, 8), 6, 0.5)), tmp_path / "r", config)
 
 
 def test_single_images_see_no_past_and_no_action(data, tmp_path):

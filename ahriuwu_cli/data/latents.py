@@ -82,10 +82,10 @@ class LatentPack:
         return f"{self.ids[window[0]]}:{window[1]}"
 
     def spread(self, most: int = 4096) -> Tensor:
-        """Standard deviation of each latent channel (D,), from `most` frames spread over the pack."""
+        """Standard deviation of each latent channel (D,), above 0, from `most` frames spread over the pack."""
         count = self._tensors["latents"].shape[0]
         rows = np.linspace(0, count - 1, min(most, count)).astype(int)
-        return self._latents(rows.tolist(), 1).flatten(0, 2).std(0)
+        return self._latents(rows.tolist(), 1).flatten(0, 2).std(0).clamp(min=1e-6)  # of still channels too
 
     def _latents(self, first: list[int], count: int) -> Tensor:
         """Rows of latents as float32; DataError unless all are finite."""

@@ -83,7 +83,9 @@ def step(z_tau: Tensor, z_hat: Tensor, tau: Level, s: Level) -> tuple[Tensor, Le
 
 
 def gaussian_gain(tau: Level, spread: Tensor) -> Tensor:
-    """Best linear denoiser of N(0, spread^2) data: E[z_clean | z_tau] = gain * z_tau (Wiener). At tau = 0 it is 1."""
+    """Best linear denoiser of N(0, spread^2) data: E[z_clean | z_tau] = gain * z_tau (Wiener). At tau = 0 it is 1.
+
+    spread is above 0."""
     power = spread.square()
     return signal(tau) * power / (signal(tau) ** 2 * power + tau**2)
 

@@ -38,6 +38,8 @@ def verify_world(world: World, store: EpisodeStore | None = None, seed: int = 0)
     With a store the clips are real windows of its val split (DataError when they do not fit); without one, latents are
     drawn from N(0, 1) and actions from the action space.
     """
+    if isinstance(world.dynamics, Dynamics):  # not what stands in for one, and takes no memory
+        needs.refuse_beyond_machine(_frames_at_once(world) * needs.of_a_frame(world.dynamics.config), world.device)
     with torch.no_grad():
         clips = _synthetic_clips(world, seed) if store is None else _real_clips(world, store, seed)
         parts = (_sensitivities, _finite, _cache, _labels, _tokenizer)
@@ -124,11 +126,19 @@ def _finite(world: World, clips: _Clips) -> Iterator[Line]:
     yield near("outputs that are not finite", bad, 0, 0)
 
 
+def _beyond_windows(world: World) -> int:
+    """Frames that a cache is asked about: two windows and a bit."""
+    return 2 * world.dynamics.config.window + 1
+
+
+def _frames_at_once(world: World) -> int:
+    """The most frames, of all clips together, that one of the questions has in a pass."""
+    return max(WINDOWS * world.dynamics.config.window, 2 * _beyond_windows(world))
+
+
 def _cache(world: World, clips: _Clips) -> Iterator[Line]:
     """Frame by frame through the cache, two windows and a bit long, against one pass over everything."""
-    frames = 2 * world.dynamics.config.window + 1
-    if isinstance(world.dynamics, Dynamics):  # not what stands in for one, and takes no memory
-        needs.refuse_beyond_machine(frames * needs.of_a_frame(world.dynamics.config, 2), world.device)
+    frames = _beyond_windows(world)
     order = torch.arange(frames, device=clips.z_clean.device) % clips.z_clean.shape[1]
     d = torch.full((2, frames), 1 / world.k_max, device=order.device)
     tau = torch.full_like(d, world.generation.tau_ctx)

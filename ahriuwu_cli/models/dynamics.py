@@ -100,12 +100,16 @@ class Dynamics(nn.Module):
         """Keep the weights of products in a 16-bit format, for rollouts and evaluation: they cannot be trained then.
 
         On a CPU all else stays in float32: sums, norms, attention, the cache. A GPU's attention kernels want 16 bits,
-        so there all but the spread of the latents is in that format. Latents come and go in float32 either way.
+        so there all is in that format but the spread of the latents, and the ranges of actions, whose ends it would
+        move and may join. Latents come and go in float32 either way.
         """
+        spread, ranges = self.channel_scale.data, dict(self.named_buffers())
         on_cpu = self.embed.weight.device.type == "cpu"
         for module in [m for m in self.modules() if isinstance(m, Linear)] if on_cpu else [self]:
             module.to(kind)
-        self.channel_scale.data = self.channel_scale.data.float()
+        self.channel_scale.data = spread
+        for name, buffer in ranges.items():
+            self.get_buffer(name).data = buffer
 
     @property
     def time_layers(self) -> int:

@@ -11,7 +11,6 @@ from ahriuwu_cli import memory
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
-from ahriuwu_cli.diffusion.tau import levels
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
@@ -19,7 +18,7 @@ from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer, check_sizes
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.models.tokenizer import Tokenizer
 from ahriuwu_cli.rollout import RolloutConfig
-from ahriuwu_cli.training.batches import check_shares
+from ahriuwu_cli.training.batches import check_shares, trained_sizes
 from ahriuwu_cli.training.checkpoint import action_slots, load_world
 from ahriuwu_cli.training.distributed import Group, what_changed
 from ahriuwu_cli.training.loop import DynamicsTrainer
@@ -190,16 +189,15 @@ def _new_world(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, g
     check_fits(store, tokenizer, config, group.world)
     torch.manual_seed(config.seed)
     dynamics = Dynamics(architecture)
-    trained_d = tuple(levels(architecture.k_max)) if config.shortcut_share else (1 / architecture.k_max,)
     return World(
         dynamics=dynamics.to("cpu" if group.sharded else group.device).requires_grad_(False),
         tokenizer=tokenizer.to(group.device),
         action_space=store.action_space,
         fps=store.fps,
         frame_skip=store.frame_skip,
-        trained_d=trained_d,
+        trained_d=trained_sizes(config, architecture.k_max, 0),
         forcing=config.forcing,
-        trained_unlabelled=any(not e.labelled for e in store.episodes("train")) or config.single_image_share > 0,
+        trained_unlabelled=any(not e.labelled for e in store.episodes("train")),  # an image has no frames before it
         generation=RolloutConfig(sampler="euler", tau_ctx=config.tau_ctx),
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.latents import LatentPack
 from ahriuwu_cli.diffusion.forcing import FORCINGS, finest
+from ahriuwu_cli.diffusion.tau import levels
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.models.dynamics import incoming_actions
 
@@ -102,6 +103,13 @@ def shape_of(config: TrainConfig, step: int) -> tuple[int, int]:
     if config.long_every and step % config.long_every == config.long_every - 1:
         return _long_clips(config), config.long_frames
     return config.batch, config.frames
+
+
+def trained_sizes(config: TrainConfig, k_max: int, steps: int) -> tuple[float, ...]:
+    """Step sizes d that so many steps of a run have trained: all of them once a clip was bootstrapped, else 1/k_max."""
+    share = config.shortcut_share
+    draws = (share_of(share, shape_of(config, step)[0], step, config.seed) for step in range(steps if share else 0))
+    return tuple(levels(k_max)) if any(draws) else (1 / k_max,)
 
 
 def check_shares(config: TrainConfig, world: int) -> None:

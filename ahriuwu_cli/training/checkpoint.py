@@ -114,7 +114,7 @@ def _load_world(folder: Path, where: torch.device) -> World:
     try:
         config = dynamics_config(document["architecture"])
         action_space = ActionSpace.from_json(document["action_space"], "action_space")
-        generation = generation_of(document["generation"])
+        generation = generation_of(document["generation"], config.k_max)
         numbers = numbers_of(document, config.k_max)
         check_facts(document["facts"])
     except (TypeError, ValueError, DataError) as error:
@@ -296,7 +296,8 @@ def write_tau_ctx(world: World, tau_ctx: float, evidence: dict) -> None:
 
 def _with_tau_ctx(folder: Path, before: dict, tau_ctx: float, evidence: dict) -> dict:
     document = dict(before)
-    changed = asdict(generation_of(document["generation"])) | {"tau_ctx": tau_ctx}
+    generation = generation_of(document["generation"], dynamics_config(document["architecture"]).k_max)
+    changed = asdict(generation) | {"tau_ctx": tau_ctx}
     document |= {"generation": changed, "facts": document["facts"] | {"tau_ctx_evidence": evidence}}
     if document["format"] != UNSEALED:
         check_seal(folder, before)

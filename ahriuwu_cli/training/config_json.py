@@ -9,10 +9,10 @@ from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.documents import document_hash, read_object
 from ahriuwu_cli.data.metadata import MAX_FPS, MIN_FPS
 from ahriuwu_cli.disk import file_hash
-from ahriuwu_cli.errors import CheckpointError
+from ahriuwu_cli.errors import CheckpointError, UserError
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.ranges import FRAME_SKIP
-from ahriuwu_cli.rollout import RolloutConfig
+from ahriuwu_cli.rollout import RolloutConfig, check_generation
 
 FORMAT, UNSEALED = "ahriuwu-checkpoint/2", "ahriuwu-checkpoint/1"  # the latter from before there were hashes
 _SEAL = {"weights_sha256", "sha256"}
@@ -89,8 +89,8 @@ def numbers_of(document: dict, k_max: int) -> tuple[float, int, tuple[float, ...
     if type(skip) is not int or not least <= skip <= most:
         raise ValueError(f"frame_skip is {skip!r}, not a whole number from {least} to {most}")
     sizes = [2.0**-i for i in range(k_max.bit_length())]
-    if not trained or not all(type(d) in (int, float) and d in sizes for d in trained):
-        raise ValueError(f"trained_d is {trained!r}, not step sizes 1, 1/2, ... 1/{k_max}")
+    if not all(type(d) in (int, float) and d in sizes for d in trained) or sizes[-1] not in trained:
+        raise ValueError(f"trained_d is {trained!r}, not step sizes 1, 1/2, ... with 1/{k_max} among them")
     return float(fps), skip, tuple(float(d) for d in trained)
 
 
@@ -112,7 +112,7 @@ def check_facts(facts: dict) -> None:
             raise ValueError(f"facts: {name} is {str(value)[:40]!r}, not a number from 0 to {high:g}")
 
 
-def generation_of(stored: dict) -> RolloutConfig:
+def generation_of(stored: dict, k_max: int) -> RolloutConfig:
     """How a world is rolled out by default. ValueError for fields or values that no world of ours has."""
     # Worlds saved before `ctx_label` existed lack it; honest labels were the only ones then. Nothing else is defaulted.
     stored = {"ctx_label": "honest"} | stored
@@ -126,7 +126,12 @@ def generation_of(stored: dict) -> RolloutConfig:
         raise ValueError(f"generation.steps is {stored['steps']!r}, not a whole number from 1 to {MAX_STEPS}")
     if type(stored["tau_ctx"]) not in (int, float) or not 0 <= stored["tau_ctx"] < 1:
         raise ValueError(f"generation.tau_ctx is {stored['tau_ctx']!r}, not in [0, 1) where 0 is clean")
-    return RolloutConfig(**stored)
+    config = RolloutConfig(**stored)
+    try:
+        check_generation(config, k_max)
+    except UserError as error:  # a word on options: here nobody gave one
+        raise ValueError(f"its own rollouts could not be made: {error}") from None
+    return config
 
 
 def dynamics_config(architecture: dict) -> DynamicsConfig:

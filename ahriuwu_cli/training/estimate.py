@@ -17,7 +17,7 @@ from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.training.batches import shape_of
-from ahriuwu_cli.training.shadow import PARTS, PHASES, trace_step
+from ahriuwu_cli.training.shadow import PARTS, PHASES, fewest_images, trace_step
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,14 @@ def estimate(config: TrainConfig, architecture: DynamicsConfig, device: str = "c
     traces = {shape: trace_step(config, architecture, *shape, device) for shape in shapes}
     flops = dict.fromkeys(PHASES, 0.0)
     for (clips, frames), trace in traces.items():
-        rows = config.shortcut_share * clips
+        rows, fewest = config.shortcut_share * clips, fewest_images(config, clips)
         often = dict.fromkeys(PHASES, 1.0) | {"teacher": rows / ceil(rows) if rows else 1.0}
+        mean, more = trace.flops, min(config.single_image_share * clips, clips - ceil(rows)) - fewest
+        if more > 0:  # between that many images and one more
+            other = trace_step(config, architecture, clips, frames, device, fewest + 1).flops
+            mean = {phase: (1 - more) * trace.flops[phase] + more * other[phase] for phase in PHASES}
         for phase in PHASES:
-            flops[phase] += shapes[clips, frames] * often[phase] * trace.flops[phase]
+            flops[phase] += shapes[clips, frames] * often[phase] * mean[phase]
     shape, worst = max(traces.items(), key=lambda item: sum(item[1].peak.values()))
     return Estimate(
         shape,

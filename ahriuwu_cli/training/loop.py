@@ -21,7 +21,7 @@ from ahriuwu_cli.diffusion import tau as tau_
 from ahriuwu_cli.diffusion.objective import ShortcutLoss
 from ahriuwu_cli.errors import Interrupted, TrainingError
 from ahriuwu_cli.models.dynamics import Dynamics
-from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of
+from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of, trained_sizes
 from ahriuwu_cli.training.clip_loss import ClipLoss
 from ahriuwu_cli.training.clock import TrainingClock, Watch
 from ahriuwu_cli.training.distributed import Group
@@ -208,6 +208,7 @@ class DynamicsTrainer:
         self.seen = result
 
     def _look(self, manifest) -> dict:
+        self.world.trained_d = trained_sizes(self.config, self.world.k_max, self.step)
         try:
             if self.step == self.total:  # at the end: which sampler suits what was learnt
                 self.world.generation, result, gains = choose_sampler(self.world, self.store, manifest)

@@ -193,8 +193,11 @@ class Shadow:
         self.model.register_forward_hook(lambda *_: self._leave())
         self.seen: list = []
 
-    def passes(self, clips: int, frames: int, checkpointed: bool) -> Trace:
-        """Forward and backward of all micro-batches of `clips` x `frames`; their gradients stay for `update`."""
+    def passes(self, clips: int, frames: int, checkpointed: bool, images: int | None = None) -> Trace:
+        """Forward and backward of all micro-batches of `clips` x `frames`; their gradients stay for `update`.
+
+        images: how many of the clips are single images (default: what needs most, see `fewest_images`).
+        """
         config, ledger = self.config, self.ledger
         self.model.checkpoint_activations = checkpointed
         self.model.zero_grad()
@@ -202,7 +205,7 @@ class Shadow:
         ledger.start()
         micro, kept = min(config.accumulate, 2), 0  # the later ones are as the second
         for _ in range(micro):
-            batch = _batch(config, self.architecture, clips, frames, ledger.fake)
+            batch = _batch(config, self.architecture, clips, frames, ledger.fake, images)
             ledger.own("batch", (batch.z_clean, batch.noise))
             with ledger, formulas_of(self.device):
                 with ledger.during("forward"), self._autocast():
@@ -263,10 +266,12 @@ def formulas_of(device: str) -> Iterator[None]:
         yield
 
 
-def trace_step(config: TrainConfig, architecture: DynamicsConfig, clips: int, frames: int, device: str) -> Trace:
-    """One whole optimiser step on micro-batches of `clips` x `frames`."""
+def trace_step(
+    config: TrainConfig, architecture: DynamicsConfig, clips: int, frames: int, device: str, images: int | None = None
+) -> Trace:
+    """One whole optimiser step on micro-batches of `clips` x `frames`. images: as for `Shadow.passes`."""
     shadow = Shadow(config, architecture, device)
-    passes, update = shadow.passes(clips, frames, config.checkpoint_activations), shadow.update()
+    passes, update = shadow.passes(clips, frames, config.checkpoint_activations, images), shadow.update()
     return Trace(
         np.concatenate([passes.bytes, update.bytes]),
         {p: passes.flops[p] + update.flops[p] for p in PHASES},
@@ -275,10 +280,17 @@ def trace_step(config: TrainConfig, architecture: DynamicsConfig, clips: int, fr
     )
 
 
-def _batch(config: TrainConfig, c: DynamicsConfig, clips: int, frames: int, fake: FakeTensorMode) -> Batch:
-    """Clips without contents; shares are rounded up, so that no step has more to do."""
+def fewest_images(config: TrainConfig, clips: int) -> int:
+    """Single images of a micro-batch, rounded down: they have less to do than video."""
+    return min(math.floor(config.single_image_share * clips), clips - math.ceil(config.shortcut_share * clips))
+
+
+def _batch(
+    config: TrainConfig, c: DynamicsConfig, clips: int, frames: int, fake: FakeTensorMode, images: int | None = None
+) -> Batch:
+    """Clips without contents; bootstrapped ones are rounded up and images down, so that no step has more to do."""
     rows = math.ceil(config.shortcut_share * clips)
-    images = min(math.ceil(config.single_image_share * clips), clips - rows)
+    images = fewest_images(config, clips) if images is None else images
     tau, d = torch.ones(clips, frames), torch.full((clips, frames), 1 / c.k_max)
     d[:rows] = 1.0
     columns = sum(1 if kind == "discrete" else size for kind, size, _, _ in c.action_space)
