@@ -286,3 +286,10 @@ def test_reference_clips_share_no_frame_with_the_scored_windows(tmp_path):
     assert (unhindered != clips).any()
     with pytest.raises(DataError, match="ask for fewer"):
         reference_clips(store, 10_000, split="train", avoid=manifest)
+
+
+def test_where_there_is_no_distance_the_swap_test_says_nothing():
+    x, truth, other = (torch.randn(20, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    several, one = torch.arange(20) // 4, torch.zeros(20, dtype=torch.long)
+    assert np.isnan(swap_test(kernel_distance, x, truth, other, one, one))  # no two clips are of different episodes
+    assert 0 < swap_test(kernel_distance, x, truth, other, several, several) <= 1

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import typer
 from worlds import NO_ACTIONS, moving_pictures, tiny_world
@@ -12,7 +13,12 @@ from worlds import NO_ACTIONS, moving_pictures, tiny_world
 from ahriuwu_cli import cli
 from ahriuwu_cli.commands import eval as eval_command
 from ahriuwu_cli.commands import sweep_tau
-from ahriuwu_cli.training.checkpoint import save_world
+from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.evaluation import looks
+from ahriuwu_cli.evaluation.cell_check import check_scores
+from ahriuwu_cli.evaluation.prepare import EvaluationConfig
+from ahriuwu_cli.evaluation.protocol import make_manifest
+from ahriuwu_cli.training.checkpoint import load_world, save_world
 
 QUICK = ["--windows", "4", "--context", "4", "--horizon", "5", "--device", "cpu", "--looks", "none"]
 FEW = ["--windows", "4", "--context", "4", "--horizon", "5", "--device", "cpu"]
@@ -301,3 +307,37 @@ def test_wrong_weights_are_refused_before_anything_is_generated(
     assert words in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_closer_look_at_what_is_not_finite_fails_the_command(places, run, tmp_path):
+    world = load_world(places / "world", "cpu")
+    world.dynamics.level.d_table.data[0] = 3e38  # d = 1, which this world's own rollouts never ask for
+    save_world(world, tmp_path / "broken")
+    words = ("eval", tmp_path / "broken", places / "data", "--out", tmp_path / "out", *FEW)
+    code, out, _ = run(*words, "--looks", "step_sizes", "--report")
+    result = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert (code, result["status"]) == (1, "nan")
+    assert not any(result["not_finite_frames"].values())
+    assert result["not_finite_looks"]["step_sizes"] > 0
+    assert "FAILED: frames that are not finite" in out
+    assert "step sizes" in (tmp_path / "out" / "report.html").read_text().split("This run failed")[1][:300]
+    check_scores(result)
+
+
+def test_closer_looks_are_of_what_was_asked_for(places, run, tmp_path):
+    words = ("eval", places / "world", places / "data", "--out", tmp_path / "out", *FEW)
+    assert run(*words, "--looks", "levels,consistency", "--tau-ctx", "0.3")[0] == 0
+    result = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert [result[name]["tau_ctx"] for name in ("levels", "consistency")] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize(("most", "room", "clips"), [(18, 1 << 40, 18), (512, 1 << 40, 24), (512, 1, 16)])
+def test_distances_are_of_so_many_windows_at_most(places, monkeypatch, most, room, clips):
+    store, world = EpisodeStore.open(places / "data"), load_world(places / "world", "cpu")
+    monkeypatch.setattr(looks, "DISTANCE_WINDOWS", most)
+    monkeypatch.setattr(looks, "MOST_BYTES", room)
+    monkeypatch.setattr(looks, "reference_clips", lambda store, count, **_: (np.zeros(count), None))
+    monkeypatch.setattr(looks, "latent_distances", lambda world, made, frames, **_: {"clips": len(made)})
+    manifest = make_manifest(store, "test", 2, 16, 24, seed=0)
+    found = looks.LOOKS["distances"](world, store, EvaluationConfig(), world.generation, manifest)
+    assert found == {"clips": clips}

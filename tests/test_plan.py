@@ -100,6 +100,17 @@ def test_minus_zero_is_zero_as_a_cells_name_is_made_of_its_digits(plan):
     assert str(as_number("-0")) == "0.0"
 
 
+def test_a_cell_with_a_number_of_many_digits_is_found_again_and_merged(plan, run, tmp_path):
+    path = plan(ONE.replace("[[cell]]", "[[cell]]\ntau_ctx = 0.08333333333333333", 1))
+    for state in ("1 done, 0 were there", "0 done, 1 were there"):
+        code, out, err = run("plan", path, "--out", tmp_path / "cells")
+        assert code == 0, err
+        assert state in out
+    (cell,) = (tmp_path / "cells").glob("**/????????????????.json")
+    assert json.loads(cell.read_text())["result"]["settings"]["generation"]["tau_ctx"] == 1 / 12
+    assert run("merge", tmp_path / "cells")[0] == 0
+
+
 def test_json_lines_say_the_same_as_toml(plan):
     lines = ['{"defaults": {"dataset": "data", "windows": 5, "context": 3, "horizon": 4}}', "", '{"checkpoint": "a"}']
     assert read_plan(plan("\n".join(lines), ".jsonl")) == read_plan(plan(ONE))

@@ -8,7 +8,7 @@ from worlds import NO_ACTIONS, SPACE, moving_pictures
 
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.evaluation.controls import partners, random_actions, with_future
-from ahriuwu_cli.evaluation.protocol import WindowManifest, make_manifest, paired_bootstrap, read_windows
+from ahriuwu_cli.evaluation.protocol import WindowManifest, make_manifest, paired_bootstrap, read_windows, student_975
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_dataset_without_actions_gives_actions_of_no_width(tmp_path):
 
 def test_the_interval_covers_the_true_mean_95_times_in_100_with_clusters_of_any_number():
     rng = np.random.default_rng(0)
-    for clusters in (5, 12, 40):
+    for clusters in (2, 3, 5, 7, 8, 12, 40):
         episodes = np.repeat(np.arange(clusters), 6)
         hits = 0
         for trial in range(300):
@@ -118,6 +118,15 @@ def test_the_interval_covers_the_true_mean_95_times_in_100_with_clusters_of_any_
             found = paired_bootstrap(values, episodes, resamples=1000, seed=trial)
             hits += found.lo <= 0 <= found.hi
         assert 0.91 <= hits / 300 <= 0.99, (clusters, hits)
+
+
+def test_few_episodes_of_unequal_size_get_the_interval_of_a_ratio():
+    values, episodes = np.array([1.0, 2, 3, 7, 9]), list("aabcc")
+    found = paired_bootstrap(values, episodes)
+    apart = np.array([3.0, 3, 16]) - found.value * np.array([2, 1, 2])  # sums of the episodes less what they should be
+    half = 4.2706 * np.sqrt(3 / 2 * (apart**2).sum()) / 5  # Student's t with 2 degrees of freedom, by its expansion
+    assert (found.value, found.lo, found.hi) == pytest.approx((4.4, 4.4 - half, 4.4 + half), abs=1e-3)
+    assert student_975(1) == pytest.approx(12.7062, abs=1e-4)
 
 
 def test_windows_of_one_episode_do_not_make_the_interval_narrower():
@@ -130,6 +139,9 @@ def test_windows_of_one_episode_do_not_make_the_interval_narrower():
 def test_nan_makes_the_whole_interval_nan_and_one_episode_has_no_ends():
     broken = paired_bootstrap(np.array([1.0, np.nan, 2]), ["a", "b", "c"])
     assert np.isnan([broken.value, broken.lo, broken.hi]).all()
+    with np.errstate(all="raise"):
+        endless = paired_bootstrap(np.array([1.0, np.inf] * 5), list("abcdefghij"))
+    assert np.isnan([endless.value, endless.lo, endless.hi]).all()
     alone = paired_bootstrap(np.array([1.0, 3.0]), ["a", "a"])
     assert alone.value == 2
     assert np.isnan([alone.lo, alone.hi]).all()

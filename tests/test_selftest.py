@@ -363,6 +363,21 @@ def test_a_perfect_world_is_told_from_its_blind_copies_and_a_blind_one_is_not(be
     assert any("action delta at 4" in name for name in bad)
 
 
+@pytest.mark.parametrize("breaks", ["itself", "its copies"])
+def test_a_world_that_is_not_finite_is_told_line_by_line(bench, monkeypatch, breaks):
+    def broken(world, sense):
+        copy = blind_copy(world, sense)
+        real = copy.dynamics.extend
+        copy.dynamics.extend = lambda *given, **more: real(*given, **more) * torch.nan
+        return copy
+
+    if breaks == "its copies":
+        monkeypatch.setattr(selftest, "blind_copy", broken)
+    world = EXACT if breaks == "its copies" else broken(EXACT, "context")
+    bad = [c.name for c in selftest.question_metrics(world, bench.store) if not c.ok]
+    assert any("context-blind" in name for name in bad)
+
+
 # The command
 
 

@@ -224,6 +224,19 @@ def test_predictions_that_are_not_finite_are_counted_and_fail(tiny, store, manif
     json.dumps(result, allow_nan=False)
 
 
+def test_a_model_that_hardly_hears_d_is_not_called_consistent(tiny, store, manifest):
+    def deaf(share):
+        def denoise(z, tau, d):
+            blind = oracles.gaussian_denoiser(z, tau, d)
+            return blind + share * (exact_shortcut(z, tau, d) - blind)
+
+        return consistency(standing_in(tiny, denoise), store, manifest)["verdict"]
+
+    assert deaf(0.005) == {"ok": False, "reason": deaf(0.005)["reason"], "gap_closed": pytest.approx(0.005, abs=0.005)}
+    assert "hardly lands nearer" in deaf(0.005)["reason"]
+    assert deaf(0.5)["ok"] is True
+
+
 def test_with_one_episode_a_gain_cannot_be_told_from_chance(tiny, store, manifest):
     episode = manifest.episodes[0]
     alone = replace(manifest, windows=tuple((episode, start) for start in (0, 5, 9)))

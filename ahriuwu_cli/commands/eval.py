@@ -69,7 +69,7 @@ def evaluate(
     from ahriuwu_cli.evaluation.cells import weights_hash
     from ahriuwu_cli.evaluation.evaluate import EvaluationConfig
     from ahriuwu_cli.evaluation.evaluate import evaluate as run
-    from ahriuwu_cli.evaluation.looks import check_fits, look_closer, optional_looks, parse_looks
+    from ahriuwu_cli.evaluation.looks import check_fits, look_closer, not_finite, optional_looks, parse_looks
     from ahriuwu_cli.evaluation.looks_text import looks_text
     from ahriuwu_cli.evaluation.prepare import prepare
     from ahriuwu_cli.folders import claimed, replacing
@@ -99,6 +99,8 @@ def evaluate(
         closer = look_closer(world, store, config, generation, stored, wanted, say, extra)
         result["timing"]["looks"] = closer.pop("look_seconds")
         result |= closer
+        if broken := not_finite(closer):
+            result |= {"status": "nan", "not_finite_looks": broken}
 
         files = {name: folder / name for name in ("eval.json", "eval.csv", "windows.csv", "curve.png", "windows.json")}
         if "error" in result.get("levels", {}):

@@ -38,8 +38,9 @@ CLOSE = 1e-5  # results have 6 decimals, and some numbers are made of several
 DRAWS = 0.2  # of an interval's length: more than two bootstraps of the same numbers ever differ
 DB = number(0, CAP_DB)
 DIFFERENCE = number(-CAP_DB, CAP_DB)
+ENDS = number(-20 * CAP_DB, 20 * CAP_DB)  # of an interval, which with two episodes is 12.7 standard errors wide
 _RANGES = {  # by the end of a number's name
-    "_db": DIFFERENCE, "psnr": DB, "floor": DB, "ceiling": DB, "mse": DB, "mean_frame": DB, "_lo": DB, "_hi": DB,
+    "_db": DIFFERENCE, "psnr": DB, "floor": DB, "ceiling": DB, "mse": DB, "mean_frame": DB, "_lo": ENDS, "_hi": ENDS,
     "ssim": number(-1, 1), "ratio": number(0, MOST), "cosine": number(-1 - CLOSE, 1 + CLOSE), "shift": number(0, 1),
 }  # fmt: skip
 _TOLD = ("psnr", "floor", "ceiling", "gain_db", "ssim")  # of a horizon: windows tell it
@@ -73,6 +74,9 @@ def check_scores(scores: dict[str, Any]) -> None:
     if type(settings) is dict and type(timing) is dict:
         kept["settings"] = _with_precision({n: v for n, v in settings.items() if n != "checkpoint_hash"})
         kept["timing"] = {name: value for name, value in timing.items() if name != "looks"}
+    if scores.get("not_finite_looks"):  # then the rollouts themselves may well be
+        hold(scores["status"], exactly("nan"), "status")
+        kept["status"] = "nan" if any(scores["not_finite_frames"].values()) else "ok"
     check_result(kept)
 
 
@@ -155,7 +159,7 @@ def _interval(value: Any) -> bool:
     mean, lo, hi = value["value"], value["lo"], value["hi"]
     if lo is None or hi is None:
         return lo is hi and or_none(DIFFERENCE)(mean)
-    return all(map(DIFFERENCE, (mean, lo, hi))) and lo - CLOSE <= mean <= hi + CLOSE
+    return DIFFERENCE(mean) and ENDS(lo) and ENDS(hi) and lo - CLOSE <= mean <= hi + CLOSE
 
 
 def _warnings(own: list[str]) -> Check:

@@ -269,6 +269,8 @@ def swap_test(
 
     found = gap(x, perfect)
     swapped = torch.cat([gap(torch.where(s, perfect, x), torch.where(s, x, perfect)) for s in swap.split(50)])
+    if torch.isnan(found) or torch.isnan(swapped).any():  # no pair of two episodes: there is no distance
+        return float("nan")
     return (1 + int((swapped >= found - 1e-12 * found.abs()).sum())) / (1 + SWAPS)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import UserError, did_you_mean
 from ahriuwu_cli.evaluation.distances import (
     CLIP_FRAMES,
+    MIN_CLIPS,
     REFERENCE_CLIPS,
     check_count,
     check_horizon,
@@ -32,6 +34,7 @@ from ahriuwu_cli.world import World
 
 SPREAD_WINDOWS, SPREAD_SEEDS = 32, 4
 LEVEL_WINDOWS = 32
+DISTANCE_WINDOWS, MOST_BYTES = 512, 4 << 30  # clips are compared in pairs, a thousand times, and held together
 STEP_WINDOWS = 8  # 190 passes a frame: more windows would take longer than all the rest
 Look = Callable[[World, EpisodeStore, EvaluationConfig, RolloutConfig, WindowManifest], dict[str, Any]]
 
@@ -65,6 +68,19 @@ def look_closer(
             found[name] = {"skipped": str(error)}
         seconds[name] = time.monotonic() - started
     return found | {"look_seconds": seconds}
+
+
+def not_finite(looks: dict[str, Any]) -> dict[str, int]:
+    """{look: how often something was not finite}, of the looks where anything was."""
+
+    def count(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(
+                int(v) if k.startswith("not_finite") and isinstance(v, int) else count(v) for k, v in value.items()
+            )
+        return sum(map(count, value)) if isinstance(value, list) else 0
+
+    return {name: n for name, look in looks.items() if (n := count(look))}
 
 
 def parse_looks(text: str) -> tuple[str, ...]:
@@ -135,7 +151,7 @@ def _step_sizes(world, store, config, rollout_config, manifest) -> dict[str, Any
 
 
 def _consistency(world, store, config, rollout_config, manifest) -> dict[str, Any]:
-    return consistency(world, store, manifest, seed=config.seed, batch=config.batch)
+    return consistency(_asked(world, rollout_config), store, manifest, seed=config.seed, batch=config.batch)
 
 
 def _spread(world, store, config, rollout_config, manifest) -> dict[str, Any]:
@@ -148,6 +164,8 @@ def _spread(world, store, config, rollout_config, manifest) -> dict[str, Any]:
 def _distances(world, store, config, rollout_config, manifest) -> dict[str, Any]:
     if manifest.horizon < CLIP_FRAMES:
         raise UserError(f"distances between clips need a horizon of at least {CLIP_FRAMES}, not {manifest.horizon}")
+    room = MOST_BYTES // (4 * manifest.length * 3 * store.height * store.width)  # windows, and three sets made of them
+    manifest = replace(manifest, windows=manifest.windows[: min(DISTANCE_WINDOWS, max(MIN_CLIPS, room))])
     count = len(manifest.windows)
     others = reference_clips(store, count, split=manifest.split, seed=config.seed, avoid=manifest)
     reference, _ = reference_clips(store, REFERENCE_CLIPS, split="train", seed=config.seed, avoid=manifest)
@@ -164,7 +182,13 @@ def _distances(world, store, config, rollout_config, manifest) -> dict[str, Any]
 
 
 def _levels(world, store, config, rollout_config, manifest) -> dict[str, Any]:
-    return error_by_level(world, store, manifest, windows=LEVEL_WINDOWS, seed=config.seed, batch=config.batch)
+    asked = _asked(world, rollout_config)
+    return error_by_level(asked, store, manifest, windows=LEVEL_WINDOWS, seed=config.seed, batch=config.batch)
+
+
+def _asked(world: World, rollout_config: RolloutConfig) -> World:
+    """The world with what was asked for as its own way to roll out."""
+    return replace(world, generation=rollout_config)
 
 
 LOOKS: dict[str, Look] = {

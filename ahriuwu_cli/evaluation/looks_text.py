@@ -28,13 +28,16 @@ def _step_sizes(look: dict[str, Any]) -> Iterator[str]:
             if row["sampler"] == sampler
         ]
         windows = look["n"]["windows"]
-        yield f"gain dB at {h} by passes a frame, {sampler}, {windows} windows (sharpness): {', '.join(cells)}"
+        yield f"gain dB at {h} by K, {sampler}, {windows} windows (sharpness): {', '.join(cells)}"
 
 
 def _consistency(look: dict[str, Any]) -> Iterator[str]:
     verdict = look["verdict"]
     said = {True: "yes", False: "NO", None: "cannot be told"}[verdict["ok"]]
-    yield f"one step of d does the work of smaller ones better than a d-blind copy: {said} ({verdict['reason']})"
+    why = verdict["reason"]
+    if verdict["gap_closed"] is not None:
+        why += f"; share of the copy's distance done away with: {number(verdict['gap_closed'])}"
+    yield f"one step of d does the work of smaller ones better than a d-blind copy: {said} ({why})"
 
 
 def _spread(look: dict[str, Any]) -> Iterator[str]:

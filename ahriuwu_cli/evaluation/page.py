@@ -80,9 +80,9 @@ SETTINGS = {  # what a setting means, where its name does not say it
     "manifest_hash": "the same hash means the same windows of the same data",
     "random_action_hold": "frames that a random action lasts, fewest and most",
 }
-HANDLED = {"kind", "status", "not_finite_frames", "settings", "n", "last", "horizons", "action_delta_db", "timing",
-           "action_delta_moving_db", "action_delta_note", "drift_db_per_frame", "curves", "windows", "warnings",
-           "files"} | set(BLOCKS)  # fmt: skip
+HANDLED = {"kind", "status", "not_finite_frames", "not_finite_looks", "settings", "n", "last", "horizons",
+           "action_delta_db", "timing", "action_delta_moving_db", "action_delta_note", "drift_db_per_frame", "curves",
+           "windows", "warnings", "files"} | set(BLOCKS)  # fmt: skip
 
 
 def write_page(
@@ -159,7 +159,8 @@ def _title(result: Mapping[str, Any], name: str) -> list[Html]:
 def _cautions(result: Mapping[str, Any]) -> list[Html]:
     boxes = []
     if result.get("status", "ok") != "ok":
-        counts = [f"{plain(who)} {count}" for who, count in (result.get("not_finite_frames") or {}).items() if count]
+        found = {**(result.get("not_finite_frames") or {}), **result.get("not_finite_looks", {})}
+        counts = [f"{plain(who)} {count}" for who, count in found.items() if count]
         said = f"Frames with values that are not finite, by what was generated: {', '.join(counts) or 'not counted'}. "
         said += "Nothing was dropped: every mean that they touch is shown as "
         boxes.append(tag("div", tag("h2", "This run failed"), tag("p", said, number(None), "."), class_="note bad"))
@@ -221,7 +222,8 @@ def _psnr_table(result: Mapping[str, Any]) -> list[Html]:
     rows = [[h, *(show(row, c) for c in PSNR_COLUMNS)] for h, row in (result.get("horizons") or {}).items()]
     say = (
         "Each row is one generated frame. Below a number: its 95 % interval. One step: the world predicts this frame "
-        "alone, with true frames before it; what it loses against that in the column “world”, its own errors cost."
+        "alone, with as many true frames right before it as the world was given; in the column “world” its own frames "
+        "lie in between."
     )
     return [tag("p", say), table("PSNR, dB", ["frame", *PSNR_COLUMNS.values()], {"": rows})] if rows else []
 

@@ -171,7 +171,10 @@ def film_figures(films: Sequence[Film], room: int) -> list[Html]:
         still = tag("img", src=f"data:image/png;base64,{strip}", class_="mat", alt=words)
         strip_box = tag("div", who, still, when, class_="strip")
         parts.append(tag("figure", tag("h3", film.title), video, strip_box, tag("figcaption", film.note)))
-    say = "The arrays that are scored, as video. Stills: the last given frame, then generated frames by number."
+    say = (
+        "Rolled out again, a window at a time: of several noise seeds the first, and a pixel may differ by a level. "
+        "Stills: the last given frame, then generated frames by number."
+    )
     if left_out:
         say += f" To keep the page small, {left_out} of {len(films)} videos are left out: their stills alone are shown."
     return [tag("p", say), tag("div", parts, class_="films")]
@@ -184,11 +187,21 @@ def picture(figure: Figure) -> Html:
     return tag("figure", image, tag("figcaption", figure.alt))
 
 
+def _near(ends: list[float | None], drawn: list[float]) -> list[float | None]:
+    """Ends of a band no further from what is drawn than its own height, or 10 dB: those of two episodes are far off."""
+    if not drawn:
+        return ends
+    beyond = max(10.0, max(drawn) - min(drawn))
+    return [None if v is None else min(max(v, min(drawn) - beyond), max(drawn) + beyond) for v in ends]
+
+
 def curve_chart(curves: dict[str, Any]) -> Html:
     """PSNR by generated frame: the world with its band, floor, ceiling and mean frame. null leaves a gap in a line."""
     lines = {name: curves[name] for name in LINES if curves.get(name)}
     low, high = curves.get("psnr_lo") or [], curves.get("psnr_hi") or []
-    known = [v for values in (*lines.values(), low, high) for v in values if v is not None]
+    drawn = [v for values in lines.values() for v in values if v is not None]
+    low, high = (_near(each, drawn) for each in (low, high))
+    known = [v for values in (drawn, low, high) for v in values if v is not None]
     if not known:
         return tag("p", "There is no curve: no value is finite.", class_="nan")
     count, ticks = len(lines["psnr"]), nice_ticks(min(known), max(known))

@@ -16,7 +16,10 @@ def plot_curve(result: dict[str, Any], path: Path) -> None:
     axes.plot(x, floats(curve["ceiling"]), color=GREY, linestyle=":", label="ceiling (tokenizer)")
     axes.plot(x, floats(curve["floor"]), color=GREY, linestyle="--", label="floor (persistence)")
     axes.plot(x, floats(curve["psnr"]), color=BLUE, marker="o", markersize=3, label="model")
+    low, high = axes.get_ylim()
     axes.fill_between(x, floats(curve["psnr_lo"]), floats(curve["psnr_hi"]), color=BLUE, alpha=0.2, linewidth=0)
+    beyond, (bottom, top) = max(10.0, high - low), axes.get_ylim()  # a band of two episodes goes far off
+    axes.set_ylim(max(bottom, low - beyond), min(top, high + beyond))
     axes.set_xlabel("generated frame")
     axes.set_ylabel("PSNR (dB)")
     n = result["n"]

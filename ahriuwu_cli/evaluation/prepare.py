@@ -18,7 +18,8 @@ from ahriuwu_cli.evaluation.protocol import RESAMPLES, WindowManifest, make_mani
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
-INTERVAL = f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out noise seeds and training seeds"
+INTERVAL = f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out training seeds"
+INTERVAL_BEFORE = INTERVAL.replace("training", "noise seeds and training")  # what older results say of the same
 NO_MEAN = "the dataset has no train split, so there is no mean frame to compare with"
 
 
@@ -110,7 +111,7 @@ def settings(
     rollout_config: RolloutConfig,
     manifest: WindowManifest,
 ) -> dict[str, Any]:
-    """All that the numbers depend on, and what they came from. Intervals leave out the noise and the training seed."""
+    """All that the numbers depend on, and what they came from. Intervals leave out the training seed."""
     return {
         "tau": LABEL,
         "checkpoint": str(world.path) if world.path else None,

@@ -191,5 +191,6 @@ def evaluation_rows(result: Row) -> list[Row]:
 def _cautions(result: Row) -> list[str]:
     lines = [f"note: {warning}" for warning in result["warnings"]]
     if result["status"] == "nan":
-        lines.append(f"FAILED: frames that are not finite: {result['not_finite_frames']}; means they touch are nan")
+        counts = {**result["not_finite_frames"], **result.get("not_finite_looks", {})}
+        lines.append(f"FAILED: frames that are not finite: {counts}; means they touch are nan")
     return lines

@@ -63,9 +63,11 @@ def mean_frame(store: EpisodeStore, frames: int = 512) -> np.ndarray | None:
     if not episodes:
         return None
     every = max(1, sum(e.frames for e in episodes) // frames)
-    # other phases in other episodes
-    taken = [store.frames(e.id, min(i % every, e.frames), None, every) for i, e in enumerate(episodes)]
-    return np.concatenate(taken).astype(np.float64).mean(axis=0).round().astype(np.uint8)
+    total, count = np.zeros((store.height, store.width, 3), np.uint64), 0  # whole numbers: exact in any order
+    for i, e in enumerate(episodes):
+        taken = store.frames(e.id, min(i % every, e.frames), None, every)  # other phases in other episodes
+        total, count = total + taken.sum(axis=0, dtype=np.uint64), count + len(taken)
+    return (total / count).round().astype(np.uint8)
 
 
 def references(

@@ -82,7 +82,8 @@ def question_metrics(world: World, store: EpisodeStore, seed: int = 0, windows: 
 
     def most(own: dict[str, Any], other: dict[str, Any]) -> float:
         """Upper end of the 95 % interval of PSNR at frame 1, own minus the other's: below 0, it is surely worse."""
-        gained = [a["psnr_1"] - b["psnr_1"] for a, b in zip(own["windows"], other["windows"], strict=True)]
+        pairs = zip(own["windows"], other["windows"], strict=True)
+        gained = [_number(a["psnr_1"]) - _number(b["psnr_1"]) for a, b in pairs]
         interval = paired_bootstrap(np.array(gained, float), manifest.episodes)
         return interval.value if math.isnan(interval.hi) else interval.hi
 
@@ -92,10 +93,10 @@ def question_metrics(world: World, store: EpisodeStore, seed: int = 0, windows: 
         checks.append(above(f"PSNR at 1, own minus the {sense}-blind copy's: at most (dB)", most(own, other), 0))
     if world.action_space.width:
         other = ask(blind_copy(world, "action"))
-        worst = max(abs(at["value"]) for by in other["action_delta_db"].values() for at in by.values())
+        worst = max(abs(_number(at["value"])) for by in other["action_delta_db"].values() for at in by.values())
         checks.append(near("action delta of the action-blind copy (dB)", worst, 0, 0))
         delta = own["action_delta_db"]["shuffled"]["4"]
-        at_most = next((x for x in (delta["hi"], delta["value"]) if x is not None), math.nan)  # null is NaN in JSON
+        at_most = next((x for x in (delta["hi"], delta["value"]) if x is not None), math.nan)
         checks.append(above("action delta at 4 of the world itself: at most (dB)", at_most, 0))
     if len(world.trained_d) > 1:
         verdict = step_sizes.consistency(blind_copy(world, "d"), store, manifest, windows=8, seed=seed)["verdict"]
@@ -103,3 +104,8 @@ def question_metrics(world: World, store: EpisodeStore, seed: int = 0, windows: 
             ("consistency of the d-blind copy: called ok", float(verdict["ok"] is True), "0", not verdict["ok"])
         )
     return [Check("blind copies", *line) for line in checks]
+
+
+def _number(value: float | None) -> float:
+    """A number of a result, where null is NaN."""
+    return math.nan if value is None else value

@@ -20,7 +20,7 @@ from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.evaluation.controls import HOLD
 from ahriuwu_cli.evaluation.metrics import CAP_DB
-from ahriuwu_cli.evaluation.prepare import INTERVAL
+from ahriuwu_cli.evaluation.prepare import INTERVAL, INTERVAL_BEFORE
 from ahriuwu_cli.rollout import CTX_LABELS, CTX_MODES, RolloutConfig, check_generation
 
 Check = Callable[[Any], bool]
@@ -96,7 +96,7 @@ IDENTITY = {  # of `cells.identity`
     "checkpoint_hash": is_hash, "tau": exactly(LABEL), "tokenizer_fingerprint": is_hash, "dataset_fingerprint": is_hash,
     "split": one_of(SPLITS), "manifest_hash": is_hash, "window_seed": whole(*ranges.SEED), "evaluation": EVALUATION,
     "generation": GENERATION, "k_max": K_MAX, "random_action_hold": exactly(list(HOLD)),
-    "psnr_cap_db": exactly(CAP_DB), "interval": exactly(INTERVAL), "precision": one_of(PRECISIONS),
+    "psnr_cap_db": exactly(CAP_DB), "interval": one_of((INTERVAL, INTERVAL_BEFORE)), "precision": one_of(PRECISIONS),
     "ahriuwu": _version,
 }  # fmt: skip
 

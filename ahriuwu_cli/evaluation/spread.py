@@ -18,6 +18,7 @@ from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.evaluation.generate import Tick, generate, persist, reconstruct
 from ahriuwu_cli.evaluation.metrics import mse_per_frame, ratio
 from ahriuwu_cli.evaluation.protocol import (
+    FEW,
     RESAMPLES,
     Interval,
     WindowManifest,
@@ -119,12 +120,16 @@ def ratio_bootstrap(
     above: np.ndarray, below: np.ndarray, episodes: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """sum(above) / sum(below) of windows (W,) each, with a 95 % interval from resampling episodes, numerator and
-    denominator together; widened for few episodes as `protocol.paired_bootstrap`. NaN where that is, and for 0 / 0."""
+    denominator together; for few episodes as `protocol.paired_bootstrap`. NaN where that is, and for 0 / 0."""
     value = ratio(np.sum(above), np.sum(below))
     names, cluster = np.unique(np.asarray(episodes), return_inverse=True)
     n = len(names)
     if not np.isfinite(value) or n < 2:
         return Interval(value, np.nan, np.nan)
+    if n < FEW:
+        apart = np.bincount(cluster, np.asarray(above) - value * np.asarray(below))  # of a ratio, by its linear part
+        half = student_975(n - 1) * float(np.sqrt(n / (n - 1) * np.square(apart).sum())) / float(np.sum(below))
+        return Interval(value, value - half, value + half)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = (drawn @ np.bincount(cluster, above)) / (drawn @ np.bincount(cluster, below))

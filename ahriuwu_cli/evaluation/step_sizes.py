@@ -33,6 +33,7 @@ from ahriuwu_cli.world import World
 
 STEPS = (1, 2, 4, 8, 16, 64)
 WINDOWS = 16
+CLOSES = 0.05  # of a d-blind copy's gap: what closes less hardly hears d
 
 
 def step_size_curve(
@@ -276,6 +277,8 @@ def _verdict(tables: list[Table], episodes: list[str]) -> dict[str, Any]:
         return _said(False, "blind to d: the output is the same whatever step size is told")
     gained = paired_bootstrap((blind - own).mean(axis=0), episodes)
     closed = gained.value / float(blind.mean())
+    if gained.lo > 0 and closed < CLOSES:
+        return _said(False, "hears d, but hardly lands nearer to its small steps than a d-blind copy", closed)
     if gained.lo > 0:
         return _said(True, "one step of d lands nearer to its small steps than a d-blind copy's does", closed)
     if gained.value <= 0:

@@ -15,6 +15,8 @@ from ahriuwu_cli.evaluation.metrics import motion_cosine, psnr_from_mse, ratio
 from ahriuwu_cli.evaluation.protocol import Interval, paired_bootstrap
 from ahriuwu_cli.evaluation.scores import Table
 
+EXACT = ("settings", "tau_ctx")  # names under which a number is what was asked for, and no measurement
+
 
 def pick_horizons(wanted: Sequence[int], horizon: int) -> list[int]:
     """Those wanted that exist, and the last, in order."""
@@ -114,14 +116,17 @@ def by_window(
     return rows
 
 
-def jsonable(value: Any) -> Any:
-    """The same with plain Python numbers of 6 decimals; NaN, which JSON cannot hold, becomes null."""
+def jsonable(value: Any, exact: bool = False) -> Any:
+    """The same with plain Python numbers of 6 decimals; NaN, which JSON cannot hold, becomes null.
+
+    exact: numbers keep all their digits, as those under a name of EXACT do.
+    """
     if isinstance(value, Interval):
-        return jsonable(value.to_json())
+        return jsonable(value.to_json(), exact)
     if isinstance(value, dict):
-        return {str(k): jsonable(v) for k, v in value.items()}
+        return {str(k): jsonable(v, exact or k in EXACT) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [jsonable(v) for v in value]
+        return [jsonable(v, exact) for v in value]
     if isinstance(value, float | np.floating):
-        return round(float(value), 6) if np.isfinite(value) else None
+        return (float(value) if exact else round(float(value), 6)) if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value

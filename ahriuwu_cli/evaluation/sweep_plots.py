@@ -72,7 +72,7 @@ def plot_gain_by_tau(result: dict[str, Any], path: Path) -> None:
     axes[0][0].axhline(0, color=GREY, linestyle="--", linewidth=1)
     _dress(axes[0][0], f"{best[0]}: gain over persistence", None, "dB")
     panels = (
-        (axes[0][1], "difference_db", f"difference to tau {result['reference']['tau_ctx']:g}, frame {at}", "dB", 0),
+        (axes[0][1], "difference_db", f"difference to the least tau, frame {at}", "dB", 0),
         (axes[0][2], "drift_db_per_frame", "drift of the gain", "dB a frame", 0),
         (axes[1][0], "sharpness_ratio", f"sharpness ratio, frame {at}", "generated / true", 1),
         (axes[1][1], "motion_ratio", f"motion ratio, frames 1 to {at}", "generated / true", 1),
@@ -108,7 +108,7 @@ def plot_gain_map(result: dict[str, Any], path: Path) -> None:
     and difference to the reference (a dot where its 95 % interval leaves out 0). Grey: not finite."""
     import numpy as np
 
-    parts, reference = groups(result), f"tau {result['reference']['tau_ctx']:g}"
+    parts = groups(result)
     tallest = max(len(cells) for _, cells in parts)
     figure, grid = _grid(len(parts), 2, (14, len(parts) * max(1.6, 0.34 * tallest + 0.9) + 0.5))
     for column, metric in enumerate(("gain_db", "difference_db")):
@@ -123,7 +123,7 @@ def plot_gain_map(result: dict[str, Any], path: Path) -> None:
                 best = [np.nanargmax(values[:, t]) for t in columns]
                 panel.plot(columns, best, "o", color="black", markersize=5, markerfacecolor="none")
             else:
-                panel.set_title(f"{title}: difference to {reference}; dot: its interval leaves out 0", fontsize=9)
+                panel.set_title(f"{title}: difference to the least tau; dot: its interval leaves out 0", fontsize=9)
                 clear = [[_clear(value) for value in c["curve"][metric]] for c in cells]
                 panel.plot(*np.nonzero(np.array(clear).T), "o", color="black", markersize=3)
         panels[-1].set_xlabel("generated frame", fontsize=9)

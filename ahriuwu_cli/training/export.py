@@ -214,7 +214,7 @@ def _table(scores: dict[str, Any]) -> list[str]:
     held = (
         f"Held out: {n['windows']} windows of {n['episodes']} episodes (split {s['split']}), "
         f"{s['evaluation']['context']} context frames; {g['sampler']}, K = {g['steps']}, tau_ctx {g['tau_ctx']} "
-        f"(0 clean, 1 noise){how}. 95 % intervals over episodes; they leave out training and noise seeds."
+        f"(0 clean, 1 noise){how}. 95 % intervals over episodes; they leave out the seed of training."
     )
     lines = [
         in_markdown(held),
