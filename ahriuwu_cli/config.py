@@ -26,7 +26,7 @@ class TrainConfig:
     batch: int = 16  # B, clips a step
     frames: int = 12  # T, frames of a clip
     long_frames: int = 0  # every long_every-th step uses clips this long ...
-    long_every: int = 0  # ... and fewer of them, at equal frames a step; 0 = never
+    long_every: int = 0  # ... and as many as fit into the frames of a step; 0 = never
     accumulate: int = 1  # micro-batches a step
     forcing: str = "independent"
     tau_ctx: float = TAU_CTX
@@ -112,6 +112,11 @@ class TrainConfig:
     def shortcut_share(self) -> float:
         """Share of a step's clips that aim at the bootstrap target, where the forcing draws larger steps at all."""
         return 0.0 if self.forcing in ONE_STEP_SIZE else self.bootstrap_share
+
+    @property
+    def open_share(self) -> float:
+        """Share of a time budget after which it decides how many steps there are: before the rate falls."""
+        return max(1 - self.decay, 0.1) if self.budget else 0.0
 
     def to_json(self) -> dict:
         """All fields but those of ADDED that are as in runs from before them, which so are the same runs still."""

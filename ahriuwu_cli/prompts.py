@@ -125,10 +125,8 @@ def _checked(world: World, request: Request, prompt: Prompt) -> Prompt:
 
 
 def _from_file(world: World, request: Request, source: str | None) -> Prompt:
-    if request.prompt.suffix.lower() in IMAGES:
-        (name, context, truth), said = _from_image(world, request), []
-    else:
-        (name, context, truth), said = _from_video(world, request), _of_rate(world, request.prompt)
+    read = _from_image if request.prompt.suffix.lower() in IMAGES else _from_video
+    name, context, truth, said = read(world, request)
     steps, before = len(context) + request.length - 1, request.start or 0  # an image has no start
     from_file = source is not None and _is_file(source)
     source = source or ("random" if world.action_space.width else "none")
@@ -195,10 +193,11 @@ def _from_dataset(
     return Prompt(f"{episode}:{start}", context, truth, actions, known, same, of_rates(world, store))
 
 
-def _from_video(world: World, request: Request) -> tuple[str, np.ndarray, np.ndarray]:
+def _from_video(world: World, request: Request) -> tuple[str, np.ndarray, np.ndarray, list[str]]:
     first, height, width = request.start or 0, world.tokenizer.height, world.tokenizer.width
-    frames = []
+    frames, said = [], _of_rate(world, request.prompt)
     for i, frame in enumerate(iter_video(request.prompt)):
+        said += [] if i else _of_shape(frame, height, width)
         if i >= first:
             frames.append(area_resize(centre_crop(frame, height, width), height, width))
         if len(frames) == request.context + request.length:
@@ -206,7 +205,19 @@ def _from_video(world: World, request: Request) -> tuple[str, np.ndarray, np.nda
     if len(frames) < request.context:
         raise DataError(f"{request.prompt} has {len(frames)} frames from {first} on, --context is {request.context}")
     clip = np.stack(frames)
-    return f"{request.prompt.name}:{first}", clip[: request.context], clip[request.context :]
+    return f"{request.prompt.name}:{first}", clip[: request.context], clip[request.context :], said
+
+
+def _of_shape(picture: np.ndarray, height: int, width: int) -> list[str]:
+    """The warning of a picture (h, w, 3) of another shape than the world's frames, whose edges are cut off."""
+    h, w = picture.shape[:2]
+    kept = centre_crop(picture, height, width)
+    if kept.size > 0.98 * picture.size:
+        return []
+    return [
+        f"pictures of {w}x{h} are cropped to their middle {kept.shape[1]}x{kept.shape[0]}; `ahriuwu record` squeezes "
+        f"those of a game instead: if this is one, bring it to {width}x{height} first"
+    ]
 
 
 def _of_rate(world: World, path: Path) -> list[str]:
@@ -220,7 +231,7 @@ def _of_rate(world: World, path: Path) -> list[str]:
     return [f"the video runs at {fps:g} frames/s, {trained_at(world)}"]
 
 
-def _from_image(world: World, request: Request) -> tuple[str, np.ndarray, np.ndarray]:
+def _from_image(world: World, request: Request) -> tuple[str, np.ndarray, np.ndarray, list[str]]:
     from PIL import Image
 
     height, width = world.tokenizer.height, world.tokenizer.width
@@ -237,7 +248,8 @@ def _from_image(world: World, request: Request) -> tuple[str, np.ndarray, np.nda
     except (*_BAD_IMAGE, Image.DecompressionBombError) as error:
         raise DataError(f"{request.prompt} cannot be read as an image ({error}): give a PNG or JPEG") from None
     frame = area_resize(centre_crop(pixels, height, width), height, width)
-    return request.prompt.name, frame[None], np.zeros((0, height, width, 3), np.uint8)
+    said = _of_shape(pixels, height, width)
+    return request.prompt.name, frame[None], np.zeros((0, height, width, 3), np.uint8), said
 
 
 def _is_file(source: str) -> bool:

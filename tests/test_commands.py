@@ -149,8 +149,24 @@ def test_the_rows_of_an_action_file_are_those_of_the_videos_frames(run, place):
     assert "a.csv has 11 actions, but 12 are needed (its rows begin with the video: start, context and length" in err
 
 
+def test_a_prompt_of_another_shape_says_that_it_is_cropped(run, place):
+    Image.fromarray(np.full((120, 160, 3), 90, np.uint8)).save(place / "wide.png")
+    Image.fromarray(np.full((161, 160, 3), 90, np.uint8)).save(place / "square.png")
+    write_mp4(place / "wide.mp4", np.full((9, 48, 64, 3), 90, np.uint8), 10)
+    for prompt, said in (("wide.png", "of 160x120"), ("wide.mp4", "of 64x48"), ("square.png", None)):
+        asked = ("--context", 1) if prompt == "wide.mp4" else ()
+        code, out, err = run(
+            "rollout", place / "world", place / prompt, "--out", place / f"of {prompt}", "--length", 2, "--json", *asked
+        )
+        assert code == 0, err
+        warnings = json.loads(out)["warnings"]
+        assert [f"pictures {said} are cropped" in line and "bring it to 16x16 first" in line for line in warnings] == (
+            [True] if said else []
+        )
+
+
 def test_a_rollout_of_a_prompt_of_another_rate_says_so(run, place):
-    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(place / "p.png")
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(place / "p.png")
     for fps in (10, 240):
         write_mp4(place / f"{fps}.mp4", np.full((9, 32, 32, 3), 90, np.uint8), fps)
     trained = "the world was trained at 10 (frame skip 4)"

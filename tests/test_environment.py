@@ -56,6 +56,14 @@ def test_how_a_run_is_started_again_is_told_whatever_the_variables_are(variables
         assert launcher().startswith("torchrun") == ("RANK=0" in variables)
 
 
+def test_the_command_of_several_nodes_says_where_they_meet(monkeypatch):
+    where = {"RANK": 0, "WORLD_SIZE": 16, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 8, "GROUP_WORLD_SIZE": 2}
+    for name, value in (where | {"MASTER_ADDR": "node7"}).items():
+        monkeypatch.setenv(name, str(value))
+    said = launcher()
+    assert said.startswith("torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint node7:29400 --nproc-per-node 8 ")
+
+
 def test_the_command_to_type_starts_this_very_program(monkeypatch, tmp_path):
     words = ["train", "dynamics", "data"]
     for name in ("mine", "other"):

@@ -133,6 +133,12 @@ def test_the_busiest_prompts_have_the_most_edges_and_come_from_different_episode
     assert run("export", place / "world", "--out", place / "three", *asked)[0] == 0
     clips = EpisodeStore.open(place / "three" / "prompt").episodes()
     assert len({c.source.split()[1].split(":")[0] for c in clips}) == 3
+    few = len(EpisodeStore.open(place / "data").episodes("train"))
+    asked = ("--prompts", place / "data", "--clips", few + 9, "--frames", 12, "--pick", "busiest", "--split", "train")
+    assert run("export", place / "world", "--out", place / "more", *asked)[0] == 0
+    store = EpisodeStore.open(place / "more" / "prompt")
+    rest = [float(gradient_energy(store.frames(e.id, 7, 8))[0]) for e in store.episodes()[few:]]
+    assert rest == sorted(rest, reverse=True)  # beyond one an episode, too
 
 
 def test_other_defaults_for_rollouts_are_stored_and_refused_where_they_cannot_be(place, run):

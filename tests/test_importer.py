@@ -366,6 +366,15 @@ def _timed(path, times, rate, codec="ffv1"):
 STEADY = [round(i * 1000 / 30) for i in range(60)]
 
 
+@pytest.mark.parametrize("pair", [(29.97, 30), (30, 29.97), (60, 59.94), (59.94, 60), (119.88, 120), (120, 119.88)])
+def test_rates_of_television_are_those_of_computers_in_either_order(tmp_path, pair):
+    for name, fps in zip("ab", pair, strict=True):
+        _video(tmp_path / f"{name}.mp4", fps=fps)
+    plan, clips = _load(tmp_path)
+    assert plan.fps == pytest.approx(pair[0], rel=1e-4)
+    assert [len(frames) for frames, _, _ in clips] == [10, 10]
+
+
 @pytest.mark.parametrize(
     ("times", "rate", "fps", "shown", "note"),
     [

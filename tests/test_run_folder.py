@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import tracemalloc
 import warnings
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
 from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.lock import refuse_alive
 from ahriuwu_cli.training import run_log
+from ahriuwu_cli.training import versions as versions_module
 from ahriuwu_cli.training.clock import TrainingClock
 from ahriuwu_cli.training.run_folder import RunFolder, goes_on
 from ahriuwu_cli.training.signals import StopRequest
@@ -481,20 +483,19 @@ def test_a_time_budget_decides_its_steps_once_and_a_kill_cannot_undo_it(tmp_path
     config = replace(CONFIG, steps=None, budget=100.0, decay=0.4)
 
     def trained(out, seconds: float, dies_at: int = -1):
-        def lap(clock):
-            clock.elapsed += seconds
-            return clock.elapsed
+        update, stepped = DynamicsTrainer._update, []
 
-        update = DynamicsTrainer._update
+        def lap(clock):  # a step takes its seconds, a preview none
+            return seconds if stepped and stepped.pop() else 0.0
 
         def dies(trainer):
+            stepped.append(True)
             if trainer.step == dies_at:
                 raise KeyboardInterrupt
             return update(trainer)
 
         with monkeypatch.context() as patch:
             patch.setattr(TrainingClock, "lap", lap)
-            patch.setattr(TrainingClock, "rest", lambda clock: None)
             patch.setattr(DynamicsTrainer, "_update", dies)
             trainer = assemble(store, tokenizer, config, out, "train", device=torch.device("cpu"))
             trainer.train(lambda line: None, StopRequest())
@@ -604,4 +605,22 @@ def test_a_machine_without_git_trains_all_the_same(monkeypatch):
     _revision.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
     assert versions()["git"] is None
+    _revision.cache_clear()
+
+
+def test_code_that_is_installed_inside_another_project_does_not_state_that_projects_revision(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], capture_output=True, text=True, check=True).stdout
+
+    (tmp_path / "lib").mkdir()
+    file = tmp_path / "lib" / "versions.py"
+    file.touch()
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "the project's own")
+    monkeypatch.setattr(versions_module, "__file__", str(file))
+    for tracked in (False, True):
+        _revision.cache_clear()
+        assert versions()["git"] == (git("rev-parse", "HEAD").strip() if tracked else None)
+        git("add", "lib")
     _revision.cache_clear()

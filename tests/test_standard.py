@@ -187,7 +187,7 @@ def test_lpips_takes_backbone_and_heads_from_the_file(package, tmp_path):
 
 def test_lpips_without_its_package_is_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(UserError, match=r"pip install 'ahriuwu\[lpips\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[lpips\]'"):
         load_lpips(stored(tmp_path / "a.safetensors", lpips_tensors()))
 
 

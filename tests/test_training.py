@@ -24,6 +24,7 @@ from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
 from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.lock import refuse_alive
@@ -317,7 +318,7 @@ def test_a_signal_in_the_last_preview_ends_the_run_and_only_the_preview_is_done_
     before = getattr(place, name)
 
     def signalled(*arguments, **named):
-        if place is loop or arguments[-1].step == 6:
+        if place is loop or next(a for a in arguments if isinstance(a, DynamicsTrainer)).step == 6:
             os.kill(os.getpid(), signal.SIGUSR1)
         return before(*arguments, **named)
 
@@ -586,9 +587,12 @@ def test_the_run_saves_a_world_that_can_be_loaded_and_logs_its_gain(data, tmp_pa
     trainer = run(data, tmp_path / "r")
     world = load_world(tmp_path / "r", "cpu")
     assert world.facts["preview_gain_db"] == trainer.best
+    last = load_world(tmp_path / "r" / "last", "cpu").facts["preview_gain_db"]
     previews = [line["preview"] for line in lines(tmp_path / "r") if "preview" in line]
     assert len(previews) == 3
-    assert trainer.best == max(list(p["gain_db"].values())[-1] for p in previews)
+    gains = [list(p["gain_db"].values())[-1] for p in previews]
+    assert trainer.best == max(gains)
+    assert last == gains[-1]
     assert (tmp_path / "r" / "last" / "config.json").is_file()
     assert len(list((tmp_path / "r" / "state").iterdir())) == CONFIG.keep
 
@@ -644,6 +648,18 @@ def test_shares_hold_on_average_however_small_the_batch():
     for share, count in ((0.25, 1), (0.25, 4), (0.3, 5)):
         mean = np.mean([share_of(share, count, step, 0) for step in range(4000)])
         assert mean == pytest.approx(share * count, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("count", "bootstrap", "images"), [(1, 0.125, 0.3), (3, 0.5, 0.5), (1, 0.5, 0.5), (3, 0.125, 0.875)]
+)
+def test_both_shares_hold_on_average_in_what_a_step_draws(data, count, bootstrap, images):
+    store, tokenizer = data
+    config = replace(CONFIG, batch=count, frames=2, bootstrap_share=bootstrap, single_image_share=images)
+    pack = open_pack(store, tokenizer, "train")
+    drawn = [draw_batch(pack, config, 8, step) for step in range(1500)]
+    assert np.mean([batch.bootstrap_rows for batch in drawn]) == pytest.approx(bootstrap * count, abs=0.05)
+    assert np.mean([batch.image_rows for batch in drawn]) == pytest.approx(images * count, abs=0.05)
 
 
 @pytest.mark.parametrize(("share", "trained"), [(0.5, True), (1e-6, False), (0.0, False)])
@@ -723,12 +739,51 @@ def test_a_time_budget_ends_the_run_near_its_time(data, tmp_path):
     assert 1.0 < trainer.elapsed < 12.0
 
 
+def _at(config, step, elapsed, warm, looked=0.0, looking=0.0):
+    """A run in a time budget that has not decided its steps."""
+    fields = {"step": step, "elapsed": elapsed, "warm": warm, "looked": looked, "looking": looking}
+    return SimpleNamespace(config=config, total=None, **fields)
+
+
+@pytest.mark.parametrize(
+    ("every", "decay", "elapsed", "total"),
+    [
+        (0, 0.4, 60.0, 20 + 10),  # 20 steps in 40 s and a preview of 20; 40 s are left, the one at 2/3 takes 20
+        (0, 0.9, 60.0, 20 + 4),  # two of 16 s are still to come
+        (10, 0.4, 60.0, 20 + 10),  # 2 s a step, and 2 of every preview
+    ],
+)
+def test_a_time_budget_foresees_the_previews_that_are_to_come(every, decay, elapsed, total):
+    config = replace(CONFIG, steps=None, budget=100.0, decay=decay, preview_every=every)
+    trainer = _at(config, 20, elapsed, (0, 0.0), looked=16.0 if decay == 0.9 else 20.0, looking=20.0)
+    assert DynamicsTrainer._decide_total(trainer)
+    assert trainer.total == total
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.2, 1 / 3, 0.4, 0.9])
+@pytest.mark.parametrize("steps", [132, 133, 134])
+def test_a_run_has_three_previews_by_steps_and_by_time(decay, steps):
+    config = replace(CONFIG, steps=None, budget=100.0, decay=decay)
+    due, third = [], 0
+    trainer = SimpleNamespace(config=config, total=None, step=0, elapsed=0.0, crossed=False)
+    while trainer.step != trainer.total:
+        if trainer.total is None and trainer.elapsed >= 100 * config.open_share:
+            trainer.total = max(steps, trainer.step + 1)
+        trainer.step, trainer.elapsed = trainer.step + 1, 100 * (trainer.step + 1) / steps
+        before, third = third, DynamicsTrainer._third(trainer)
+        trainer.crossed = third > before
+        if DynamicsTrainer._due(trainer, 0):
+            due.append(trainer.step)
+    assert [round(3 * step / steps, 1) for step in due] == [1.0, 2.0, 3.0]
+    assert DynamicsTrainer._due(SimpleNamespace(config=CONFIG, total=6, step=2), 0)  # of so many steps, by steps alone
+
+
 @pytest.mark.parametrize(
     ("decay", "step", "elapsed", "total"),
     [
         (0.4, 5, 50.0, None),
         (0.4, 6, 60.0, 10),
-        (0.4, 6, 300.0, 7),  # a preview took all that was left
+        (0.4, 6, 300.0, 7),  # a save took all that was left
         (0.0, 9, 99.0, None),
         (0.0, 10, 100.0, 11),
         (0.9, 1, 10.0, 10),
@@ -740,7 +795,7 @@ def test_a_time_budget_ends_the_run_near_its_time(data, tmp_path):
 )
 def test_a_time_budget_decides_as_many_steps_as_the_rest_of_it_gives(decay, step, elapsed, total):
     config = replace(CONFIG, steps=None, budget=100.0, decay=decay)
-    trainer = SimpleNamespace(config=config, step=step, elapsed=elapsed, total=None, warm=(0, 0.0))
+    trainer = _at(config, step, elapsed, (0, 0.0))
     assert DynamicsTrainer._decide_total(trainer) == (total is not None)
     assert trainer.total == total
 
@@ -749,7 +804,7 @@ def test_a_time_budget_is_not_divided_by_steps_that_waited_for_a_compiler():
     config = replace(CONFIG, steps=None, budget=100.0, decay=0.9)
 
     def decided(step, elapsed, warm):
-        trainer = SimpleNamespace(config=config, step=step, elapsed=elapsed, total=None, warm=warm)
+        trainer = _at(config, step, elapsed, warm)
         DynamicsTrainer._decide_total(trainer)
         return trainer.total
 

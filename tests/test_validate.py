@@ -111,6 +111,8 @@ def test_black_and_frozen_episodes_are_warnings(tmp_path):
     assert _warned(_store(tmp_path / "a", clips)) == {"pictures", "motion"}
     clips[1] = np.repeat(_clip(7, 1), 40, 0)
     assert _warned(_store(tmp_path / "b", clips)) == {"motion"}
+    clips[1] = np.repeat(_clip(7, 1), 12, 0)  # a short one, of whose frames the first has none before it
+    assert _warned(_store(tmp_path / "short", clips)) == {"motion"}
     assert not _failed(EpisodeStore.open(tmp_path / "b"))
     assert _warned(_store(tmp_path / "c", clips[2:4])) == {"splits"}
 

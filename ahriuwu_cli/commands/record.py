@@ -24,7 +24,9 @@ def record(
     frames: int | None = options.whole(
         None, "--frames", 2, options.MANY, "Stop after the episode that reaches so many frames in all."
     ),
-    size: str = options.text("64", "--size", values.parse_size, "Pixels of a frame: a side, or HEIGHTxWIDTH."),
+    size: str = options.text(
+        "64", "--size", values.parse_size, "Pixels of a frame: a side, or HEIGHTxWIDTH; pictures are squeezed."
+    ),
     frame_skip: int | None = options.whole(
         None, "--frame-skip", 1, 1000, "Steps of the world for a frame; default 4 for doom and Atari, else 1."
     ),

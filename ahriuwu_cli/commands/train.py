@@ -39,7 +39,9 @@ def train_dynamics(
     budget: str = options.text(None, "--budget", values.seconds, "Training time, such as 90s, 4m or 2h (default 4m)."),
     batch: int = options.whole(16, "--batch", 1, 65536, "Clips a step, of all micro-batches and processes together."),
     frames: int = options.whole(12, "--frames", 2, 10_000, "Frames of a clip."),
-    long_frames: int = options.whole(0, "--long-frames", 0, 10_000, "Frames of a long clip, at equal frames a step."),
+    long_frames: int = options.whole(
+        0, "--long-frames", 0, 10_000, "Frames of a long clip; a step has as many as fit."
+    ),
     long_every: int = options.whole(
         0, "--long-every", 0, options.MANY, "Every how many steps the clips are long ones."
     ),

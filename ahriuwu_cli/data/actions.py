@@ -148,8 +148,8 @@ class ActionSpace:
         return rows
 
     def describe(self, row: np.ndarray) -> str:
-        """Short text for one row (A,), such as 'TURN_LEFT+ATTACK'; '-' for no button. `parse` reads it back, unless it
-        is cut, with dots, where it would be longer than CAPTION."""
+        """Short text for one row (A,), such as 'TURN_LEFT+ATTACK'; '-' for no button. Cut, with dots, where it would be
+        longer than CAPTION."""
         text = ""
         for word in self._words(row):
             text += f"+{word}" if text else word

@@ -136,7 +136,7 @@ def _vizdoom() -> ModuleType:
     try:
         import vizdoom
     except ImportError:
-        raise UserError("recording from ViZDoom needs the package vizdoom: pip install 'ahriuwu[doom]'") from None
+        raise UserError("recording from ViZDoom needs the package vizdoom: pip install -e '.[doom]'") from None
     return vizdoom
 
 

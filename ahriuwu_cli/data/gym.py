@@ -192,7 +192,7 @@ def _gymnasium() -> ModuleType:
     try:
         import gymnasium
     except ImportError:
-        raise UserError("recording from Gymnasium needs the package gymnasium: pip install 'ahriuwu[gym]'") from None
+        raise UserError("recording from Gymnasium needs the package gymnasium: pip install -e '.[gym]'") from None
     with contextlib.suppress(ImportError):  # Atari is an extra
         import ale_py
 

@@ -7,6 +7,7 @@ A video without an action file is stored unlabelled. `actions.json` in the folde
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ DECLARED = "actions.json"
 MAX_EPISODE_BYTES = 8_000_000_000  # of one video's frames, which are all in memory before they are written
 EARLY = 0.4  # of a frame of the video: so much before its time a frame is taken for it, since times are rounded
 ROUNDING = 2e-3  # seconds; Matroska counts in milliseconds
-SAME_RATE = 1e-3  # relative; 29.97 and 30 differ by exactly this
+SAME_RATE = 1.001e-3  # of the larger one; 29.97 and 30 differ by a thousandth
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _common_rate(config: ImportConfig, videos: tuple[Path, ...], labelled: Conta
     rates = {video: video_fps(video) for video in videos}
     target = config.fps or rates[videos[0]]
     for video, rate in rates.items():
-        if abs(rate - target) <= SAME_RATE * target:
+        if math.isclose(rate, target, rel_tol=SAME_RATE):
             continue
         if config.fps is None:
             raise DataError(
@@ -183,7 +184,7 @@ def _read_frames(video: Path, plan: ImportPlan) -> np.ndarray:
 
     config = plan.config
     rate = video_fps(video)
-    thin = abs(rate - plan.fps) > SAME_RATE * plan.fps
+    thin = not math.isclose(rate, plan.fps, rel_tol=SAME_RATE)
     pixels = bytearray()  # one piece from the start: arrays in a list would be there twice in the end
     times: list[float] = []  # of the frames that are kept, seconds from the first
     begin, wanted = 0.0, 0  # wanted: counts the times at the plan's rate that a frame was found for

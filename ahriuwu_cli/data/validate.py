@@ -56,7 +56,7 @@ def validate(store: EpisodeStore) -> list[Check]:
             runs.add(flat[~motionless])
         if dark / episode.frames > MOSTLY:
             black.append(episode.id)
-        if still / episode.frames > MOSTLY:
+        if still / max(1, episode.frames - 1) > MOSTLY:  # the first has none before it
             frozen.append(episode.id)
         twin = files.setdefault(episode.sha256, episode.id)
         if splits[twin] != episode.split:

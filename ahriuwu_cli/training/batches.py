@@ -71,7 +71,8 @@ def draw_batch(
     drawn = pack.draw(count, frames, rng)
     tau, d = FORCINGS[config.forcing](count, frames, k_max, config.tau_ctx, generator)
     rows = share_of(config.shortcut_share, count, step, config.seed)
-    images = min(share_of(config.single_image_share, count, step, config.seed + 1), count - rows)
+    both = share_of(config.shortcut_share + config.single_image_share, count, step, config.seed)
+    images = min(both, count) - rows  # by one draw, so that each share holds where both are rounded
     d[rows:] = finest(d[rows:], k_max)  # a flow row keeps the tau of its draw (28 % pure noise), labelled d_min
 
     # from here on this process's own clips

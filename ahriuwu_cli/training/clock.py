@@ -55,32 +55,26 @@ class Watch:
 
 
 class TrainingClock:
-    """`lap` after each step and `rest` after all else count `elapsed`, without the seconds of a standstill."""
+    """`lap` counts seconds, from the last one on, without those of a standstill."""
 
     def __init__(
         self,
-        elapsed: float,
         announce: Callable[[float], None],
         now: Callable[[], float] = time.monotonic,
         stood: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """elapsed: seconds of earlier parts of the run. announce: called with the seconds that are left out.
+        """announce: called with the seconds that are left out.
 
         stood: seconds of standstills since it was last asked, as `now` counts them (`Watch.taken`).
         """
-        self.elapsed, self._announce, self._now, self._stood = elapsed, announce, now, stood
+        self._announce, self._now, self._stood = announce, now, stood
         self._since = now()
 
     def lap(self) -> float:
-        """Seconds trained so far, the lap that ends here included."""
+        """Seconds since the last lap, whatever was done in them: a step, a preview, a save."""
         at = self._now()
         took, self._since = at - self._since, at
         stood = min(self._stood(), took)
         if stood:
             self._announce(stood)
-        self.elapsed += took - stood
-        return self.elapsed
-
-    def rest(self) -> None:
-        """Add what was done since the last lap besides steps (a preview, a save), however long it took."""
-        self.lap()
+        return took - stood

@@ -268,9 +268,10 @@ def _windows(
     at = min(8, frames) - 1  # the last context frame of a rollout's default
     energy = {w: float(gradient_energy(store.frames(w[0], w[1] + at, w[1] + at + 1))[0]) for w in drawn}
     chosen: dict[str, tuple[str, int]] = {}  # of every episode the busiest one, so that the clips differ
-    for window in sorted(drawn, key=lambda w: -energy[w]):
+    ordered = sorted(drawn, key=lambda w: -energy[w])
+    for window in ordered:
         chosen.setdefault(window[0], window)
-    rest = [w for w in drawn if w not in chosen.values()]
+    rest = [w for w in ordered if w not in chosen.values()]
     return [*chosen.values(), *rest][:clips]
 
 

@@ -9,6 +9,7 @@ and a run on several processes is the run on one, up to rounding.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ from ahriuwu_cli.errors import Interrupted, TrainingError
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.training.batches import Batch, draw_batch, shape_of, trained_sizes
 from ahriuwu_cli.training.clip_loss import ClipLoss
-from ahriuwu_cli.training.clock import TrainingClock, Watch
+from ahriuwu_cli.training.clock import SHORTEST, TrainingClock, Watch
 from ahriuwu_cli.training.distributed import Group
 from ahriuwu_cli.training.finite import not_finite
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate, update_average
@@ -35,6 +36,7 @@ from ahriuwu_cli.training.states import SAVE_SECONDS
 from ahriuwu_cli.world import World
 
 Report = Callable[[dict], None]
+PREVIEWS = 3  # of a run, unless it says how often
 WARM = 3  # steps of a process that say nothing of its speed
 DEAD = (
     "held-out rollouts are as they were at the preview before, and worse than the last frame repeated: the network "
@@ -74,6 +76,8 @@ class DynamicsTrainer:
         self.finished = False  # the last preview is done as well
         self.warm: tuple[int, float] | None = None  # (step, elapsed) behind this process's first steps, which are slow
         self.elapsed = 0.0  # seconds of training (`clock`), over all resumed parts
+        self.looked = self.looking = 0.0  # seconds of this process's last preview, and of all since `warm`
+        self.crossed = False  # the step before came over a third of a time budget
         self.log = _Log(world.k_max)
         self.seen: dict | None = None  # the preview before, of this process
         self.best: float | None = None  # gain over persistence at the last previewed horizon, dB
@@ -94,37 +98,41 @@ class DynamicsTrainer:
         manifest = preview_manifest(self.store, self.config.preview_windows, self.config.seed)
         stood = watch.taken if self.now is time.monotonic else lambda: 0.0  # CPU seconds stand still by themselves
         clock = TrainingClock(
-            self.elapsed, lambda s: report(self.run.log({"step": self.step, "stood_still_s": round(s)})), self.now,
-            stood,
-        )  # fmt: skip
-        saved_at, self.log.since, taken = self.elapsed, time.monotonic(), 0
+            lambda s: report(self.run.log({"step": self.step, "stood_still_s": round(s)})), self.now, stood
+        )
+        saved_at, taken, third = self.elapsed, 0, self._third()
         report = report if self.group.leads else lambda line: None
         while self.total is None or self.step < self.total:
             if self._decide_total():
                 self.run.save(self)  # the schedule is part of the run: no step is taken on one that a kill could undo
+            began = time.monotonic()
             losses, norm, frames = self._update()
+            self.log.add(losses, norm, frames, time.monotonic() - began)
             self.step += 1
-            self.elapsed, signal = self.group.agree(clock.lap(), stop.number)
+            _, signal = self._agree(clock, stop, report)
+            before, third = third, self._third()
+            self.crossed = third > before
             taken += 1
-            self.warm = (self.step, self.elapsed) if taken == WARM else self.warm
-            self.log.add(losses, norm, frames)
+            if taken == WARM:
+                self.warm, self.looking = (self.step, self.elapsed), 0.0
 
             # once in a while: write a line of metrics
             if self.step % self.config.log_every == 0 or self.step == self.total:
                 report(self.run.log({**self.log.line(self.group), **self._progress()}))
             # once in a while: imagine held-out windows, keep the best world
-            if self.step != self.total and self._due(self.config.preview_every, 3):
+            if self.step != self.total and self._due(self.config.preview_every):
                 self._preview(manifest, report)
-                signal = signal or self.group.agree(0.0, stop.number)[1]  # a preview takes its time
+                self.looked, later = self._agree(clock, stop, report)  # a preview takes its time
+                self.looking += self.looked
+                signal = signal or later
             # once in a while: make the run resumable from here
-            due = self._due(self.config.save_every or self.config.preview_every, 3)
+            due = self._due(self.config.save_every or self.config.preview_every)
             if due or signal or self.step == stop_at or self.elapsed - saved_at > SAVE_SECONDS:
                 self.run.save(self)
                 saved_at = self.elapsed
             self._end_if(signal)
             if self.step == stop_at:
                 break
-            clock.rest()
         # at the end: choose a sampler, write the worlds (anew where they were lost)
         if self.step == self.total and (not self.finished or self.group.sum(torch.tensor(len(self.run.lacking)))):
             self._end_if(self.group.agree(0.0, stop.number)[1])  # it came while the state was saved
@@ -134,6 +142,22 @@ class DynamicsTrainer:
             self.run.save(self)
         if self.finished:
             stop.end_at_once(f"{self.run.folder} is complete")
+
+    def _agree(self, clock: TrainingClock, stop: StopRequest, report: Report) -> tuple[float, int]:
+        """Count a lap: (its seconds, the number of a signal or 0), the same on every process.
+
+        Where one stood still the others waited, and only its own clock knows: the fewest seconds are what all trained.
+        """
+        mine = clock.lap()
+        seconds, signal = self.group.agree(mine, stop.number)
+        self.elapsed += seconds
+        if mine - seconds > SHORTEST:
+            report(self.run.log({"step": self.step, "stood_still_s": round(mine - seconds)}))
+        return seconds, signal
+
+    def _third(self) -> int:
+        """How many thirds of a time budget are over, as long as it has not decided the steps."""
+        return 0 if self.total is not None else min(PREVIEWS - 1, int(PREVIEWS * self.elapsed / self.config.budget))
 
     def _end_if(self, signal: int) -> None:
         """Interrupted where a signal came and the state is saved."""
@@ -175,22 +199,32 @@ class DynamicsTrainer:
         steps, which wait for a compiler and for memory: they would promise too few.
         """
         budget = self.config.budget
-        if self.total is not None or not 0 < self.elapsed >= budget * max(1 - self.config.decay, 0.1):
+        if self.total is not None or not 0 < self.elapsed >= budget * self.config.open_share:
             return False
         first, began = self.warm or (self.step, self.elapsed)
-        steps, seconds = self.step - first, self.elapsed - began
+        steps, seconds = self.step - first, self.elapsed - began - self.looking
         if not steps and self.elapsed < budget:
             return False
-        self.total = self.step + max(1, round(steps * (budget - self.elapsed) / max(seconds, 1e-9)))
+        left, every = budget - self.elapsed, self.config.preview_every
+        if not every:  # the previews that are still to come are as long as the last one
+            left -= self.looked * sum(part / PREVIEWS > self.config.open_share for part in range(1, PREVIEWS))
+        each = max(seconds, 1e-9) / steps + (self.looked / every if every else 0) if steps else math.inf
+        self.total = self.step + max(1, round(left / each))
         return True
 
-    def _due(self, every: int, times_a_run: int) -> bool:
-        """Every `every` steps and at the end; with every = 0 `times_a_run` times in a run of known length."""
+    def _due(self, every: int) -> bool:
+        """Every `every` steps and at the end; with every = 0 PREVIEWS times a run.
+
+        Of a time budget by its thirds as long as it is open, then by those of its steps.
+        """
         if self.step == self.total:
             return True
         if every:
             return self.step % every == 0
-        return self.total is not None and self.step % max(1, -(-self.total // times_a_run)) == 0
+        if self.total is None:
+            return self.crossed
+        part, rest = divmod(self.step, -(-self.total // PREVIEWS))
+        return rest == 0 and part / PREVIEWS > self.config.open_share + 1e-9
 
     def _preview(self, manifest, report: Report) -> None:
         """The lead looks, logs and reports; the other processes wait for it."""
@@ -220,9 +254,9 @@ class DynamicsTrainer:
         gain = result["gain_db"][max(result["gain_db"], key=int)]
         if self.best is None or gain >= self.best:
             self.best = gain
-            self.run.save_world(self.world, "best", self)
+            self.run.save_world(self.world, "best", self, gain)
         if self.step == self.total:
-            self.run.save_world(self.world, "last", self)
+            self.run.save_world(self.world, "last", self, gain)
         return result
 
     def _progress(self) -> dict:
@@ -254,9 +288,10 @@ class _Log:
         self.terms = torch.zeros(2, len(self.TERMS), dtype=torch.float64)  # sums, counts
         self.bins = torch.zeros(2, self.BINS, dtype=torch.float64)
         self.norms: list[float] = []
-        self.frames, self.since = 0, time.monotonic()
+        self.frames, self.seconds = 0, 0.0
 
-    def add(self, results: list[tuple[Batch, ShortcutLoss]], norm: Tensor, frames: int) -> None:
+    def add(self, results: list[tuple[Batch, ShortcutLoss]], norm: Tensor, frames: int, seconds: float) -> None:
+        """What a step gave, and how long it took."""
         for batch, r in results:
             big = int((batch.d > 1 / self.k_max).sum())
             counts = torch.tensor([1, batch.d.numel() - big, big])  # shares of a step are alike: their losses weigh 1
@@ -268,6 +303,7 @@ class _Log:
             self.bins[1].index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
         self.norms.append(norm.item())
         self.frames += frames
+        self.seconds += seconds
 
     def unfinished(self, group: Group) -> tuple[Tensor, list[float]]:
         """What the next line already has: sums and counts over all processes, and the norms of its steps."""
@@ -294,12 +330,11 @@ class _Log:
         means, by_tau = (
             [round((s / n).item(), 6) if n else None for s, n in zip(*t, strict=True)] for t in (terms, bins)
         )
-        seconds = max(time.monotonic() - self.since, 1e-9)
         line = {
             **dict(zip(self.TERMS, means, strict=True)),
             "grad_norm": round(sum(self.norms) / len(self.norms), 6),
             "loss_by_tau_bin": by_tau,
-            "frames_per_s": round(self.frames / seconds, 1),
+            "frames_per_s": round(self.frames / max(self.seconds, 1e-9), 1),
         }
         self._clear()
         return line

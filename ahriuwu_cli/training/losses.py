@@ -124,7 +124,7 @@ def build_lpips(tensors: dict[str, Tensor], path: Path) -> tuple[nn.Module, str]
     except (ImportError, RuntimeError) as error:  # a torchvision for another PyTorch is a RuntimeError
         raise UserError(
             f"LPIPS needs the package lpips and a torchvision made for this PyTorch ({error}): "
-            "`pip install 'ahriuwu[lpips]'`, or leave out --lpips-weights"
+            "`pip install -e '.[lpips]'`, or leave out --lpips-weights"
         ) from None
     if bad := first_no_weight(tensors):
         raise ValueError(f"{path} is no trained network: {bad} is not of finite numbers")

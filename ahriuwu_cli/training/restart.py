@@ -93,7 +93,10 @@ def launcher() -> str:
         by_name = os.path.basename(program) != "ahriuwu" or _found_as("ahriuwu", program)
         return "ahriuwu" if by_name else _quoted([program])
     nodes, each = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    where = "--standalone" if nodes == "1" else f"--nnodes {shlex.quote(nodes)}"
+    where = "--standalone"
+    if nodes != "1":  # the same line on every node; without an endpoint each would wait for itself
+        endpoint = f"{os.environ.get('MASTER_ADDR', 'HOST')}:29400"
+        where = f"--nnodes {shlex.quote(nodes)} --rdzv-backend c10d --rdzv-endpoint {shlex.quote(endpoint)}"
     return f"torchrun {where} --nproc-per-node {shlex.quote(each)} {TORCHRUN} -m ahriuwu_cli"
 
 

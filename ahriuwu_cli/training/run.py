@@ -130,7 +130,7 @@ class Run(RunFolder):
         says, asked = told["facts"], asdict(self.config) | self.asked["facts"]  # as `save_world` states them
         asked["action_space"] = self.asked["facts"].get("architecture", {}).get("action_space")
         if self.is_finished(document):  # of another, the best may be newer than the state
-            asked |= {"preview_gain_db": document["best"]} | ({"step": document["step"]} if name == "last" else {})
+            asked |= {"step": document["step"]} if name == "last" else {"preview_gain_db": document["best"]}
         same = agrees(asked, says, (*FREE, "init_from"), action_space=told["action_space"])
         return same and "averaged_with" not in says and self._starts_alike(says.get("init_from"))
 
@@ -149,14 +149,14 @@ class Run(RunFolder):
                 self._set_aside("tokenizer")
                 save_tokenizer(tokenizer, self.folder / "tokenizer", {})
 
-    def save_world(self, world: World, name: str, trainer: DynamicsTrainer) -> None:
-        """Write the averaged weights as the world `best` or `last`."""
+    def save_world(self, world: World, name: str, trainer: DynamicsTrainer, gain: float) -> None:
+        """Write the averaged weights as the world `best` or `last`. gain: of its own preview, dB."""
         world.facts = {
             **versions(),
             "command": self.command,
             "step": trainer.step,
             "train_seconds": round(trainer.elapsed, 1),
-            "preview_gain_db": trainer.best,
+            "preview_gain_db": gain,
             "train": asdict(self.config),
             **self.facts,
         }

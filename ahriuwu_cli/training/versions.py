@@ -24,10 +24,17 @@ def versions() -> dict:
 
 @cache
 def _revision() -> str | None:
-    """None where the code is no checkout, or where there is no git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """None where the code is no checkout, whatever project it is installed inside of, or where there is no git."""
+    here = Path(__file__)
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return _git(here.parent, "rev-parse", "HEAD")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git prints in this folder; None where it fails."""
     try:
-        git = subprocess.run(command, capture_output=True, check=False, timeout=10)
+        git = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return git.stdout.decode("ascii", "replace").strip() or None
+    return (git.stdout.decode("ascii", "replace").strip() or None) if git.returncode == 0 else None
