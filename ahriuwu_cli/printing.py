@@ -1,4 +1,4 @@
-"""What reaches the terminal: text only. Whatever a file or a name holds, no escape sequence of it gets through.
+r"""What reaches the terminal: text only. Whatever a file or a name holds, no escape sequence of it gets through.
 
 Control characters, marks that turn the direction of writing, and what the terminal's encoding lacks come out as \x1b,
 \u202e and the like. On stderr the carriage return stays, since progress bars are drawn with it.

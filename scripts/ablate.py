@@ -14,6 +14,7 @@ Stop it at any time; finished arms and views are skipped. What a view gave lies 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import subprocess
@@ -78,9 +79,8 @@ def read_plan(path: Path = PLAN, seeds: tuple[int, ...] | None = None) -> Plan:
 
 def main() -> None:
     a = _arguments()
-    seeds = tuple(int(s) for s in a.seeds.split(",")) if a.seeds else None
-    plan = read_plan(a.plan, seeds)
-    arms = [arm for arm in plan.arms if not a.only or arm.name in a.only.split(",")]
+    plan = read_plan(a.plan, a.seeds)
+    arms = [arm for arm in plan.arms if a.only is None or arm.name in chosen(a.only, plan)]
     if a.steps_of:
         arms = [replace(arm, steps=_published_steps(arm, a.steps_of)) for arm in arms]
     if a.action == "report":
@@ -96,6 +96,16 @@ def main() -> None:
                 train(plan, arm, seed, a.out)
                 for view in arm.views:
                     look(plan, arm, seed, view, a.out)
+
+
+def chosen(names: list[str], plan: Plan) -> list[str]:
+    """The names, all of which are arms of the plan; else a sentence with the nearest one, and exit code 2."""
+    known = [arm.name for arm in plan.arms]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1) or known
+            _refuse(f"--only {name}: {len(known)} arms, and none of this name; try {', '.join(near)}")
+    return names
 
 
 def train(plan: Plan, arm: Arm, seed: int, out: Path) -> None:
@@ -212,11 +222,29 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("action", choices=("run", "report"))
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="where data, worlds and results lie")
-    parser.add_argument("--only", help="names of arms, by commas")
-    parser.add_argument("--seeds", help="other seeds than the plan's, by commas")
+    parser.add_argument("--only", type=names, help="names of arms, by commas")
+    parser.add_argument("--seeds", type=seeds, help="other seeds than the plan's, by commas")
     parser.add_argument("--steps-of", type=Path, help="train each arm for the steps that it took in this results.json")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of results.md and results.json")
-    return parser.parse_args()
+    a = parser.parse_args()
+    if a.action == "report":
+        for option in ("only", "seeds", "steps_of"):
+            if getattr(a, option) is not None:
+                _refuse(f"--{option.replace('_', '-')} is for `run`: `report` takes all that is in --out")
+    return a
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    return tuple(int(s) for s in text.split(","))
+
+
+def _refuse(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Nothing recorded shows what random actions would have led to, so nothing is compared frame by frame: motion (mean
 absolute change from frame to frame) and sharpness (gradient energy) of every 25 generated frames stand as a ratio to
-those of the recorded test frames. Exit code 1 when one of them leaves 0.5..2, or a frame is not finite.
+those of the recorded test frames. --frames is a multiple of 25, so that every frame is looked at. Exit code 1 when one
+of them leaves 0.5..2, or a frame is not finite.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def look(world, store: EpisodeStore, prompts: int, context: int, frames: int, se
     recorded = [store.frames(e.id, 0, e.frames) for e in store.episodes("test")]
     motion = float(np.mean([motion_per_frame(r).mean() for r in recorded]))
     sharp = float(np.mean([gradient_energy(r).mean() for r in recorded]))
-    stretches = range(0, frames - STRETCH + 1, STRETCH)
+    stretches = range(0, frames, STRETCH)
     return {
         "prompts": prompts, "frames": frames, "seed": seed, "finite": bool(made.finite.all()),
         "first_frame": [s + 1 for s in stretches],
@@ -74,7 +75,10 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    a = parser.parse_args()
+    if a.frames < STRETCH or a.frames % STRETCH:
+        parser.error(f"--frames {a.frames}: give a multiple of {STRETCH}, since stretches of {STRETCH} are looked at")
+    return a
 
 
 if __name__ == "__main__":

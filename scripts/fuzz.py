@@ -1,6 +1,6 @@
 """Hostile files against every command that reads them: seeded mutations, each in a process of its own, with limits.
 
-    python scripts/fuzz.py --mutations 1000 --seed 0 [--kinds checkpoint,video] [--json FILE] [--keep FOLDER]
+    python scripts/fuzz.py --mutations 1000 --seed 0 [--kinds checkpoint,video] [--json FILE]
 
 A small world, its dataset, runs, packs, videos and results are made once. Every mutation damages one file of a copy
 (`mutations.py`) and runs one command on it, in a forked process that has torch already. It must end in success, or in

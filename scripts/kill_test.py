@@ -1,6 +1,6 @@
 """Does a run that is killed at any moment end where an unbroken one does? SIGKILL, the same command again, compare.
 
-    python scripts/kill_test.py --kills 100 --seed 0 --json out.json   # ten minutes on one core
+    python scripts/kill_test.py --kills 100 --seed 0 --json out.json   # two to three minutes
     python scripts/kill_test.py --kills 10 --fresh                    # an interpreter of its own and `nano` each life
 
 Half the kills wait until a state or a world is being written; the others fall anywhere. A run is killed ten times and

@@ -1,4 +1,4 @@
-"""What a long rollout costs: memory and milliseconds a frame at 100, 2,000 and 10,000 frames, all files written.
+"""What a long rollout costs: memory and milliseconds a frame at 100 to 10,000 frames, all files written.
 
     python scripts/long_rollout.py checkpoints/defend_the_center [--length 10000]
 

@@ -64,6 +64,29 @@ def test_a_run_can_take_the_steps_that_an_arm_took_in_a_published_report(tmp_pat
     assert load_world(tmp_path / "worlds" / "base-7" / "last", "cpu").facts["step"] == 4
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "--only", "base,flta"), "--only flta: "),
+        (("run", "--only", ""), "--only : "),
+        (("report", "--only", "base"), "--only is for `run`"),
+        (("report", "--seeds", "3"), "--seeds is for `run`"),
+        (("report", "--steps-of", "results.json"), "--steps-of is for `run`"),
+        (("run", "--seeds", "one"), "--seeds: invalid seeds value: 'one'"),
+    ],
+)  # fmt: skip
+def test_what_means_nothing_is_refused_before_anything_is_recorded(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *words, "--out", str(tmp_path / "out"), "--docs", str(tmp_path)])
+    monkeypatch.setattr(ablate.subprocess, "run", lambda *a, **k: pytest.fail("something is recorded"))
+    with pytest.raises(SystemExit) as stop:
+        ablate.main()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert ("try flat\n" in err) == ("flta" in said)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_network_that_is_never_told_d_answers_alike_for_every_d(place):
     world = place[1]
     network = deepcopy(world.dynamics)

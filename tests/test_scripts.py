@@ -3,9 +3,15 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+import collapse  # noqa: E402
+import expected  # noqa: E402
 
 
 def _run(script: Path, cwd: Path, **variables: str) -> tuple[int, str]:
@@ -99,3 +105,28 @@ def test_training_scripts_leave_the_length_to_an_option_that_says_it(tmp_path):
             line = (tmp_path / "said").read_text()
             assert said in line
             assert line.count("--steps") + line.count("--budget") == 1, line
+
+
+@pytest.mark.parametrize("frames", ["0", "20", "49", "-25"])
+def test_frames_that_no_stretch_would_look_at_are_refused(frames, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["collapse.py", "world", "dataset", "--frames", frames])
+    with pytest.raises(SystemExit) as stop:
+        collapse.main()
+    assert stop.value.code == 2
+    assert f"error: --frames {frames}: give a multiple of 25" in capsys.readouterr().err
+
+
+def test_times_are_told_and_count_neither_as_right_nor_as_wrong(monkeypatch, capsys):
+    done = {"ok": True, "failed": 0, "horizons": {"4": {"gain_db": {"value": 4.0}}}}
+    slow = lambda *words, check=True: (999.0, done)  # noqa: E731
+    monkeypatch.setattr(expected, "_run", slow)
+    form = {"windows": 2, "scores": {"gain_4": [4.1, 0.2]}}
+    of = {"record": ["doom:x"], "rollout_seconds": 6}
+    lines = expected.verify({"seconds": 3}) + expected.world("w", of, form, Path("nowhere"))
+    assert expected.count(lines) == (2, 2)
+    assert sum(holds is None for *_, holds in lines) == 2
+    form["scores"]["gain_4"] = [5.0, 0.2]
+    assert expected.count(expected.world("w", of, form, Path("nowhere"))) == (0, 1)
+    horizons, delta = {"4": {"gain_db": {"value": 4.0}}}, {"value": 3.0}
+    summary = {"horizons": horizons, "action_delta_db": delta, "seconds": {"whole": 1e6}}
+    assert expected.count(expected.demo({"gain_4": [4, 1], "minutes": [9, 4]}, summary)) == (1, 1)

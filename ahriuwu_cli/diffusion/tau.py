@@ -3,7 +3,8 @@
     z_tau = (1 - tau) * z_clean + tau * noise        signal = 1 - tau
 
 The Dreamer 4 paper (arXiv 2509.24527) writes the same line with tau running the other way; `to_paper` and
-`from_paper` are the only two places where that direction appears.
+`from_paper` are the only two places here where that direction appears. Elsewhere it is typed on purpose, as a second
+opinion: `evaluation/oracles.py` and `evaluation/gaussian_world.py`.
 
 Shapes: latents (B, T, N, D); tau and d are (B, T), (B,) or a float, and are broadcast over the trailing axes.
 """

@@ -57,8 +57,8 @@ MEASURED_ON = (
     "clip's mean"
 )
 HOW_TO = (
-    "`pip install 'ahriuwu[features]'`, save its .pth once as safetensors (docs/evaluation.md) and give "
-    "--features-weights PATH"
+    "`pip install -e '.[features]'` in the project's folder, save its .pth once as safetensors (docs/evaluation.md) "
+    "and give --features-weights PATH"
 )
 
 

@@ -6,6 +6,7 @@ operation for any number of clips, and the peak is the largest of those lines: n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,8 +68,10 @@ def what_fits(
 ) -> list[dict[str, Any]]:
     """For every size, the most clips of config.frames in a micro-batch on every card, plain and checkpointed."""
     rows = []
-    micro = replace(  # the teacher's passes keep nothing and come before the student's: they do not make the peak
-        config, batch=2, accumulate=min(config.accumulate, 2), bootstrap_share=0.0, single_image_share=0.0,
+    few = TRACED[0]  # of which a whole number is bootstrapped, so that bytes stay proportional to the clips
+    micro = replace(
+        config, batch=few * min(config.accumulate, 2), accumulate=min(config.accumulate, 2),
+        bootstrap_share=math.ceil(config.shortcut_share * few) / few, single_image_share=0.0,
         long_every=0, long_frames=0,
     )  # fmt: skip
     for i, (size, architecture) in enumerate(architectures.items()):
@@ -95,7 +98,7 @@ def as_text(rows: list[dict[str, Any]], config: TrainConfig) -> str:
         lines.append(f"{plain['size']:<8}" + "".join(f"{cell:>14}" for cell in cells))
     lines.append(
         f"computed, with {MARGIN:.0%} of a card left free and {CONTEXT / 1e9:g} GB for the CUDA context; kernels as a "
-        f"CPU chooses them"
+        "GPU chooses them"
     )
     return "\n".join(lines)
 
