@@ -55,7 +55,7 @@ def test_a_saved_world_gives_the_same_output_when_loaded(folder):
 def test_every_field_of_the_architecture_survives_the_round_trip(tmp_path, change):
     world = small_world()
     config = replace(world.dynamics.config, **change)
-    world.dynamics = Dynamics(config)
+    world.dynamics, world.trained_d = Dynamics(config), tuple(0.5**i for i in range(config.k_max.bit_length()))
     save_world(world, tmp_path / "w")
     assert load_world(tmp_path / "w", "cpu").dynamics.config == config
 
