@@ -106,7 +106,8 @@ def test_a_command_says_its_own_tokenizer_and_makes_a_damaged_one_anew(store, tm
 def test_a_dataset_without_val_episodes_is_refused_before_anything_is_trained(tmp_path, monkeypatch, run, kind):
     data = small_dataset(tmp_path / "data", episodes=1).path
     monkeypatch.setattr(EpisodeStore, "frames", lambda *_: pytest.fail("frames were read"))
-    code, _, err = run("train", "tokenizer", data, "--kind", kind, "--device", "cpu", "--out", tmp_path / "out")
+    device = ("--device", "cpu") if kind == "transformer" else ()
+    code, _, err = run("train", "tokenizer", data, "--kind", kind, *device, "--out", tmp_path / "out")
     assert (code, err) == (3, f"error: {data} has no val episodes to judge a tokenizer by: record more episodes\n")
     assert not (tmp_path / "out").exists()
 
