@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from small import small_world
 
 from ahriuwu_cli.errors import CheckpointError
+from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_world
@@ -54,7 +55,7 @@ def test_a_saved_world_gives_the_same_output_when_loaded(folder):
 def test_every_field_of_the_architecture_survives_the_round_trip(tmp_path, change):
     world = small_world()
     config = replace(world.dynamics.config, **change)
-    world.dynamics = Dynamics(config)
+    world.dynamics, world.trained_d = Dynamics(config), tuple(0.5**i for i in range(config.k_max.bit_length()))
     save_world(world, tmp_path / "w")
     assert load_world(tmp_path / "w", "cpu").dynamics.config == config
 
@@ -134,11 +135,23 @@ def test_a_damaged_or_absent_file_is_one_sentence(folder, tmp_path):
         load_world(folder / "tokenizer")
 
 
-def test_a_world_compiled_or_plain_is_saved_alike(tmp_path):
+@pytest.mark.parametrize("what", ["the dynamics", "a block", "in place", "the tokenizer"])
+def test_a_world_compiled_or_plain_is_saved_alike(folder, tmp_path, what):
     world = small_world()
-    torch.compile(world.dynamics)  # compiling wraps; what is saved is the model itself
-    save_world(world, tmp_path / "w")
-    assert not any("_orig_mod" in name for name in load_file(tmp_path / "w" / "model.safetensors"))
+    if what == "the dynamics":
+        world.dynamics = torch.compile(world.dynamics)
+    elif what == "a block":
+        world.dynamics.blocks[0] = torch.compile(world.dynamics.blocks[0])
+    elif what == "in place":
+        world.dynamics.compile_blocks()
+    else:
+        world.tokenizer = torch.compile(world.tokenizer)
+    names = [*world.dynamics.state_dict(), *world.tokenizer.state_dict()]
+    assert any("_orig_mod" in name for name in names) == (what != "in place")  # it really is wrapped
+    save_world(world, tmp_path / "compiled")
+    for file in ("model.safetensors", "config.json", "tokenizer/model.safetensors", "tokenizer/config.json"):
+        assert (tmp_path / "compiled" / file).read_bytes() == (folder / file).read_bytes()
+    assert weights_hash(load_world(tmp_path / "compiled", "cpu")) == weights_hash(load_world(folder, "cpu"))
 
 
 def test_a_failed_save_leaves_the_old_world_whole(folder, monkeypatch):

@@ -14,10 +14,11 @@ import torch
 from small import SPACE, small_dataset, small_world
 from worlds import moving_pictures, tiny_world
 
-from ahriuwu_cli import cli, folders
+from ahriuwu_cli import cli, disk, folders
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
+from ahriuwu_cli.evaluation.saved import score_rollouts
 from ahriuwu_cli.folders import claimed, put_in_place, replacing, whole
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_world
 
@@ -235,6 +236,31 @@ def test_of_two_rollouts_into_one_new_folder_one_is_refused_and_the_other_is_who
         assert "filled by another process" in errors.get(timeout=5)
         assert (out / "value").read_text() in "12"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def _generate(place, out, seed, barrier, answers):
+    """`eval generate`, whose index is filled, and has no name yet, when the other's is too."""
+    flush = disk.sync
+
+    def wait(path):
+        if path.name.startswith(".saved.json."):
+            barrier.wait(30)
+        flush(path)
+
+    disk.sync = wait
+    words = ("--windows", 2, "--context", 2, "--horizon", 2, "--seed", seed, "--device", "cpu", "--json")
+    answers.put((seed, *_cli("eval", "generate", place / "world", place / "data", "--out", out, *words)))
+
+
+def test_of_two_eval_generate_with_other_settings_into_one_folder_exactly_one_begins(tmp_path):
+    store = moving_pictures(tmp_path / "data")
+    save_world(tiny_world(store), tmp_path / "world")
+    out, answers, barrier = tmp_path / "out", FORK.Queue(), FORK.Barrier(2)
+    assert _ended(*(_start(_generate, tmp_path, out, seed, barrier, answers) for seed in (1, 2))) == [0, 0]
+    began, refused = sorted((answers.get(timeout=5) for _ in range(2)), key=lambda answer: answer[1])
+    assert (began[1], refused[1]) == (0, 2), (began, refused)
+    assert "holds rollouts of other settings" in refused[2]
+    assert score_rollouts(out, store)["settings"]["evaluation"]["seed"] == began[0]  # all files are of that one
 
 
 def test_a_claim_on_a_folder_that_another_process_puts_its_own_in_place_of_is_refused(tmp_path, monkeypatch):

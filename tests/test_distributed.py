@@ -261,6 +261,19 @@ def test_a_signal_that_a_launcher_repeats_is_one_request(monkeypatch):
     assert ends == [signal.SIGINT]
 
 
+AGREES = """
+from ahriuwu_cli.training.distributed import join
+with join("cpu", None) as group:
+    first, last = group.rank == 0, group.rank == 1
+    print([group.agree(*told) for told in ((7.5 if first else 5.25, 0), (2.0 if first else 1e5, 15 * last))])
+"""
+
+
+def test_processes_agree_on_the_fewest_seconds_of_all_and_on_a_signal_that_one_got():
+    assert finish(start(["-c", AGREES])) == [(0, "[(5.25, 0), (2.0, 15)]\n")] * 2
+    assert ALONE.agree(7.5, 15) == (7.5, 15)
+
+
 def test_a_signal_to_one_process_ends_all_after_one_save_with_its_exit_code(folder, tmp_path):
     out = tmp_path / "run"
     command = ["-m", "ahriuwu_cli", "train", "dynamics", folder / "data", "--out", out, "--steps", "100000"]

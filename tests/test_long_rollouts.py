@@ -1,5 +1,6 @@
 """10,000 frames: memory is flat, positions do not drift, and a frame that is not finite is named."""
 
+import gc
 import json
 import os
 from collections import deque
@@ -14,13 +15,14 @@ from safetensors.numpy import load_file
 from small import small_dataset, small_world
 
 from ahriuwu_cli.data.tensor_writer import TensorWriter
+from ahriuwu_cli.diffusion.samplers import SAMPLERS
 from ahriuwu_cli.errors import TrainingError
 from ahriuwu_cli.imagine import imagine
 from ahriuwu_cli.models.block import TimeContext, time_tables
 from ahriuwu_cli.models.layers import as_bias, window_mask
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
 from ahriuwu_cli.prompts import Request
-from ahriuwu_cli.rollout import KeyedNoise, RolloutConfig, rollout
+from ahriuwu_cli.rollout import CTX_MODES, KeyedNoise, RolloutConfig, rollout
 
 LENGTH = 10_000
 
@@ -70,6 +72,25 @@ def test_frame_10000_is_what_recomputing_its_window_gives_and_memory_stays_flat(
     again = model(*(torch.cat(parts, dim=1) for parts in zip(*watcher.committed, draft, strict=True)))[:, -1:]
     assert (again - said).abs().max() < 1e-4 * max(1.0, float(again.abs().max()))
     assert held[length] - held[500] < 8, held
+
+
+def tensor_bytes():
+    """Bytes of all tensors that are alive. Unlike the memory of the process it shows nothing that was freed before."""
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+@pytest.mark.parametrize("ctx_mode", CTX_MODES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_rollout_keeps_nothing_of_the_frames_that_it_gave_away(make_dynamics, sampler, ctx_mode):
+    model, actions = make_dynamics(depth=2), random_actions(1, 53, torch.Generator().manual_seed(0))
+    config, noise = RolloutConfig(steps=2, sampler=sampler, ctx_mode=ctx_mode), KeyedNoise(0, ["a"], (4, 8))
+    held = {}
+    for t, _ in enumerate(rollout(model, torch.zeros(1, 3, 4, 8), actions, torch.ones(1, 53).bool(), config, noise, 8)):
+        if t in (20, 49):  # the window of 5 is full
+            held[t] = tensor_bytes()
+    assert held[49] == held[20]  # one frame of latents is 128
 
 
 @pytest.mark.parametrize("attention", ["place", "frame"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small import small_world
 
+from ahriuwu_cli import folders
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.training import checkpoint, state
@@ -193,15 +194,32 @@ def test_what_a_killed_save_left_is_no_state_and_is_cleared_away(tmp_path):
 
 @pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "renamed twice"])
 def test_a_folder_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path, monkeypatch, swap):
-    from ahriuwu_cli import disk
+    away, rename = [], os.rename
 
+    def noted(old, new):
+        away.extend([new] * str(new).endswith(".old"))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", noted)
     if not swap:
-        monkeypatch.setattr(disk, "exchange", lambda a, b: False)
+        monkeypatch.setattr(folders, "exchange", lambda a, b: False)
+    elif not _swaps(tmp_path):
+        pytest.skip("this file system cannot swap names")
     for content in ("old", "new"):
         with replacing(tmp_path / "world") as temporary:
             (temporary / "file").write_text(content)
         assert (tmp_path / "world" / "file").read_text() == content
         assert [p.name for p in tmp_path.iterdir()] == ["world"]
+    assert len(away) == (0 if swap else 1)  # the way that is meant was taken
+
+
+def _swaps(folder: Path) -> bool:
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    swapped = folders.exchange(folder / "a", folder / "b")
+    for name in ("a", "b"):
+        (folder / name).rmdir()
+    return swapped
 
 
 def test_a_reader_never_finds_a_folder_gone_while_it_is_replaced(tmp_path):
@@ -209,11 +227,7 @@ def test_a_reader_never_finds_a_folder_gone_while_it_is_replaced(tmp_path):
     import subprocess
     import sys
 
-    from ahriuwu_cli import disk
-
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    if not disk.exchange(tmp_path / "a", tmp_path / "b"):
+    if not _swaps(tmp_path):
         pytest.skip("this file system cannot swap names")
     script = (
         "import sys\nfrom pathlib import Path\nfrom ahriuwu_cli.folders import replacing\n"

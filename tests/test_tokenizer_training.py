@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small import LEARNERS, small_dataset
+from worlds import moving_pictures
 
 from ahriuwu_cli.config import PRECISIONS
 from ahriuwu_cli.data.documents import read_object
@@ -25,6 +27,7 @@ from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_state
 from ahriuwu_cli.training.tokenizer_config import TokenizerTrainConfig
 from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
+from ahriuwu_cli.training.tokenizer_quality import reconstruction
 
 TINY = TransformerTokenizerConfig(
     height=16, width=16, patch=8, model_width=32, depth_encoder=2, depth_decoder=2, heads=2, kv_heads=2, mlp_hidden=64,
@@ -103,7 +106,8 @@ def test_a_command_says_its_own_tokenizer_and_makes_a_damaged_one_anew(store, tm
 def test_a_dataset_without_val_episodes_is_refused_before_anything_is_trained(tmp_path, monkeypatch, run, kind):
     data = small_dataset(tmp_path / "data", episodes=1).path
     monkeypatch.setattr(EpisodeStore, "frames", lambda *_: pytest.fail("frames were read"))
-    code, _, err = run("train", "tokenizer", data, "--kind", kind, "--device", "cpu", "--out", tmp_path / "out")
+    device = ("--device", "cpu") if kind == "transformer" else ()
+    code, _, err = run("train", "tokenizer", data, "--kind", kind, *device, "--out", tmp_path / "out")
     assert (code, err) == (3, f"error: {data} has no val episodes to judge a tokenizer by: record more episodes\n")
     assert not (tmp_path / "out").exists()
 
@@ -246,6 +250,48 @@ def test_it_overfits_a_tiny_clip_and_its_latents_have_unit_spread(tmp_path):
     assert latents.mean(dim=(0, 1)).abs().max() < 1e-4
     error = (tokenizer.decode(latents) - frames.float() / 255).square().mean().item()
     assert error == pytest.approx(lines[-1]["mse"], rel=0.2)
+
+
+def test_a_gradient_is_cut_to_the_clip_and_the_log_says_how_long_it_was(store, tmp_path, monkeypatch):
+    seen, apply = [], tokenizer_loop.apply
+
+    def noted(optimizers):
+        grads = [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+        seen.append(torch.cat([g.flatten() for g in grads]))
+        apply(optimizers)
+
+    monkeypatch.setattr(tokenizer_loop, "apply", noted)
+    for clip in (1e9, 0.01):
+        config = dataclasses.replace(CONFIG, steps=1, clip=clip)
+        train_transformer_tokenizer(store, config, tmp_path / str(clip))
+    whole, cut = seen
+    assert whole.norm() > 0.02
+    assert torch.allclose(cut, whole * 0.01 / whole.norm(), atol=1e-6)
+    assert metrics(tmp_path / "0.01")[0]["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-4)
+
+
+def test_the_psnr_of_a_line_is_that_of_its_squared_error(store, tmp_path):
+    train_transformer_tokenizer(store, CONFIG, tmp_path / "run")
+    for line in metrics(tmp_path / "run"):
+        assert 10 ** (-line["masked_psnr_db"] / 10) == pytest.approx(line["mse"], rel=1e-3)
+
+
+def test_a_tokenizer_is_judged_by_every_frame_of_up_to_sixteen_episodes(tmp_path):
+    """One whose error is known: 0.1 on the first episode that it decodes (20 dB), then 0.05, 0.033, ..."""
+    store, decoded = moving_pictures(tmp_path / "data", episodes=18, frames=3, split="val"), []
+
+    class Off:
+        def encode(self, frames):
+            return frames
+
+        def decode(self, frames):
+            decoded.append(frames)
+            return frames.double() / 255 + 0.1 / len(decoded)
+
+    found = reconstruction(Off(), store, "val")
+    assert found["psnr_db"] == pytest.approx(20 + sum(20 * math.log10(k) for k in range(1, 17)) / 16)
+    assert found["frames"] == 16 * 3
+    assert reconstruction(Off(), store, "val", most=99)["frames"] == 18 * 3
 
 
 def test_the_run_folder_says_what_was_trained_and_announces_mse_only(store, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from killing import differing_bytes
-from small import LEARNERS, SPACE, small_dataset
+from small import LEARNERS, SPACE, small_dataset, small_world
 
 from ahriuwu_cli import stopping
 from ahriuwu_cli.commands import train as command
@@ -31,6 +31,7 @@ from ahriuwu_cli.lock import refuse_alive
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.training import assemble as assemble_module
 from ahriuwu_cli.training import loop
+from ahriuwu_cli.training import preview as training_preview
 from ahriuwu_cli.training import run as training_run
 from ahriuwu_cli.training.assemble import assemble, fit_linear_tokenizer
 from ahriuwu_cli.training.batches import draw_batch, share_of
@@ -40,7 +41,7 @@ from ahriuwu_cli.training.config_json import identity, seal
 from ahriuwu_cli.training.distributed import Group
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.optimiser import rate
-from ahriuwu_cli.training.preview import stands_still
+from ahriuwu_cli.training.preview import choose_sampler, stands_still
 from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import read_document
@@ -731,6 +732,63 @@ def test_the_rate_warms_up_in_optimiser_steps_and_falls_to_zero():
     assert rate(75, 100, config) == pytest.approx(0.5)
     assert rate(99, 100, config) == pytest.approx(0.02)
     assert rate(10_000, None, config) == 1.0
+
+
+def test_a_gradient_is_cut_to_the_clip_and_the_log_says_how_long_it_was(data, tmp_path, monkeypatch):
+    seen, apply = [], loop.apply
+
+    def noted(optimizers):
+        grads = [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+        seen.append(torch.cat([g.flatten() for g in grads]))
+        apply(optimizers)
+
+    monkeypatch.setattr(loop, "apply", noted)
+    for clip in (1e9, 0.01):
+        run(data, tmp_path / str(clip), replace(CONFIG, clip=clip), stop_at=1)
+    whole, cut = seen
+    assert whole.norm() > 0.02
+    assert torch.allclose(cut, whole * 0.01 / whole.norm(), atol=1e-6)
+    assert lines(tmp_path / "0.01")[0]["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-4)
+
+
+def test_the_worlds_weights_are_the_average_of_all_steps_that_ema_says(data, tmp_path, monkeypatch):
+    """By the formula, over the weights after every step; 0.3 is reached in the middle of the warm-up."""
+    config = replace(CONFIG, ema=0.3)
+    trainer = assemble(*data, config, tmp_path / "r", "train", device=torch.device("cpu"))
+    expected, apply = [p.detach().clone() for p in trainer.model.parameters()], loop.apply
+
+    def averaged(optimizers):
+        step = trainer.step
+        apply(optimizers)
+        stays = min(0.3, (1 + step) / (10 + step))
+        for mean, p in zip(expected, trainer.model.parameters(), strict=True):
+            mean.mul_(stays).add_(p.detach(), alpha=1 - stays)
+
+    monkeypatch.setattr(loop, "apply", averaged)
+    trainer.train(lambda line: None, StopRequest())
+    for world in (trainer.world, load_world(tmp_path / "r" / "last", "cpu")):
+        found = list(world.dynamics.parameters())
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(expected, trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("euler", "shortcut", "better"),
+    [((3.0, 1.0), (2.0, 1.5), "shortcut"), ((1.0, 2.0), (9.0, 1.9), "euler"), ((-2.0, -1.0), (-1.0, -2.0), "euler")],
+)
+def test_the_better_sampler_at_the_last_horizon_is_chosen_with_its_own_preview(monkeypatch, euler, shortcut, better):
+    results = {
+        "euler": {"gain_db": dict(zip(("4", "16"), euler, strict=True))},
+        "shortcut": {"gain_db": dict(zip(("4", "16"), shortcut, strict=True))},
+    }
+    monkeypatch.setattr(training_preview, "quick_gain", lambda w, s, m, config, seed: results[config.sampler])
+    world = small_world()
+    generation, seen, gains = choose_sampler(world, None, None)
+    assert generation == replace(world.generation, sampler=better)
+    assert seen is results[better]
+    assert gains == {name: result["gain_db"] for name, result in results.items()}
+    world.trained_d = (1 / world.k_max,)  # never trained for the shortcut's steps
+    assert choose_sampler(world, None, None)[0].sampler == "euler"
 
 
 def test_a_time_budget_ends_the_run_near_its_time(data, tmp_path):

@@ -316,7 +316,8 @@ def _tokenizer_document(tokenizer: Tokenizer, facts: dict) -> dict:
 
 
 def _write_module(folder: Path, module: nn.Module, document: dict) -> None:
-    tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
+    """Under the module's own names, also where torch.compile wrapped it or a part of it."""
+    tensors = {n.replace("_orig_mod.", ""): t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": FORMAT, "tau_convention": tau_.CONVENTION})
     document = seal(document | {"weights_sha256": file_hash(folder / "model.safetensors")})
     (folder / "config.json").write_text(to_json(document, 1))
