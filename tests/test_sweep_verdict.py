@@ -127,6 +127,10 @@ def test_a_level_far_from_those_that_were_drawn_was_not_trained(monkeypatch):
     monkeypatch.setitem(FORCINGS, "coarse", coarse)
     world = SimpleNamespace(k_max=8, forcing="coarse", facts={"train": {"tau_ctx": 0.1}})
     assert untrained_taus(world, [0.25, 0.3, 0.375, 0.5, 0.9]) == [0.5, 0.9]
+    taus = [0.0, 0.0002, *(i / 15 for i in range(1, 16))]
+    for forcing in ("independent", "uniform"):  # a grid that draws of any number leave holes in
+        fine = SimpleNamespace(k_max=4096, forcing=forcing, facts=world.facts)
+        assert untrained_taus(fine, taus) == [0.0, 0.0002]
 
 
 def test_where_the_training_is_not_known_that_is_said():
