@@ -116,7 +116,7 @@ class TrainConfig:
     @property
     def open_share(self) -> float:
         """Share of a time budget after which it decides how many steps there are: before the rate falls."""
-        return max(1 - self.decay, 0.1) if self.budget else 0.0
+        return max(1 - self.decay, 0.1)
 
     def to_json(self) -> dict:
         """All fields but those of ADDED that are as in runs from before them, which so are the same runs still."""

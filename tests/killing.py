@@ -21,7 +21,16 @@ from pathlib import Path
 
 from small import small_dataset
 
-CLOCKS = {"seconds", "eta_s", "frames_per_s", "train_seconds", "elapsed", "git", "sha256"}  # of a clock or a commit
+CLOCKS = {
+    "seconds",
+    "eta_s",
+    "frames_per_s",
+    "train_seconds",
+    "elapsed",
+    "looked",
+    "git",
+    "sha256",
+}  # of a clock or a commit
 KILLED = -signal.SIGKILL
 TINY = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_hidden": 32, "window": 6, "time_every": 2, "k_max": 8}
 TINY_TOKENIZER = {

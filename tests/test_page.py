@@ -183,7 +183,7 @@ def test_the_headline_says_gain_interval_numbers_and_what_the_interval_leaves_ou
     assert "Frame 1 +0.10 dB −0.40 to +0.60 not told apart from persistence" in head
     assert "6 windows of 4 episodes, 1 noise seed." in head
     assert result["settings"]["interval"] in head
-    assert "leaves out training seeds" in head
+    assert "Student's t below 8 episodes; leaves out training seeds" in head
 
 
 def test_every_number_of_every_horizon_is_shown(result):

@@ -181,6 +181,7 @@ OF_DYNAMICS = {
     "no time at all": field("elapsed", 0),
     "more time than there is": field("elapsed", 1e300),
     "a text for the time": field("elapsed", "x"),
+    "a preview that took less than no time": field("looked", -1),
     "a best beyond all pictures": field("best", 1e308),
     "no best": without("best"),
     "a text for processes": field("processes", "x"),

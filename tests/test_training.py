@@ -800,15 +800,18 @@ def test_a_time_budget_ends_the_run_near_its_time(data, tmp_path):
 def _at(config, step, elapsed, warm, looked=0.0, looking=0.0):
     """A run in a time budget that has not decided its steps."""
     fields = {"step": step, "elapsed": elapsed, "warm": warm, "looked": looked, "looking": looking}
-    return SimpleNamespace(config=config, total=None, **fields)
+    run = SimpleNamespace(config=config, total=None, **fields)
+    run._third = lambda: DynamicsTrainer._third(run)
+    return run
 
 
 @pytest.mark.parametrize(
     ("every", "decay", "elapsed", "total"),
     [
         (0, 0.4, 60.0, 20 + 10),  # 20 steps in 40 s and a preview of 20; 40 s are left, the one at 2/3 takes 20
-        (0, 0.9, 60.0, 20 + 4),  # two of 16 s are still to come
+        (0, 0.9, 30.0, 20 + 76),  # 20 steps in 10 s; two previews of 16 are still to come
         (10, 0.4, 60.0, 20 + 10),  # 2 s a step, and 2 of every preview
+        (0, 0.4, 90.0, 20 + 3),  # none is to come
     ],
 )
 def test_a_time_budget_foresees_the_previews_that_are_to_come(every, decay, elapsed, total):

@@ -15,7 +15,8 @@ from ahriuwu_cli.evaluation.cells import first_difference, identity
 from ahriuwu_cli.evaluation.evaluate import delta_note
 from ahriuwu_cli.evaluation.measure import CONTROLS, table_shapes
 from ahriuwu_cli.evaluation.metrics import CAP_DB, psnr_from_mse
-from ahriuwu_cli.evaluation.prepare import NO_MEAN, of_few
+from ahriuwu_cli.evaluation.prepare import INTERVAL_BEFORE, NO_MEAN, of_few
+from ahriuwu_cli.evaluation.protocol import FEW
 from ahriuwu_cli.evaluation.score_files import MOST, tables_of
 from ahriuwu_cli.evaluation.scores import Table
 from ahriuwu_cli.evaluation.settings_check import (
@@ -96,19 +97,21 @@ def check_result(result: dict[str, Any]) -> None:
     if no_mean := type(result["warnings"]) is list and NO_MEAN in result["warnings"]:
         tables["mean_frame"] = {name: np.full_like(each, np.nan) for name, each in tables["mean_frame"].items()}
     episodes = [row["episode"] for row in rows]
+    older = settings["interval"] == INTERVAL_BEFORE and len(set(episodes)) < FEW
     n = {"windows": len(rows), "episodes": len(set(episodes)), "noise_seeds": told["noise_seeds"]}
     at = pick_horizons((told["delta_at"],), last)
-    deltas = {
-        c: {str(h): near(delta(tables, c, episodes, horizons.index(h) + 1)) if h in horizons else _interval for h in at}
-        for c in controls
-    }
+
+    def delta_at(control: str, h: int) -> Form:
+        return near(delta(tables, control, episodes, horizons.index(h) + 1), older) if h in horizons else _interval
+
+    deltas = {c: {str(h): delta_at(c, h) for h in at} for c in controls}
     slope = _interval if last > 1 else exactly(None)
     forms = {
         "kind": exactly("eval"),
         "status": exactly("nan" if any(counts.values()) else "ok"),
         "n": {name: exactly(value) for name, value in n.items()},
         "last": exactly(last),
-        "horizons": {str(h): _of_horizon(tables, episodes, i, h, counts) for i, h in enumerate(horizons)},
+        "horizons": {str(h): _of_horizon(tables, episodes, i, h, counts, older) for i, h in enumerate(horizons)},
         "action_delta_db": deltas or exactly(None),
         "action_delta_moving_db": {c: dict.fromkeys(map(str, at), _interval) for c in controls} or exactly(None),
         "action_delta_note": exactly(delta_note(controls, episodes)),
@@ -130,9 +133,14 @@ def check_result(result: dict[str, Any]) -> None:
         hold(result["drift_db_per_frame"][who]["value"], near(slope.value), f"drift_db_per_frame.{who}")
 
 
-def near(value: Any) -> Form:
-    """What a value of `summary` is in a file, but for rounding; ends of an interval may be of other draws (NumPy's)."""
+def near(value: Any, of_few: bool = False) -> Form:
+    """What a value of `summary` is in a file, but for rounding; ends of an interval may be of other draws (NumPy's).
+
+    of_few: older versions made the ends of these few episodes in another way, so anything between is taken.
+    """
     value = jsonable(value)
+    if of_few and isinstance(value, dict) and value["value"] is not None:
+        return {name: _within(each, CLOSE) if name == "value" else or_none(ENDS) for name, each in value.items()}
     if isinstance(value, dict):
         wide = 0.0 if None in value.values() else DRAWS * (value["hi"] - value["lo"])
         return {name: _within(each, CLOSE + wide * (name != "value")) for name, each in value.items()}
@@ -213,14 +221,14 @@ def _tables(
 
 
 def _of_horizon(
-    tables: dict[str, Table], episodes: Sequence[str], i: int, h: int, counts: Mapping[str, int]
+    tables: dict[str, Table], episodes: Sequence[str], i: int, h: int, counts: Mapping[str, int], older: bool
 ) -> dict[str, Form]:
-    """The form of the i-th horizon, which is frame h."""
+    """The form of the i-th horizon, which is frame h. older: as `near` takes it."""
     forms: dict[str, Form] = {}
     made = jsonable(by_horizon(tables, episodes, i + 1))
     for name, value in made.items():
         if name in _TOLD:
-            forms[name] = near(value)
+            forms[name] = near(value, older)
         elif name.startswith("mean_frame_") and made["mean_frame_psnr"] is None:
             forms[name] = exactly(None)
         elif name.endswith(("ratio", "cosine")):  # null where the truth does not move, too

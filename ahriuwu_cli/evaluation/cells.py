@@ -25,7 +25,7 @@ from ahriuwu_cli.evaluation import shards
 from ahriuwu_cli.evaluation.evaluate import measure_share, ready, summarise
 from ahriuwu_cli.evaluation.measure import CONTROLS, Measured, Progress, table_shapes
 from ahriuwu_cli.evaluation.plan import GENERATION, WINDOWS, Cell
-from ahriuwu_cli.evaluation.prepare import EvaluationConfig, settings
+from ahriuwu_cli.evaluation.prepare import INTERVAL_BEFORE, EvaluationConfig, settings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.score_files import Shapes
 from ahriuwu_cli.evaluation.shards import Shards
@@ -119,6 +119,7 @@ def identity(everything: dict[str, Any], weights: str) -> dict[str, Any]:
     """Of `settings` what the numbers depend on, with the hash of the weights: no paths, no device, no batch size."""
     kept = {name: value for name, value in everything.items() if name not in _CIRCUMSTANCES}
     kept["evaluation"] = {name: value for name, value in kept["evaluation"].items() if name != "batch"}
+    kept["interval"] = INTERVAL_BEFORE  # how it is worded makes no other cell
     return json.loads(json.dumps({"checkpoint_hash": weights, **kept}))
 
 

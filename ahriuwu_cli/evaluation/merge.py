@@ -19,6 +19,7 @@ from ahriuwu_cli.evaluation import report
 from ahriuwu_cli.evaluation.agreement import check_agreement
 from ahriuwu_cli.evaluation.cell_check import check_cell
 from ahriuwu_cli.evaluation.cells import FOLDER, digest, read_cell
+from ahriuwu_cli.evaluation.prepare import INTERVAL
 from ahriuwu_cli.evaluation.protocol import WindowManifest, paired_bootstrap
 from ahriuwu_cli.evaluation.report import Row
 from ahriuwu_cli.evaluation.summary import jsonable
@@ -230,7 +231,7 @@ def _table(group: list[FinishedCell], reference: str | None, among: set[str]) ->
         "frames": horizons,
         "reference": other and {"cell": other.name, "label": names[other.name], "chosen": bool(asked)},
         "rows": rows,
-        "interval": group[0].identity["interval"],
+        "interval": INTERVAL,
         "warnings": warnings,
     }
 

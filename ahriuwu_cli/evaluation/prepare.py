@@ -14,12 +14,14 @@ from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.evaluation.controls import HOLD
 from ahriuwu_cli.evaluation.metrics import CAP_DB, SSIM_WINDOW
-from ahriuwu_cli.evaluation.protocol import RESAMPLES, WindowManifest, make_manifest
+from ahriuwu_cli.evaluation.protocol import FEW, RESAMPLES, WindowManifest, make_manifest
 from ahriuwu_cli.rollout import RolloutConfig
 from ahriuwu_cli.world import World
 
-INTERVAL = f"95 %, bootstrap over episodes, {RESAMPLES} resamples; leaves out training seeds"
-INTERVAL_BEFORE = INTERVAL.replace("training", "noise seeds and training")  # what older results say of the same
+_HOW = f"bootstrap with {RESAMPLES} resamples, Student's t below {FEW} episodes"
+INTERVAL = f"95 % over episodes: {_HOW}; leaves out training seeds"
+# as older results say it
+INTERVAL_BEFORE = "95 %, bootstrap over episodes, 2000 resamples; leaves out noise seeds and training seeds"
 NO_MEAN = "the dataset has no train split, so there is no mean frame to compare with"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ahriuwu_cli.diffusion.tau import LABEL
+from ahriuwu_cli.evaluation.protocol import FEW
 from ahriuwu_cli.evaluation.report import Row, in_markdown, interval, number, table
 from ahriuwu_cli.evaluation.sweep_grid import name, names
 from ahriuwu_cli.printing import one_line
@@ -21,7 +22,8 @@ MEANINGS = f"""\
 - cos: cosine of generated and true frame-to-frame change: 1 moves as the truth does, 0 unrelated or still
 - delta: PSNR with true actions minus PSNR with another window's, dB
 - drift: slope of the gain over generated frames, dB a frame
-- [ ]: 95 % bootstrap over episodes; leaves out training seeds, and is not widened for many cells"""
+- [ ]: 95 % over episodes, by bootstrap or, below {FEW}, Student's t; leaves out training seeds, and is
+  not widened for many cells"""
 
 
 def sweep_rows(cell: Row) -> list[Row]:

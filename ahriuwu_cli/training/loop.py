@@ -156,8 +156,9 @@ class DynamicsTrainer:
         return seconds, signal
 
     def _third(self) -> int:
-        """How many thirds of a time budget are over, as long as it has not decided the steps."""
-        return 0 if self.total is not None else min(PREVIEWS - 1, int(PREVIEWS * self.elapsed / self.config.budget))
+        """How many parts of a time budget are over: at each one's end there is a preview, at the last the run ends."""
+        budget = self.config.budget
+        return min(PREVIEWS - 1, int(PREVIEWS * self.elapsed / budget)) if budget else 0
 
     def _end_if(self, signal: int) -> None:
         """Interrupted where a signal came and the state is saved."""
@@ -206,25 +207,19 @@ class DynamicsTrainer:
         if not steps and self.elapsed < budget:
             return False
         left, every = budget - self.elapsed, self.config.preview_every
-        if not every:  # the previews that are still to come are as long as the last one
-            left -= self.looked * sum(part / PREVIEWS > self.config.open_share for part in range(1, PREVIEWS))
         each = max(seconds, 1e-9) / steps + (self.looked / every if every else 0) if steps else math.inf
+        if not every:  # the previews that are still to come are as long as the last one
+            left -= self.looked * (PREVIEWS - 1 - self._third())
         self.total = self.step + max(1, round(left / each))
         return True
 
     def _due(self, every: int) -> bool:
-        """Every `every` steps and at the end; with every = 0 PREVIEWS times a run.
-
-        Of a time budget by its thirds as long as it is open, then by those of its steps.
-        """
+        """Every `every` steps and at the end; with every = 0 PREVIEWS times a run, of its steps or of its budget."""
         if self.step == self.total:
             return True
         if every:
             return self.step % every == 0
-        if self.total is None:
-            return self.crossed
-        part, rest = divmod(self.step, -(-self.total // PREVIEWS))
-        return rest == 0 and part / PREVIEWS > self.config.open_share + 1e-9
+        return self.crossed if self.config.budget else self.step % -(-self.total // PREVIEWS) == 0
 
     def _preview(self, manifest, report: Report) -> None:
         """The lead looks, logs and reports; the other processes wait for it."""

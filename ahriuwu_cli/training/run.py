@@ -62,6 +62,7 @@ class Run(RunFolder):
             "step": trainer.step,
             "total": trainer.total,
             "elapsed": trainer.elapsed,
+            "looked": trainer.looked,
             "best": trainer.best,
             "finished": trainer.finished,
             "worlds": self.written,
@@ -90,6 +91,7 @@ class Run(RunFolder):
             mine = placed_for(optimizer, under_prefix(f"optimizer{i}", tensors))
             load_optimizer_tensors(optimizer, mine, document["optimizers"][i])
         trainer.step, trainer.total, trainer.elapsed = document["step"], document["total"], float(document["elapsed"])
+        trainer.looked = float(document.get("looked", 0.0))  # states of older versions do not say it
         trainer.best = None if "best" in self.lacking else document["best"]  # lost: the next preview is the best
         trainer.finished = self.is_finished(document)
         if self.writes:  # what is there, which may be newer than the state

@@ -50,6 +50,7 @@ def _fields(step: int, steps: int | None) -> dict[str, Check]:
         "total": undecided if steps is None else _whole(steps, steps),
         "logged": _whole(0, step),
         "elapsed": _number(step * SHORTEST, LONGEST),
+        "looked": _number(0, LONGEST),
         "best": _or_none(_number(-LOUDEST, LOUDEST)),
         "grad_norms": lambda v: type(v) is list and len(v) <= step and all(map(_number(0, STEEPEST), v)),
         "finished": lambda value: type(value) is bool,
