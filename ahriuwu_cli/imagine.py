@@ -35,7 +35,7 @@ from ahriuwu_cli.rollout import KeyedNoise, RolloutConfig, rollout
 from ahriuwu_cli.world import World
 
 Progress = Callable[[int, int], None]
-CHUNK = 64  # frames decoded at a time
+CHUNK, CHUNK_BYTES = 64, 256 << 20  # frames decoded at a time at most, of all rollouts together in bytes
 STRIP = 12  # frames of the PNG strip at most
 GIF = 128  # frames of the GIF at most
 GIF_PIXELS = 1 << 25  # of all frames of the GIF, which are in memory together until it is written
@@ -102,13 +102,14 @@ def _generate(
     imagined = rollout(
         world.dynamics, latents, actions.to(device), known.to(device), config, noise, world.k_max, passes
     )
+    at_once = min(CHUNK, max(1, CHUNK_BYTES // (rows * 3 * world.tokenizer.height * world.tokenizer.width)))
     lead = world.tokenizer.decoder_window - 1  # latents that a tokenizer looks back at
     waiting, past = [], latents[:, max(0, latents.shape[1] - lead) :] if lead else latents[:, :0]
     finite: list[Tensor] = []  # (K + 1,) bool of every waiting frame: its passes, itself; read with its chunk alone
     for t, z_hat in enumerate(imagined):
         waiting.append(z_hat)
         finite.append(torch.stack([*passes, torch.isfinite(z_hat).all()]))
-        if len(waiting) == CHUNK or t + 1 == request.length:
+        if len(waiting) == at_once or t + 1 == request.length:
             _check_finite(t + 1 - len(waiting), torch.stack(finite).cpu().numpy())
             clip = torch.cat([past, torch.stack(waiting, dim=1)], dim=1)
             yield t + 1 - len(waiting), world.decode(clip).numpy()[:, past.shape[1] :]

@@ -17,6 +17,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.resize import area_resize, centre_crop
 from ahriuwu_cli.data.upright import upright_image
 from ahriuwu_cli.data.video import MAX_PIXELS, iter_video, video_fps
+from ahriuwu_cli.data.whole_video import MOST_SCANS, SCAN
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.metrics import gradient_energy
@@ -31,6 +32,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # no other decoder is tried, wha
 _BAD_IMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError, MemoryError,
               struct.error, zlib.error, Warning)  # fmt: skip
 PICKS = ("random", "busiest")
+MOST_BYTES = 64 << 20  # of an image file
 SAME_RATE = 0.01  # of a rate: 29.97 and 30 frames/s are one, and so is what a short video's clock makes of either
 CANDIDATES = 64  # windows among which the busiest is looked for
 ACTION_SOURCES = ("data", "random", "none", "repeat:NAME", "a .csv or .jsonl file")
@@ -169,8 +171,8 @@ def _window(store: EpisodeStore, request: Request, data_actions: bool) -> tuple[
 
 def _busiest(store: EpisodeStore, windows: list[tuple[str, int]], context: int) -> tuple[str, int]:
     """The window whose last context frame has the highest gradient energy: most edges, so most to see moving."""
-    last = np.stack([store.frames(e, s + context - 1, s + context)[0] for e, s in windows])
-    return windows[int(np.argmax(gradient_energy(last)))]
+    edges = [float(gradient_energy(store.frames(e, s + context - 1, s + context))[0]) for e, s in windows]
+    return windows[int(np.argmax(edges))]
 
 
 def _from_dataset(
@@ -195,16 +197,17 @@ def _from_dataset(
 
 def _from_video(world: World, request: Request) -> tuple[str, np.ndarray, np.ndarray, list[str]]:
     first, height, width = request.start or 0, world.tokenizer.height, world.tokenizer.width
-    frames, said = [], _of_rate(world, request.prompt)
+    pixels, count, said = bytearray(), 0, _of_rate(world, request.prompt)  # arrays in a list would be there twice
     for i, frame in enumerate(iter_video(request.prompt)):
         said += [] if i else _of_shape(frame, height, width)
         if i >= first:
-            frames.append(area_resize(centre_crop(frame, height, width), height, width))
-        if len(frames) == request.context + request.length:
+            pixels += area_resize(centre_crop(frame, height, width), height, width).tobytes()
+            count += 1
+        if count == request.context + request.length:
             break
-    if len(frames) < request.context:
-        raise DataError(f"{request.prompt} has {len(frames)} frames from {first} on, --context is {request.context}")
-    clip = np.stack(frames)
+    if count < request.context:
+        raise DataError(f"{request.prompt} has {count} frames from {first} on, --context is {request.context}")
+    clip = np.frombuffer(pixels, np.uint8).reshape(count, height, width, 3)
     return f"{request.prompt.name}:{first}", clip[: request.context], clip[request.context :], said
 
 
@@ -241,6 +244,7 @@ def _from_image(world: World, request: Request) -> tuple[str, np.ndarray, np.nda
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            _check_scans(request.prompt)
             with Image.open(request.prompt, formats=IMAGE_FORMATS) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise ValueError(f"{picture.width} x {picture.height} is above the limit of {MAX_PIXELS} pixels")
@@ -250,6 +254,17 @@ def _from_image(world: World, request: Request) -> tuple[str, np.ndarray, np.nda
     frame = area_resize(centre_crop(pixels, height, width), height, width)
     said = _of_shape(pixels, height, width)
     return request.prompt.name, frame[None], np.zeros((0, height, width, 3), np.uint8), said
+
+
+def _check_scans(path: Path) -> None:
+    """ValueError for an image of too many bytes, or a JPEG of more scans than any camera writes: each is a pass over
+    the whole picture."""
+    with open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES >> 20} MB")
+    if data.startswith(b"\xff\xd8") and data.count(SCAN) > MOST_SCANS:
+        raise ValueError(f"more than {MOST_SCANS} scans")
 
 
 def _is_file(source: str) -> bool:

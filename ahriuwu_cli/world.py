@@ -62,23 +62,15 @@ class World:
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 frames (B, T, H, W, 3) -> clean latents (B, T, N, D) on this world's device."""
         with torch.no_grad():
-            parts = self._in_parts(frames, self.tokenizer.window)
+            if self.tokenizer.window > 1:  # it cuts clips itself, since frames need earlier ones
+                return self.tokenizer.encode(frames.to(self.device))
+            parts = frames.split(needs.in_parts(len(frames) * needs.of_pixels(self.tokenizer)), dim=1)
             return torch.cat([self.tokenizer.encode(part.to(self.device)) for part in parts], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, T, N, D) -> uint8 frames (B, T, H, W, 3) on the CPU: exactly what is shown, stored and scored."""
         with torch.no_grad():
-            parts = self._in_parts(latents, self.tokenizer.decoder_window)
-            return torch.cat([(self.tokenizer.decode(p) * 255).round().to(torch.uint8).cpu() for p in parts], dim=1)
-
-    def _in_parts(self, clips: Tensor, window: int) -> tuple[Tensor, ...]:
-        """Clips (B, T, ...) cut along T so that a tokenizer's work stays bounded, where no frame needs another one.
-
-        A tokenizer that looks back in time cuts them itself.
-        """
-        if window > 1:
-            return (clips,)
-        return clips.split(needs.in_parts(len(clips) * needs.of_pixels(self.tokenizer)), dim=1)
+            return self.tokenizer.show(latents)
 
     def generation_with(self, overrides: dict[str, Any]) -> RolloutConfig:
         """This world's defaults for rollouts, with those overrides that are not None. Not yet checked."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -37,7 +38,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.data.pack_check import check_packs
 from ahriuwu_cli.data.tensors import read_tensors
-from ahriuwu_cli.data.video import iter_video, video_fps
+from ahriuwu_cli.data.video import iter_video, read_video, video_fps
 from ahriuwu_cli.data.video_writing import write_gif, write_mp4
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError
@@ -278,7 +279,7 @@ def edit(folder: Path, seal: bool = True, **changes) -> None:
     "change",
     [
         {"width": 10**9}, {"width": 2**16}, {"depth": 10**6}, {"depth": 1000}, {"mlp_hidden": 10**6}, {"tokens": 4096},
-        {"k_max": 65_536}, {"window": 10**9}, {"heads": 0}, {"kv_heads": -1}, {"width": True}, {"depth": 2.0},
+        {"k_max": 2048}, {"window": 10**9}, {"heads": 0}, {"kv_heads": -1}, {"width": True}, {"depth": 2.0},
         {"window": "6"}, {"registers": None}, {"linear_skip": 1}, {"conditioning": ["add"]}, {"latent_dim": 10**12},
     ],
 )  # fmt: skip
@@ -348,7 +349,7 @@ UNTRAINABLE = (  # settings that no run can have: they are counted with
         "ctx_label": "honest"} | g}
           for g in ({"steps": 10**9}, {"steps": "2"}, {"tau_ctx": -1}, {"tau_ctx": None}, {"sampler": ["x"]},
                     {"sampler": "foo"}, {"ctx_mode": "x"}, {"ctx_label": "x"}, {"steps": 3, "sampler": "shortcut"})),
-        {"trained_d": [1.0]},
+        {"trained_d": [1.0]}, {"trained_d": [0.125] * 1000}, {"trained_d": [0.125, 0.125]},
     ],
 )  # fmt: skip
 def test_every_other_field_of_a_config_has_its_type_and_its_limits(folder, changes):
@@ -765,6 +766,35 @@ def test_an_image_is_looked_at_before_it_is_decoded(tmp_path, folder, kind, caps
     assert end.value.code == 3
     assert said.count("\n") == 1
     assert "a.png" in said
+
+
+@pytest.mark.parametrize("scans", [10, 600])
+def test_pictures_of_endless_scans_are_not_decoded(tmp_path, folder, scans, capsys):
+    """A progressive JPEG with one of its scans repeated: each is a pass over the whole picture."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(
+        tmp_path / "a.jpg", progressive=True
+    )
+    data = (tmp_path / "a.jpg").read_bytes()
+    at = data.index(b"\xff\xda")
+    empty = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x10"  # of one component's finest bits, without any
+    (tmp_path / "a.jpg").write_bytes(data[:-2] + empty * scans + data[-2:])
+    assert at > 0
+    with pytest.raises(SystemExit) as end:
+        main(["rollout", str(folder), str(tmp_path / "a.jpg"), "--out", str(tmp_path / "o"), "--length", "1"])
+    said = capsys.readouterr().err
+    assert ("more than 500 scans" in said) == (scans == 600), said
+    assert end.value.code == (3 if scans == 600 else 0), said
+    import av
+
+    with av.open(str(tmp_path / "a.avi"), "w") as film:
+        stream = film.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        packet = av.Packet((tmp_path / "a.jpg").read_bytes())
+        packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, 10)
+        film.mux(packet)
+    if scans == 600:
+        with pytest.raises(DataError, match="more than 500 scans"):
+            read_video(tmp_path / "a.avi")
 
 
 WAITING = [

@@ -213,3 +213,28 @@ def test_a_world_is_not_questioned_on_clips_that_the_machine_cannot_hold(monkeyp
             verify_world(world)
     monkeypatch.setattr(memory, "most", lambda: 1.2 * alive.most)
     assert verify_world(world)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_what_is_shown_is_never_all_in_float32(window, monkeypatch):
+    fields = IMAGES | {"model_width": 8, "window": window} if window > 1 else IMAGES | {"window": 1}
+    tokenizer = TransformerTokenizer(TransformerTokenizerConfig(64, 64, 16, tokens=2, latent_dim=2, **fields)).eval()
+    world, latents = replace(small_world(), tokenizer=tokenizer), torch.randn(2, 80, 2, 2)
+    whole = world.decode(latents)
+    assert torch.equal(whole, (tokenizer.decode(latents) * 255).round().to(torch.uint8))
+    monkeypatch.setattr(needs, "AT_ONCE", needs.of_a_clip(tokenizer.config, 4))
+    with Alive() as alive:
+        parts = world.decode(latents)
+    assert (parts.int() - whole.int()).abs().max() <= 1
+    assert alive.most < 1.5 * whole.nbytes + 2 * needs.AT_ONCE < 4 * whole.nbytes
+
+
+def test_a_world_of_many_passes_is_questioned_in_the_memory_of_few():
+    few = many = None
+    for steps in (64, 4096):
+        world = small_world()
+        world = replace(world, generation=replace(world.generation, sampler="euler", steps=steps))
+        with Alive() as alive:
+            verify_world(world)
+        few, many = many, alive.most
+    assert many < 1.2 * few

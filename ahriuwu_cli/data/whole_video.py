@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MOST_PARTS = 2_000_000  # of one file: packets, blocks; ten times those of the longest film of 1920 x 1080 that is read
 FEW_PARTS = 500_000  # that any file may have
 PART = 16  # bytes a part of a file that has more: a picture that stands still takes 22
+SCAN, MOST_SCANS = b"\xff\xda", 500  # of a JPEG, each a pass over all of its picture; cameras write ten at most
 SLACK = 1.5  # frame times that the last frame may end before the stated end: rounding, and a cut between two frames
 MATROSKA = b"\x1a\x45\xdf\xa3"  # how a file begins
 SEGMENT, CLUSTER = 0x18538067, 0x1F43B675  # of Matroska
@@ -49,6 +50,8 @@ class Clock:
             for packet in container.demux():
                 before = self._count
                 if packet.stream.index == stream.index:
+                    if stream.codec_context.name == "mjpeg" and bytes(packet).count(SCAN) > MOST_SCANS:
+                        raise Broken(f"a picture of more than {MOST_SCANS} scans")
                     for frame in packet.decode():
                         self._see(frame)
                         yield frame

@@ -138,7 +138,10 @@ def reference_clips(
     scored windows. DataError when the split has not so many.
     """
     windows = reference_windows(store, count, frames, split=split, seed=seed, avoid=avoid)
-    return np.stack([store.frames(e, s, s + frames) for e, s in windows]), [e for e, _ in windows]
+    clips = np.empty((count, frames, store.height, store.width, 3), np.uint8)
+    for clip, (e, s) in zip(clips, windows, strict=True):
+        clip[:] = store.frames(e, s, s + frames)
+    return clips, [e for e, _ in windows]
 
 
 def reference_windows(

@@ -15,6 +15,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import UserError, did_you_mean
 from ahriuwu_cli.evaluation.distances import (
     CLIP_FRAMES,
+    CLIPS_A_COMPONENT,
     MIN_CLIPS,
     REFERENCE_CLIPS,
     check_count,
@@ -168,7 +169,8 @@ def _distances(world, store, config, rollout_config, manifest) -> dict[str, Any]
     manifest = replace(manifest, windows=manifest.windows[: min(DISTANCE_WINDOWS, max(MIN_CLIPS, room))])
     count = len(manifest.windows)
     others = reference_clips(store, count, split=manifest.split, seed=config.seed, avoid=manifest)
-    reference, _ = reference_clips(store, REFERENCE_CLIPS, split="train", seed=config.seed, avoid=manifest)
+    most = max(CLIPS_A_COMPONENT, MOST_BYTES // (4 * CLIP_FRAMES * 3 * store.height * store.width))
+    reference, _ = reference_clips(store, min(REFERENCE_CLIPS, most), split="train", seed=config.seed, avoid=manifest)
     frames, actions = read_windows(store, manifest)
     made = generate(
         world, frames, actions, manifest.keys, rollout_config,

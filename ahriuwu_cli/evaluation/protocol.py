@@ -110,8 +110,11 @@ def read_windows(
     store: EpisodeStore, manifest: WindowManifest, first: int = 0, stop: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Windows first..stop-1: frames uint8 (W, T, H, W, 3) and actions float32 (W, T-1, A); A = 0 without actions."""
-    frames = [store.frames(e, s, s + manifest.length) for e, s in manifest.windows[first:stop]]
-    return np.stack(frames), read_actions(store, manifest, first, stop)
+    windows = manifest.windows[first:stop]
+    frames = np.empty((len(windows), manifest.length, store.height, store.width, 3), np.uint8)
+    for window, (e, s) in zip(frames, windows, strict=True):
+        window[:] = store.frames(e, s, s + manifest.length)
+    return frames, read_actions(store, manifest, first, stop)
 
 
 def read_actions(store: EpisodeStore, manifest: WindowManifest, first: int = 0, stop: int | None = None) -> np.ndarray:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from ahriuwu_cli.world import World
 # "used well": that is what `ahriuwu eval` measures.
 HEARD = 1e-3
 CACHE_TOLERANCE = 1e-4  # relative to the output's RMS
+PASSES = 64  # of a frame at most, where a clip's own latents stand in for a model's: it keeps them all
+COMPONENTS = 16  # of an action space that are asked about, at most
 WINDOWS = 8  # clips that a world is questioned on
 
 
@@ -100,8 +103,8 @@ def _sensitivities(world: World, clips: _Clips) -> Iterator[Line]:
 
 
 def _other_actions(world: World, actions: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """For each component of the action space, the same rows with that component of the last one changed."""
-    for component, columns in world.action_space.slices():
+    """For each of the first COMPONENTS of the action space, the same rows with that one of the last row changed."""
+    for component, columns in islice(world.action_space.slices(), COMPONENTS):
         changed = actions.clone()
         values = changed[:, -1, columns]
         if component.kind == "binary":
@@ -158,7 +161,7 @@ def _labels(world: World, clips: _Clips) -> Iterator[Line]:
     frames, prompt = z_clean.shape[1], max(1, z_clean.shape[1] // 2)
     noise = KeyedNoise(0, [str(i) for i in range(len(z_clean))], tuple(z_clean.shape[2:]))
     perfect = oracles.PerfectDynamics(z_clean, world.dynamics.config.window)
-    settings = world.generation
+    settings = replace(world.generation, steps=min(world.generation.steps, PASSES))
     if settings.sampler == "renoise" or settings.ctx_mode == "renoise":
         yield "labels of a rollout", math.nan, "not read off: fresh noise is drawn by these settings", True
         return
@@ -169,7 +172,8 @@ def _labels(world: World, clips: _Clips) -> Iterator[Line]:
 
 
 def _tokenizer(world: World, clips: _Clips) -> Iterator[Line]:
-    frames = world.decode(clips.z_clean) if clips.frames is None else clips.frames
+    some = max(1, needs.AT_ONCE // (3 * WINDOWS * world.tokenizer.height * world.tokenizer.width))  # of large frames
+    frames = world.decode(clips.z_clean[:, :some]) if clips.frames is None else clips.frames[:, :some]
     again = world.decode(world.encode(frames))
     if clips.frames is None:
         ok = tuple(again.shape) == tuple(frames.shape)

@@ -14,6 +14,7 @@ from ahriuwu_cli.evaluation import metrics
 from ahriuwu_cli.evaluation.generate import persist, reconstruct
 from ahriuwu_cli.world import World
 
+BLOCK_BYTES = 16 << 20  # of frames that are added up at a time
 Table = dict[str, np.ndarray]  # metric -> (W, L)
 BASIC, LOOK = ("mse", "psnr"), ("motion", "energy")  # what `score` gives, and `look`
 FULL = (*BASIC, "ssim", "colour", *LOOK, "motion_gg", "motion_gt", "motion_tt")  # `score` with full
@@ -63,10 +64,12 @@ def mean_frame(store: EpisodeStore, frames: int = 512) -> np.ndarray | None:
     if not episodes:
         return None
     every = max(1, sum(e.frames for e in episodes) // frames)
+    some = max(1, BLOCK_BYTES // (3 * store.height * store.width))
     total, count = np.zeros((store.height, store.width, 3), np.uint64), 0  # whole numbers: exact in any order
     for i, e in enumerate(episodes):
-        taken = store.frames(e.id, min(i % every, e.frames), None, every)  # other phases in other episodes
-        total, count = total + taken.sum(axis=0, dtype=np.uint64), count + len(taken)
+        for at in range(i % every, e.frames, every * some):  # other phases in other episodes
+            taken = store.frames(e.id, at, min(at + every * some, e.frames), every)
+            total, count = total + taken.sum(axis=0, dtype=np.uint64), count + len(taken)
     return (total / count).round().astype(np.uint8)
 
 

@@ -12,7 +12,7 @@ TIME_ATTENTIONS = ("place", "frame")
 LIMITS = {  # far above every size of ours; what is beyond them is no model but a damaged file
     "tokens": (1, 4096), "latent_dim": (1, 65_536), "width": (1, 65_536), "depth": (1, 1024), "heads": (1, 1024),
     "kv_heads": (1, 1024), "mlp_hidden": (1, 1_048_576), "time_every": (1, 1024), "registers": (0, 4096),
-    "window": (2, 1024), "k_max": (1, 65_536),
+    "window": (2, 1024), "k_max": (1, 1024),
 }  # fmt: skip
 MAX_LINE = 16_384  # tokens that one attention looks over: its mask is this squared
 
@@ -59,7 +59,7 @@ class DynamicsConfig:
             ),
             (self.predicts not in PREDICTS, f"predicts {self.predicts!r} is not in {PREDICTS}"),
             (not 1 <= self.time_every <= self.depth, f"time_every {self.time_every} is not in 1..depth {self.depth}"),
-            (self.k_max not in (2**i for i in range(17)), f"k_max {self.k_max} is not a power of two up to 65536"),
+            (self.k_max not in (2**i for i in range(11)), f"k_max {self.k_max} is not a power of two up to 1024"),
         ]
         for wrong, sentence in problems:
             if wrong:

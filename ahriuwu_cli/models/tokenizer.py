@@ -9,6 +9,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from ahriuwu_cli.models import needs
+
 MAX_SIDE = 4096  # pixels of a frame's side, as in a dataset
 
 
@@ -35,6 +37,14 @@ class Tokenizer(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, T, N, D) -> frames (B, T, H, W, 3) float32 in [0, 1]."""
 
+    def show(self, latents: Tensor) -> Tensor:
+        """What `decode` gives as uint8 on the CPU, (B, T, H, W, 3), never all of it in float32 at once."""
+        at_once = needs.in_parts(len(latents) * needs.of_pixels(self))
+        shown = torch.empty(*latents.shape[:2], self.height, self.width, 3, dtype=torch.uint8)
+        for start in range(0, latents.shape[1], at_once):
+            shown[:, start : start + at_once] = as_pixels(self.decode(latents[:, start : start + at_once]))
+        return shown
+
     @abstractmethod
     def to_json(self) -> dict:
         """Architecture, enough to rebuild the module before its weights are loaded."""
@@ -55,6 +65,11 @@ class Tokenizer(nn.Module):
             tensor = tensor.float() if tensor.is_floating_point() else tensor
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def as_pixels(frames: Tensor) -> Tensor:
+    """Frames in [0, 1] as uint8 on the CPU."""
+    return (frames * 255).round().to(torch.uint8).cpu()
 
 
 def build_tokenizer(kind: str, architecture: dict) -> Tokenizer:

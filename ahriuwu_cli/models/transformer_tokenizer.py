@@ -23,7 +23,7 @@ from ahriuwu_cli.models import needs
 from ahriuwu_cli.models.kernels import Tables
 from ahriuwu_cli.models.layers import Attention, RMSNorm, SwiGLU, as_bias, rotary, window_mask
 from ahriuwu_cli.models.products import Linear
-from ahriuwu_cli.models.tokenizer import MAX_SIDE, Tokenizer
+from ahriuwu_cli.models.tokenizer import MAX_SIDE, Tokenizer, as_pixels
 
 LIMITS = {"model_width": 65_536, "mlp_hidden": 1_048_576, "latent_dim": 65_536, "depth_encoder": 1024,
           "depth_decoder": 1024}  # the other fields: MAX_SIDE  # fmt: skip
@@ -222,6 +222,14 @@ class TransformerTokenizer(Tokenizer):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, T, N, D) -> frames (B, T, H, W, 3) float32 in [0, 1]. ValueError for latents of another shape."""
+        return self._decoded(latents, lambda frames: frames)
+
+    @torch.no_grad()
+    def show(self, latents: Tensor) -> Tensor:
+        return self._decoded(latents, as_pixels)
+
+    def _decoded(self, latents: Tensor, kept: Callable[[Tensor], Tensor]) -> Tensor:
+        """kept(frames in [0, 1]) of latents (B, T, N, D), chunk by chunk."""
         if latents.ndim != 4 or latents.shape[2:] != (self.tokens, self.latent_dim):
             wanted = f"(B, T, {self.tokens}, {self.latent_dim})"
             raise ValueError(f"the tokenizer wants latents {wanted}, got {tuple(latents.shape)}")
@@ -230,7 +238,7 @@ class TransformerTokenizer(Tokenizer):
             z = part.to(self.latent_mean.device).float() * self.latent_scale + self.latent_mean
             return self._from_bottleneck(z).float().clamp(0, 1)
 
-        return self._in_chunks(run, latents, self.decoder_window - 1)
+        return self._in_chunks(run, latents, self.decoder_window - 1, kept)
 
     def set_scale(self, mean: Tensor | float, std: Tensor | float) -> None:
         """Make latents (tanh output - mean) / std; each a number or a tensor that broadcasts to (N, D).
@@ -272,18 +280,25 @@ class TransformerTokenizer(Tokenizer):
             x = block(x, space_bias, time_bias, positions)
         return x
 
-    def _in_chunks(self, run: Callable[[Tensor], Tensor], x: Tensor, reach: int) -> Tensor:
-        """run(x) over axis 1 in chunks of frames; each also gets `reach` earlier frames, whose results go.
+    def _in_chunks(
+        self, run: Callable[[Tensor], Tensor], x: Tensor, reach: int, kept: Callable[[Tensor], Tensor] = lambda y: y
+    ) -> Tensor:
+        """kept(run(x)) over axis 1 in chunks of frames; each also gets `reach` earlier frames, whose results go.
 
         Some clips at a time where a chunk of all would take too much memory; short chunks where one clip's would.
         """
-        size, parts = needs.frames_at_once(self.config, min(reach, x.shape[1] - 1), CHUNK), []
+        size, whole = needs.frames_at_once(self.config, min(reach, x.shape[1] - 1), CHUNK), None
         for start in range(0, max(x.shape[1], 1), size):
             lead = min(start, reach)
             chunk = x[:, start - lead : start + size]
             clips = chunk.split(needs.in_parts(needs.of_a_clip(self.config, chunk.shape[1])))
-            parts.append(torch.cat([run(part)[:, lead:] for part in clips]))
-        return torch.cat(parts, dim=1)
+            first = 0
+            for part in clips:
+                made = kept(run(part)[:, lead:])
+                whole = made.new_empty(*x.shape[:2], *made.shape[2:]) if whole is None else whole
+                whole[first : first + len(part), start : start + size] = made
+                first += len(part)
+        return whole
 
 
 def _to_patches(frames: Tensor, patch: int) -> Tensor:

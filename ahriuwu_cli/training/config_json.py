@@ -89,8 +89,9 @@ def numbers_of(document: dict, k_max: int) -> tuple[float, int, tuple[float, ...
     if type(skip) is not int or not least <= skip <= most:
         raise ValueError(f"frame_skip is {skip!r}, not a whole number from {least} to {most}")
     sizes = [2.0**-i for i in range(k_max.bit_length())]
-    if not all(type(d) in (int, float) and d in sizes for d in trained) or sizes[-1] not in trained:
-        raise ValueError(f"trained_d is {trained!r}, not step sizes 1, 1/2, ... with 1/{k_max} among them")
+    known = len(trained) <= len(sizes) and all(type(d) in (int, float) and d in sizes for d in trained)
+    if not known or len(set(trained)) < len(trained) or sizes[-1] not in trained:
+        raise ValueError(f"trained_d is {str(trained)[:40]}, not step sizes 1, 1/2, ... with 1/{k_max} among them")
     return float(fps), skip, tuple(float(d) for d in trained)
 
 
