@@ -12,7 +12,7 @@ from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.evaluation import sweep_verdict as verdict
 from ahriuwu_cli.evaluation.protocol import Interval
 from ahriuwu_cli.evaluation.sweep_cells import CellScores
-from ahriuwu_cli.evaluation.sweep_grid import name, names, untrained_taus, varying, with_default
+from ahriuwu_cli.evaluation.sweep_grid import WITH_CONTEXT, name, names, untrained_taus, varying, with_default
 from ahriuwu_cli.evaluation.sweep_run import Done
 from ahriuwu_cli.rollout import RolloutConfig
 
@@ -128,9 +128,10 @@ def test_a_level_far_from_those_that_were_drawn_was_not_trained(monkeypatch):
     world = SimpleNamespace(k_max=8, forcing="coarse", facts={"train": {"tau_ctx": 0.1}})
     assert untrained_taus(world, [0.25, 0.3, 0.375, 0.5, 0.9]) == [0.5, 0.9]
     taus = [0.0, 0.0002, *(i / 15 for i in range(1, 16))]
-    for forcing in ("independent", "uniform"):  # a grid that draws of any number leave holes in
-        fine = SimpleNamespace(k_max=4096, forcing=forcing, facts=world.facts)
-        assert untrained_taus(fine, taus) == [0.0, 0.0002]
+    for forcing in ("independent", "uniform", "prefix", "context"):  # a grid that draws of any number leave holes in
+        for tau_ctx, untrained in ((0.1, [0.0, 0.0002]), (0.0001, [0.0])):
+            fine = SimpleNamespace(k_max=4096, forcing=forcing, facts={"train": {"tau_ctx": tau_ctx}})
+            assert untrained_taus(fine, taus) == (untrained if forcing in WITH_CONTEXT else [0.0, 0.0002])
 
 
 def test_where_the_training_is_not_known_that_is_said():

@@ -25,7 +25,8 @@ TAUS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9)
 OTHERS = ("steps", "sampler", "ctx_mode", "ctx_label")  # all settings of a cell but tau_ctx
 NAMED = 6  # groups that a sentence lists
 DRAWS = (1024, 24)  # clips and frames by which it is found out what a forcing draws
-ON_THE_WHOLE_GRID = ("independent", "uniform")  # forcings that draw all of 1/k_max, 2/k_max, ... 1
+WITH_CONTEXT = ("prefix", "context")  # forcings that draw tau_ctx as well
+ON_THE_WHOLE_GRID = ("independent", "uniform", *WITH_CONTEXT)  # that draw all of 1/k_max, 2/k_max, ... 1
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,10 @@ def untrained_taus(world: World, taus: Sequence[float]) -> list[float] | None:
     if world.forcing not in FORCINGS or (trained_at is None and world.forcing != "independent"):
         return None
     k_max, generator = world.k_max, torch.Generator().manual_seed(0)
-    if world.forcing in ON_THE_WHOLE_GRID:  # of which so few draws need not touch every level
-        return [tau for tau in taus if round(tau, 6) < round(1 / k_max, 6)]
     context = tau_.TAU_CTX if trained_at is None else trained_at  # `independent` does not look at it
+    if world.forcing in ON_THE_WHOLE_GRID:  # of which so few draws need not touch every level
+        least = min(1 / k_max, context) if world.forcing in WITH_CONTEXT else 1 / k_max
+        return [tau for tau in taus if round(tau, 6) < round(least, 6)]
     drawn, _ = FORCINGS[world.forcing](*DRAWS, k_max, context, generator)
     levels = sorted({round(v, 6) for v in drawn.flatten().tolist()})
 

@@ -107,7 +107,8 @@ class DynamicsTrainer:
                 self.run.save(self)  # the schedule is part of the run: no step is taken on one that a kill could undo
             began = time.monotonic()
             losses, norm, frames = self._update()
-            self.log.add(losses, norm, frames, time.monotonic() - began)
+            self.log.add(losses, norm, frames)  # waits for a GPU
+            self.log.seconds += time.monotonic() - began
             self.step += 1
             _, signal = self._agree(clock, stop, report)
             before, third = third, self._third()
@@ -283,10 +284,9 @@ class _Log:
         self.terms = torch.zeros(2, len(self.TERMS), dtype=torch.float64)  # sums, counts
         self.bins = torch.zeros(2, self.BINS, dtype=torch.float64)
         self.norms: list[float] = []
-        self.frames, self.seconds = 0, 0.0
+        self.frames, self.seconds = 0, 0.0  # of steps alone
 
-    def add(self, results: list[tuple[Batch, ShortcutLoss]], norm: Tensor, frames: int, seconds: float) -> None:
-        """What a step gave, and how long it took."""
+    def add(self, results: list[tuple[Batch, ShortcutLoss]], norm: Tensor, frames: int) -> None:
         for batch, r in results:
             big = int((batch.d > 1 / self.k_max).sum())
             counts = torch.tensor([1, batch.d.numel() - big, big])  # shares of a step are alike: their losses weigh 1
@@ -298,7 +298,6 @@ class _Log:
             self.bins[1].index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
         self.norms.append(norm.item())
         self.frames += frames
-        self.seconds += seconds
 
     def unfinished(self, group: Group) -> tuple[Tensor, list[float]]:
         """What the next line already has: sums and counts over all processes, and the norms of its steps."""
