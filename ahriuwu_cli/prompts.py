@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ahriuwu_cli import memory
 from ahriuwu_cli.data.action_files import read_actions
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.resize import area_resize, centre_crop
@@ -203,6 +204,8 @@ def _from_video(world: World, request: Request) -> tuple[str, np.ndarray, np.nda
         if i >= first:
             pixels += area_resize(centre_crop(frame, height, width), height, width).tobytes()
             count += 1
+            if len(pixels) > MOST_BYTES and 2 * len(pixels) > memory.most():  # the system would end us in silence
+                raise MemoryError
         if count == request.context + request.length:
             break
     if count < request.context:

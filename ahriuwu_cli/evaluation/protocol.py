@@ -16,6 +16,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ahriuwu_cli import memory
 from ahriuwu_cli.data.documents import read_object, to_json
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.metadata import SPLITS
@@ -26,6 +27,7 @@ from ahriuwu_cli.ranges import CONTEXT, HORIZON, SEED, WINDOWS
 
 FORMAT = "ahriuwu-windows/1"
 RESAMPLES = 2000
+ALWAYS = 1 << 30  # bytes of windows that any machine is asked for
 FEW = 8  # episodes; below, resamples cover too little
 
 
@@ -111,7 +113,10 @@ def read_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Windows first..stop-1: frames uint8 (W, T, H, W, 3) and actions float32 (W, T-1, A); A = 0 without actions."""
     windows = manifest.windows[first:stop]
-    frames = np.empty((len(windows), manifest.length, store.height, store.width, 3), np.uint8)
+    shape = (len(windows), manifest.length, store.height, store.width, 3)
+    if math.prod(shape) > ALWAYS and math.prod(shape) > memory.most():  # the system would end the program in silence
+        raise MemoryError
+    frames = np.empty(shape, np.uint8)
     for window, (e, s) in zip(frames, windows, strict=True):
         window[:] = store.frames(e, s, s + manifest.length)
     return frames, read_actions(store, manifest, first, stop)
