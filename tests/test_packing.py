@@ -210,6 +210,17 @@ def test_a_torn_journal_is_believed_up_to_its_tear(store, tokenizer, whole):
     assert len(said) == 1
 
 
+def test_a_packer_that_is_stopped_twice_loses_nothing_of_what_the_first_had_finished(store, tokenizer, whole):
+    _stopped(store, tokenizer, 20)
+    first = set(_hidden(store, "journal").read_bytes().splitlines())
+    _stopped(store, tokenizer, 25)
+    second = _hidden(store, "journal").read_bytes().splitlines()
+    assert first < set(second)
+    said = []
+    assert open_pack(store, tokenizer, announce=said.append).path.read_bytes() == whole
+    assert f"{len(second) - 1} of 40 parts" in said[0]
+
+
 def test_rows_that_do_not_match_the_journal_are_encoded_again_and_said(store, tokenizer, whole):
     _stopped(store, tokenizer, 20)
     partial = _hidden(store, "partial")
