@@ -251,6 +251,12 @@ def test_what_a_log_says_twice_is_dropped(tmp_path):
     assert run.log_file.read_bytes() == before
 
 
+def test_the_log_is_on_the_disk_before_a_state_counts(tmp_path, flushed):
+    begun(tmp_path / "run", 3)
+    calls = [call for call in flushed if call in ("sync metrics.jsonl", ".step-00000003.partial -> step-00000003")]
+    assert calls == ["sync metrics.jsonl", ".step-00000003.partial -> step-00000003"]
+
+
 def test_a_log_that_dies_while_it_is_cut_is_whole(tmp_path, monkeypatch):
     run = begun(tmp_path / "run", 3)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n')
