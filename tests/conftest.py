@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +122,32 @@ def run(capsys):
         return stopped.value.code or 0, shown.out, shown.err
 
     return call
+
+
+@pytest.fixture
+def flushed(tmp_path, monkeypatch) -> list[str]:
+    """What is flushed and renamed below tmp_path from now on, in order: "sync NAME" and "NAME -> NAME"."""
+    calls, fsync = [], os.fsync
+
+    def plain(path: str | Path) -> str:
+        name = "tmp_path" if Path(path) == tmp_path else Path(path).name
+        return re.sub(r"\.\d+\.(tmp|old)$", r".N.\1", re.sub(r"^state-[0-9a-f]{16}", "state-HASH", name))
+
+    def noted_fsync(descriptor: int) -> None:
+        held = os.fstat(descriptor)
+        (path,) = (p for p in (tmp_path, *tmp_path.rglob("*")) if os.path.samestat(p.lstat(), held))
+        assert path.is_dir() or held.st_size, f"{path} has nothing in it yet"
+        fsync(descriptor)
+        calls.append(f"sync {plain(path)}")
+
+    def noted(rename: Callable) -> Callable:
+        def call(old, new, **options):
+            rename(old, new, **options)
+            calls.append(f"{plain(old)} -> {plain(new)}")
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, noted(getattr(os, name)))
+    return calls

@@ -1,5 +1,6 @@
 """Real processes at one folder: a reader beside a writer gets all of one save, two writers are refused or safe."""
 
+import errno
 import gc
 import io
 import multiprocessing
@@ -125,6 +126,28 @@ def test_a_save_cut_short_between_its_two_renames_is_waited_for_and_then_named(t
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_world(tmp_path / "nowhere", "cpu")
     assert time.monotonic() - began < 1
+
+
+def test_a_folder_whose_successor_cannot_have_its_name_gets_it_back(tmp_path, monkeypatch):
+    """On systems that cannot swap: the old one is renamed away by then."""
+    monkeypatch.setattr(folders, "exchange", lambda a, b: False)
+    for name in ("w", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    away, rename = [], os.rename
+
+    def fails(old, new):
+        if away and old == tmp_path / "new":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(old, new)
+        away.extend([new] * str(new).endswith(".old"))
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        put_in_place(tmp_path / "new", tmp_path / "w")
+    assert len(away) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "w"]
+    assert (tmp_path / "w" / "file").read_text() == "w"
 
 
 def _shade(folder, value, overwrite=True, barrier=None, errors=None):

@@ -185,6 +185,11 @@ def test_ctrl_c_and_a_killed_worker_leave_no_process_behind(store, tokenizer, wh
     assert open_pack(store, tokenizer).path.read_bytes() == whole
 
 
+def test_a_pack_is_on_the_disk_before_it_has_its_name_and_its_name_after(store, tokenizer, flushed):
+    name = open_pack(store, tokenizer, workers=1).path.name
+    assert flushed[-3:] == [f"sync .{name}.partial", f".{name}.partial -> {name}", "sync latents"]
+
+
 def test_a_second_packer_waits_and_uses_what_the_first_one_made(store, tokenizer, whole, tmp_path, monkeypatch):
     save_tokenizer(tokenizer, tmp_path / "tokenizer", {})
     processes = [_packer(store, tmp_path / "tokenizer", 1, 0.02) for _ in range(2)]
@@ -208,6 +213,17 @@ def test_a_torn_journal_is_believed_up_to_its_tear(store, tokenizer, whole):
     assert open_pack(store, tokenizer, announce=said.append).path.read_bytes() == whole
     assert "9 of 40 parts" in said[0]
     assert len(said) == 1
+
+
+def test_a_packer_that_is_stopped_twice_loses_nothing_of_what_the_first_had_finished(store, tokenizer, whole):
+    _stopped(store, tokenizer, 20)
+    first = set(_hidden(store, "journal").read_bytes().splitlines())
+    _stopped(store, tokenizer, 25)
+    second = _hidden(store, "journal").read_bytes().splitlines()
+    assert first < set(second)
+    said = []
+    assert open_pack(store, tokenizer, announce=said.append).path.read_bytes() == whole
+    assert f"{len(second) - 1} of 40 parts" in said[0]
 
 
 def test_rows_that_do_not_match_the_journal_are_encoded_again_and_said(store, tokenizer, whole):
@@ -256,6 +272,7 @@ def test_a_journal_with_strange_lines_is_read_for_what_is_sound_in_it(tmp_path):
         b'{"part": true, "sha256": "' + b"a" * 64 + b'"}',
         b"\xff",
         b'{"part": 1, "sha256": "a"}',
+        b'{"part": 2, "sha256": "' + b"a" * 63,
     ]
     first = json.dumps({"format": pack_journal.FORMAT, **purpose}).encode()
     (tmp_path / "j").write_bytes(b"\n".join([first, *strange, json.dumps(good).encode()]))

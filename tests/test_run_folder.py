@@ -17,10 +17,11 @@ import pytest
 import torch
 from small import small_dataset
 
+from ahriuwu_cli import lock
 from ahriuwu_cli.errors import CheckpointError, TrainingError, UserError
 from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.lock import refuse_alive
-from ahriuwu_cli.training import run_log
+from ahriuwu_cli.training import run_folder, run_log
 from ahriuwu_cli.training import versions as versions_module
 from ahriuwu_cli.training.clock import TrainingClock
 from ahriuwu_cli.training.run_folder import RunFolder, goes_on
@@ -102,6 +103,35 @@ def test_a_run_that_starts_over_takes_away_no_other_that_came_into_its_folder_me
     with pytest.raises(UserError, match=r"--overwrite would take away the run .*run/another"):
         RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE).begin(True, print)
     assert len(list(tmp_path.rglob("step-00000003"))) == 2
+
+
+def test_two_who_only_look_at_a_run_do_not_take_each_other_for_it(tmp_path, monkeypatch):
+    begun(tmp_path / "run")
+    looks, locked = [], lock.lock
+
+    def meanwhile(*arguments):
+        looks.append(locked(*arguments))
+        if len(looks) == 1:
+            refuse_alive(tmp_path / "run")
+        return looks[0]
+
+    monkeypatch.setattr(lock, "lock", meanwhile)
+    refuse_alive(tmp_path / "run")
+    assert looks == [True, True]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_into_a_folder_until_it_was_held_is_not_taken_away(tmp_path, monkeypatch, overwrite):
+    def late(folder, announce):
+        monkeypatch.undo()
+        begun(folder / "another" if overwrite else folder, 3)  # somebody was quicker
+        return lock.take(folder, announce)
+
+    monkeypatch.setattr(run_folder, "take", late)
+    refused = r"--overwrite would take away the run .*run/another" if overwrite else r"run is not empty any more: run"
+    with pytest.raises(UserError, match=refused):
+        RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE).begin(overwrite, print)
+    assert len(list(tmp_path.rglob("step-00000003"))) == 1
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -219,6 +249,12 @@ def test_what_a_log_says_twice_is_dropped(tmp_path):
     assert run.go_on(print)[2]["step"] == 6
     run.release()
     assert run.log_file.read_bytes() == before
+
+
+def test_the_log_is_on_the_disk_before_a_state_counts(tmp_path, flushed):
+    begun(tmp_path / "run", 3)
+    calls = [call for call in flushed if call in ("sync metrics.jsonl", ".step-00000003.partial -> step-00000003")]
+    assert calls == ["sync metrics.jsonl", ".step-00000003.partial -> step-00000003"]
 
 
 def test_a_log_that_dies_while_it_is_cut_is_whole(tmp_path, monkeypatch):

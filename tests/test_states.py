@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from small import small_world
 
 from ahriuwu_cli import folders
+from ahriuwu_cli.disk import write_inside, write_whole
 from ahriuwu_cli.errors import CheckpointError
-from ahriuwu_cli.folders import replacing
+from ahriuwu_cli.folders import holding, replacing
 from ahriuwu_cli.training import checkpoint, state
 from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, save_world
 from ahriuwu_cli.training.state import save_state
@@ -180,6 +182,59 @@ def test_a_save_on_a_full_disk_leaves_the_states_before_it_and_no_trace(tmp_path
         states.save(3, {"a": torch.zeros(2)}, {"step": 3})
     assert names(states) == ["step-00000001", "step-00000002"]
     assert states.load(silent)[2]["step"] == 2
+
+
+def test_all_of_a_state_is_on_the_disk_before_it_counts_and_its_names_after(tmp_path, flushed):
+    """Without a flush before a rename a power cut leaves a name with nothing behind it; without one after it, none."""
+    for step in (1, 2):
+        states, partial = saved(tmp_path, step), f".step-0000000{step}.partial"
+        assert flushed == [
+            *["sync tmp_path"] * (step == 1),  # which holds the folder of the states, made now
+            "sync state.safetensors.partial",
+            "state.safetensors.partial -> state-HASH.safetensors",
+            f"sync {partial}",
+            "sync state.json.partial",
+            "state.json.partial -> state.json",
+            f"sync {partial}",
+            f"{partial} -> step-0000000{step}",
+            "sync state",
+        ]
+        flushed.clear()
+    tensors_of(states, 2).unlink()
+    assert states.load(lambda sentence: None)[2]["step"] == 1
+    assert flushed == ["step-00000002 -> step-00000002.damaged", "sync state"]
+
+
+def test_an_old_state_loses_its_name_before_any_of_its_files(tmp_path, monkeypatch):
+    taken, rmtree = [], shutil.rmtree
+
+    def noted(path, **options):
+        taken.extend([Path(path).name] * Path(path).exists())
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", noted)
+    assert names(saved(tmp_path, 1, 2, keep=1)) == ["step-00000002"]
+    assert taken == [f".step-00000001.{os.getpid()}.old"]
+
+
+def test_all_of_a_world_is_on_the_disk_before_it_has_its_name(tmp_path, flushed, monkeypatch):
+    monkeypatch.setattr(folders, "exchange", lambda a, b: False)
+    parts = ["config.json", "model.safetensors"] * 2 + ["tokenizer", ".w.N.tmp"]
+    for old in ([], ["w -> .w.N.old"]):
+        save_world(small_world(), tmp_path / "w")
+        assert sorted(flushed[: len(parts)]) == sorted(f"sync {part}" for part in parts)
+        assert flushed[len(parts) :] == [*old, ".w.N.tmp -> w", "sync tmp_path"]
+        flushed.clear()
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after(tmp_path, flushed, replaces):
+    assert write_whole(tmp_path / "a", "whole", replaces)
+    assert flushed == ["sync .a.N.tmp", *[".a.N.tmp -> a"] * replaces, "sync tmp_path"]
+    flushed.clear()
+    with holding(tmp_path) as (held, _):
+        write_inside(held, "b", "whole")
+    assert flushed == ["sync .b.N.tmp", ".b.N.tmp -> b", "sync tmp_path"]
 
 
 def test_what_a_killed_save_left_is_no_state_and_is_cleared_away(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small import SPACE, small_place
 
-from ahriuwu_cli import cli, folders, startup, stopping
+from ahriuwu_cli import cli, disk, folders, startup, stopping
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.validate import validate
@@ -235,6 +235,28 @@ def test_files_that_a_killed_command_left_go_with_the_next(bench, scored, words)
     assert left
 
 
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: os.replace(path.with_name("other"), path)])
+def test_a_file_whose_name_was_taken_away_before_it_had_its_lock_is_not_held(tmp_path, monkeypatch, change):
+    (tmp_path / "other").touch()
+    locked, files = disk.lock, []
+
+    def late(*arguments, **options):
+        if not files:
+            files.extend(p for p in tmp_path.iterdir() if p.name != "other")
+            change(files[0])
+        return locked(*arguments, **options)
+
+    monkeypatch.setattr(disk, "lock", late)
+    assert disk.hold(tmp_path / "a", os.O_RDWR | os.O_CREAT) is None
+    files.clear()
+    (tmp_path / "a").unlink(missing_ok=True)
+    (tmp_path / "other").touch()
+    with arriving(tmp_path / "a") as hidden, open(hidden, "rb") as file:
+        assert len(files) == 1
+        with pytest.raises(BlockingIOError):
+            locked(file.fileno())  # what has the name is what is held
+
+
 def test_files_that_are_being_written_stay_and_what_is_not_ours(tmp_path):
     reads, writes = os.pipe()
     children = []
@@ -418,6 +440,29 @@ def test_a_signal_waits_for_the_end_of_what_must_not_be_broken_and_undoes_the_la
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
     assert tuple(capfd.readouterr()) == ("whole last first", "error: stopped \\x1b[31m\n")
+
+
+def test_no_second_signal_cuts_the_undoing_short(capfd):
+    def undo():
+        calls.append(None)
+        if len(calls) == 1:
+            for number in ENDS:
+                os.kill(os.getpid(), number)
+            time.sleep(0)
+        os.write(1, b"undone ")
+
+    gc.collect()
+    child = os.fork()
+    if not child:
+        calls = []
+        for number in ENDS:
+            signal.signal(number, lambda number, _: stopping.end(number, f"stopped by {number}"))
+        with stopping.undoing(undo):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    assert tuple(capfd.readouterr()) == ("undone ", "error: stopped by 15\n")
 
 
 def test_a_program_that_was_started_without_sigint_or_under_nohup_goes_on_without_them(place):

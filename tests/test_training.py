@@ -237,14 +237,18 @@ def test_one_world_of_a_run_in_the_place_of_its_other_is_noticed(data, tmp_path,
     assert weights_hash(load_world(places[place], "cpu")) == hashes["last"]  # of the state that is there
 
 
-def test_a_best_that_is_newer_than_the_state_stays_and_another_one_of_its_step_does_not(data, tmp_path, monkeypatch):
-    gains, look = itertools.count(), loop.preview
+def _ever_better(look):
+    gains = itertools.count()
 
-    def ever_better(*arguments):
+    def preview(*arguments):
         seen = look(*arguments)
         return seen | {"gain_db": dict.fromkeys(seen["gain_db"], float(next(gains)))}
 
-    monkeypatch.setattr(loop, "preview", ever_better)
+    return preview
+
+
+def test_a_best_that_is_newer_than_the_state_stays_and_another_one_of_its_step_does_not(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "preview", _ever_better(loop.preview))
     config = replace(CONFIG, steps=8, preview_every=2, save_every=4)
     run(data, tmp_path / "r", config, stop_at=6)
     shutil.rmtree(tmp_path / "r" / "state" / "step-00000006")  # as if it had been killed between its best and its state
@@ -285,6 +289,40 @@ def test_a_run_of_an_older_version_does_not_say_what_it_wrote_and_goes_on(data, 
     again = run(data, tmp_path / "r")
     assert again.run.lacking == []
     assert "last" in again.run.written
+
+
+def test_a_best_of_a_last_preview_that_was_killed_is_the_runs_own(data, tmp_path, monkeypatch):
+    def killed(self, trainer, save=Run.save):
+        if trainer.finished:
+            raise Ended
+        save(self, trainer)
+
+    monkeypatch.setattr(loop, "preview", _ever_better(loop.preview))
+    config = replace(CONFIG, steps=2, preview_every=1)
+    with monkeypatch.context() as dying:
+        dying.setattr(Run, "save", killed)
+        with pytest.raises(Ended):
+            run(data, tmp_path / "k", config)
+    assert load_world(tmp_path / "k" / "best", "cpu").facts["step"] == 2
+    says = read_document(tmp_path / "k" / "state" / "step-00000002")[0]["worlds"]["best"]
+    assert says != identity(read_object(tmp_path / "k" / "best" / "config.json"))  # of the preview before
+    again = run(data, tmp_path / "k", config)
+    assert again.run.lacking == []
+    assert again.run.found.endswith("after step 2 of 2: its last preview is left")
+
+
+@pytest.mark.parametrize(("taken", "place"), [("best", "last"), ("last", "best")])
+def test_a_finished_run_of_an_older_version_knows_its_worlds_by_gain_and_step(
+    data, tmp_path, monkeypatch, taken, place
+):
+    config = replace(CONFIG, preview_every=1, lr=1.0)  # it gets worse: the best world is not the last
+    with monkeypatch.context() as older:
+        older.setattr(Run, "save_state", _without_worlds(Run.save_state))
+        run(data, tmp_path / "r", config)
+    assert run(data, tmp_path / "r", config).run.lacking == []
+    shutil.rmtree(tmp_path / "r" / place)
+    shutil.copytree(tmp_path / "r" / taken, tmp_path / "r" / place)
+    assert run(data, tmp_path / "r", config).run.lacking == [place]
 
 
 def _without_worlds(save_state):
