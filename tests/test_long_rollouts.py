@@ -4,6 +4,7 @@ import gc
 import json
 import os
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,7 +78,11 @@ def test_frame_10000_is_what_recomputing_its_window_gives_and_memory_stays_flat(
 def tensor_bytes():
     """Bytes of all tensors that are alive. Unlike the memory of the process it shows nothing that was freed before."""
     gc.collect()
-    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    storages = []
+    for x in gc.get_objects():
+        if issubclass(type(x), torch.Tensor):
+            with suppress(NotImplementedError):  # weights that a compiler packed for a library, in another test
+                storages.append(x.untyped_storage())
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 

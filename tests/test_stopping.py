@@ -114,7 +114,7 @@ AT_ONCE = {  # and how many changes before the last one is that which puts it al
     "export world --out a/made --prompts data --split train --clips 1 --frames 4": 1,
     "import films --out a/made --size 16": 1,
     "record doom:basic --out a/made --episodes 2 --size 16": 1,
-    "train tokenizer data --out a/made --patch 4 --latent-dim 4 --device cpu": 1,
+    "train tokenizer data --out a/made --patch 4 --latent-dim 4": 1,
     "eval merge planned --out made.csv --overwrite": 3,
 }
 PIECE_BY_PIECE = (
