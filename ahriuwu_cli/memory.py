@@ -24,6 +24,7 @@ _WORDS = (
     "can't start new thread", "resources to create thread", "failed to map segment", "annot allocate memory",
 )  # fmt: skip
 NO_PROCESS = "no process more could be started: raise the limit (`ulimit -u`), or end others"
+ALWAYS = 1 << 30  # bytes that any machine is asked for
 _NEAR = 1 << 27  # bytes: what a thread asks for at once
 
 
@@ -52,6 +53,12 @@ def sentence(command: str, error: BaseException | None = None) -> str:
         return "no thread more could be started: raise the limit (`ulimit -u`), or make memory free"
     less = next((less for name, less in LESS.items() if f"{command} ".startswith(f"{name} ")), "something smaller")
     return f"there is not enough memory for this: ask for {less}, or make memory free"
+
+
+def refuse_beyond(needed: int) -> None:
+    """MemoryError for bytes that this process may not have at all, where the system would end it in silence."""
+    if needed > ALWAYS and needed > most():
+        raise MemoryError
 
 
 def most() -> int:

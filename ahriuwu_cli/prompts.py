@@ -204,8 +204,7 @@ def _from_video(world: World, request: Request) -> tuple[str, np.ndarray, np.nda
         if i >= first:
             pixels += area_resize(centre_crop(frame, height, width), height, width).tobytes()
             count += 1
-            if len(pixels) > MOST_BYTES and 2 * len(pixels) > memory.most():  # the system would end us in silence
-                raise MemoryError
+            memory.refuse_beyond(2 * len(pixels))  # a bytearray that grows may be there twice
         if count == request.context + request.length:
             break
     if count < request.context:

@@ -77,3 +77,16 @@ def small_place(folder: Path, films: dict[str, int]) -> Path:
     for name, frames in films.items():
         write_mp4(folder / "films" / name, np.zeros((frames, 64, 64, 3), np.uint8), 10)
     return folder
+
+
+def gradients_of(monkeypatch, loop) -> list[torch.Tensor]:
+    """The list that gets all gradients as one vector whenever this training loop applies them."""
+    seen, apply = [], loop.apply
+
+    def noted(optimizers):
+        grads = [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+        seen.append(torch.cat([g.flatten() for g in grads]))
+        apply(optimizers)
+
+    monkeypatch.setattr(loop, "apply", noted)
+    return seen

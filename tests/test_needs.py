@@ -191,7 +191,7 @@ def test_a_table_of_what_may_be_seen_is_made_without_one_that_is_larger(make_dyn
 
 def test_what_the_machine_does_not_have_is_refused_before_it_is_taken(make_dynamics, monkeypatch):
     model = make_dynamics()
-    monkeypatch.setattr(needs, "AT_ONCE", 0)
+    monkeypatch.setattr(memory, "ALWAYS", 0)
     monkeypatch.setattr(memory, "most", lambda: needs.to_roll_out(model.config, 3))
     model.new_cache(3)
     with pytest.raises(MemoryError):
@@ -205,7 +205,7 @@ def test_a_world_is_not_questioned_on_clips_that_the_machine_cannot_hold(monkeyp
     world = replace(world, dynamics=Dynamics(config).eval().requires_grad_(False))
     with Alive() as alive:
         verify_world(world)
-    monkeypatch.setattr(needs, "AT_ONCE", 0)
+    monkeypatch.setattr(memory, "ALWAYS", 0)
     with monkeypatch.context() as patched:
         patched.setattr(memory, "most", lambda: 0.9 * alive.most)
         patched.setattr(world.dynamics, "forward", None)  # it is refused before anything is asked of it

@@ -8,7 +8,6 @@ from worlds import NO_ACTIONS, SPACE, moving_pictures
 
 from ahriuwu_cli import memory
 from ahriuwu_cli.errors import DataError, UserError
-from ahriuwu_cli.evaluation import protocol
 from ahriuwu_cli.evaluation.controls import partners, random_actions, with_future
 from ahriuwu_cli.evaluation.protocol import WindowManifest, make_manifest, paired_bootstrap, read_windows, student_975
 
@@ -176,7 +175,7 @@ def test_only_actions_that_lead_to_generated_frames_are_replaced():
 def test_windows_that_this_machine_cannot_hold_are_refused_before_they_are_read(store, monkeypatch):
     manifest = make_manifest(store, "test", 4, 6, 3, 0)
     size = read_windows(store, manifest)[0].nbytes
-    monkeypatch.setattr(protocol, "ALWAYS", 0)
+    monkeypatch.setattr(memory, "ALWAYS", 0)
     monkeypatch.setattr(memory, "most", lambda: size)
     read_windows(store, manifest)
     monkeypatch.setattr(memory, "most", lambda: size - 1)

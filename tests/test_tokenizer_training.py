@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from small import LEARNERS, small_dataset
+from small import LEARNERS, gradients_of, small_dataset
 from worlds import moving_pictures
 
 from ahriuwu_cli.config import PRECISIONS
@@ -253,14 +253,7 @@ def test_it_overfits_a_tiny_clip_and_its_latents_have_unit_spread(tmp_path):
 
 
 def test_a_gradient_is_cut_to_the_clip_and_the_log_says_how_long_it_was(store, tmp_path, monkeypatch):
-    seen, apply = [], tokenizer_loop.apply
-
-    def noted(optimizers):
-        grads = [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
-        seen.append(torch.cat([g.flatten() for g in grads]))
-        apply(optimizers)
-
-    monkeypatch.setattr(tokenizer_loop, "apply", noted)
+    seen = gradients_of(monkeypatch, tokenizer_loop)
     for clip in (1e9, 0.01):
         config = dataclasses.replace(CONFIG, steps=1, clip=clip)
         train_transformer_tokenizer(store, config, tmp_path / str(clip))

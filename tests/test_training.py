@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from killing import differing_bytes
-from small import LEARNERS, SPACE, small_dataset, small_world
+from small import LEARNERS, SPACE, gradients_of, small_dataset, small_world
 
 from ahriuwu_cli import stopping
 from ahriuwu_cli.commands import train as command
@@ -773,14 +773,7 @@ def test_the_rate_warms_up_in_optimiser_steps_and_falls_to_zero():
 
 
 def test_a_gradient_is_cut_to_the_clip_and_the_log_says_how_long_it_was(data, tmp_path, monkeypatch):
-    seen, apply = [], loop.apply
-
-    def noted(optimizers):
-        grads = [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
-        seen.append(torch.cat([g.flatten() for g in grads]))
-        apply(optimizers)
-
-    monkeypatch.setattr(loop, "apply", noted)
+    seen = gradients_of(monkeypatch, loop)
     for clip in (1e9, 0.01):
         run(data, tmp_path / str(clip), replace(CONFIG, clip=clip), stop_at=1)
     whole, cut = seen

@@ -21,7 +21,7 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.evaluation.generate import persist, reconstruct
-from ahriuwu_cli.evaluation.protocol import Interval, WindowManifest, student_975
+from ahriuwu_cli.evaluation.protocol import Interval, WindowManifest, read_clips, student_975
 from ahriuwu_cli.evaluation.summary import jsonable
 from ahriuwu_cli.world import World
 
@@ -138,10 +138,7 @@ def reference_clips(
     scored windows. DataError when the split has not so many.
     """
     windows = reference_windows(store, count, frames, split=split, seed=seed, avoid=avoid)
-    clips = np.empty((count, frames, store.height, store.width, 3), np.uint8)
-    for clip, (e, s) in zip(clips, windows, strict=True):
-        clip[:] = store.frames(e, s, s + frames)
-    return clips, [e for e, _ in windows]
+    return read_clips(store, windows, frames), [e for e, _ in windows]
 
 
 def reference_windows(

@@ -165,12 +165,16 @@ def _spread(world, store, config, rollout_config, manifest) -> dict[str, Any]:
 def _distances(world, store, config, rollout_config, manifest) -> dict[str, Any]:
     if manifest.horizon < CLIP_FRAMES:
         raise UserError(f"distances between clips need a horizon of at least {CLIP_FRAMES}, not {manifest.horizon}")
-    room = MOST_BYTES // (4 * manifest.length * 3 * store.height * store.width)  # windows, and three sets made of them
-    manifest = replace(manifest, windows=manifest.windows[: min(DISTANCE_WINDOWS, max(MIN_CLIPS, room))])
+
+    def room(frames: int) -> int:  # for clips, with three sets that are made of them
+        return MOST_BYTES // (4 * frames * 3 * store.height * store.width)
+
+    most = min(DISTANCE_WINDOWS, max(MIN_CLIPS, room(manifest.length)))
+    manifest = replace(manifest, windows=manifest.windows[:most])
     count = len(manifest.windows)
     others = reference_clips(store, count, split=manifest.split, seed=config.seed, avoid=manifest)
-    most = max(CLIPS_A_COMPONENT, MOST_BYTES // (4 * CLIP_FRAMES * 3 * store.height * store.width))
-    reference, _ = reference_clips(store, min(REFERENCE_CLIPS, most), split="train", seed=config.seed, avoid=manifest)
+    most = min(REFERENCE_CLIPS, max(CLIPS_A_COMPONENT, room(CLIP_FRAMES)))
+    reference, _ = reference_clips(store, most, split="train", seed=config.seed, avoid=manifest)
     frames, actions = read_windows(store, manifest)
     made = generate(
         world, frames, actions, manifest.keys, rollout_config,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,6 @@ from ahriuwu_cli.ranges import CONTEXT, HORIZON, SEED, WINDOWS
 
 FORMAT = "ahriuwu-windows/1"
 RESAMPLES = 2000
-ALWAYS = 1 << 30  # bytes of windows that any machine is asked for
 FEW = 8  # episodes; below, resamples cover too little
 
 
@@ -112,14 +112,18 @@ def read_windows(
     store: EpisodeStore, manifest: WindowManifest, first: int = 0, stop: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Windows first..stop-1: frames uint8 (W, T, H, W, 3) and actions float32 (W, T-1, A); A = 0 without actions."""
-    windows = manifest.windows[first:stop]
-    shape = (len(windows), manifest.length, store.height, store.width, 3)
-    if math.prod(shape) > ALWAYS and math.prod(shape) > memory.most():  # the system would end the program in silence
-        raise MemoryError
-    frames = np.empty(shape, np.uint8)
-    for window, (e, s) in zip(frames, windows, strict=True):
-        window[:] = store.frames(e, s, s + manifest.length)
+    frames = read_clips(store, manifest.windows[first:stop], manifest.length)
     return frames, read_actions(store, manifest, first, stop)
+
+
+def read_clips(store: EpisodeStore, windows: Sequence[tuple[str, int]], length: int) -> np.ndarray:
+    """`length` frames of every (episode, first frame), uint8 (W, length, H, W, 3). MemoryError beyond the machine's."""
+    shape = (len(windows), length, store.height, store.width, 3)
+    memory.refuse_beyond(math.prod(shape))
+    clips = np.empty(shape, np.uint8)  # clips in a list would be there twice
+    for clip, (episode, start) in zip(clips, windows, strict=True):
+        clip[:] = store.frames(episode, start, start + length)
+    return clips
 
 
 def read_actions(store: EpisodeStore, manifest: WindowManifest, first: int = 0, stop: int | None = None) -> np.ndarray:
@@ -161,16 +165,27 @@ def paired_bootstrap(
     mean, n = float(values.mean()), len(names)
     if n < 2:
         return Interval(mean, np.nan, np.nan)
-    sums, counts = np.bincount(cluster, values), np.bincount(cluster)
+    return interval_of_ratio(mean, np.bincount(cluster, values), np.bincount(cluster), resamples, seed)
+
+
+def interval_of_ratio(value: float, above: np.ndarray, below: np.ndarray, resamples: int, seed: int) -> Interval:
+    """The interval of value = sum(above) / sum(below), sums (n,) of n >= 2 episodes, as `paired_bootstrap` says.
+
+    Its ends are NaN where a resample has no ratio.
+    """
+    n = len(above)
     if n < FEW:
-        apart = sums - mean * counts  # of a ratio of sums, by its linear part
-        half = student_975(n - 1) * float(np.sqrt(n / (n - 1) * np.square(apart).sum())) / len(values)
-        return Interval(mean, mean - half, mean + half)
+        apart = above - value * below  # of a ratio, by its linear part
+        half = student_975(n - 1) * float(np.sqrt(n / (n - 1) * np.square(apart).sum())) / float(below.sum())
+        return Interval(value, value - half, value + half)
     drawn = (_draw if n <= 1000 else _draw.__wrapped__)(n, resamples, seed)
-    means = (drawn @ sums) / (drawn @ counts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = (drawn @ above) / (drawn @ below)
+    if not np.isfinite(ratios).all():
+        return Interval(value, np.nan, np.nan)
     tail = NormalDist().cdf(-np.sqrt(n / (n - 1)) * student_975(n - 1))
-    lo, hi = np.quantile(means, [tail, 1 - tail])
-    return Interval(mean, float(lo), float(hi))
+    lo, hi = np.quantile(ratios, [tail, 1 - tail])
+    return Interval(value, float(lo), float(hi))
 
 
 @lru_cache(maxsize=1)

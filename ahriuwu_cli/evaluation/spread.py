@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,12 @@ from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.evaluation.generate import Tick, generate, persist, reconstruct
 from ahriuwu_cli.evaluation.metrics import mse_per_frame, ratio
 from ahriuwu_cli.evaluation.protocol import (
-    FEW,
     RESAMPLES,
     Interval,
     WindowManifest,
+    interval_of_ratio,
     paired_bootstrap,
     read_windows,
-    student_975,
 )
 from ahriuwu_cli.evaluation.scores import Table
 from ahriuwu_cli.evaluation.summary import jsonable, pick_horizons
@@ -123,21 +121,9 @@ def ratio_bootstrap(
     denominator together; for few episodes as `protocol.paired_bootstrap`. NaN where that is, and for 0 / 0."""
     value = ratio(np.sum(above), np.sum(below))
     names, cluster = np.unique(np.asarray(episodes), return_inverse=True)
-    n = len(names)
-    if not np.isfinite(value) or n < 2:
+    if not np.isfinite(value) or len(names) < 2:
         return Interval(value, np.nan, np.nan)
-    if n < FEW:
-        apart = np.bincount(cluster, np.asarray(above) - value * np.asarray(below))  # of a ratio, by its linear part
-        half = student_975(n - 1) * float(np.sqrt(n / (n - 1) * np.square(apart).sum())) / float(np.sum(below))
-        return Interval(value, value - half, value + half)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = (drawn @ np.bincount(cluster, above)) / (drawn @ np.bincount(cluster, below))
-    if not np.isfinite(ratios).all():
-        return Interval(value, np.nan, np.nan)
-    tail = NormalDist().cdf(-np.sqrt(n / (n - 1)) * student_975(n - 1))
-    lo, hi = np.quantile(ratios, [tail, 1 - tail])
-    return Interval(value, float(lo), float(hi))
+    return interval_of_ratio(value, np.bincount(cluster, above), np.bincount(cluster, below), resamples, seed)
 
 
 def _row(table: Table, episodes: Sequence[str], h: int) -> dict[str, Any]:

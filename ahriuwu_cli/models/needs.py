@@ -45,8 +45,8 @@ def refuse_beyond_machine(needed: int, device: torch.device) -> None:
 
     A GPU says so itself.
     """
-    if device.type == "cpu" and needed > AT_ONCE and needed > memory.most():
-        raise MemoryError
+    if device.type == "cpu":
+        memory.refuse_beyond(needed)
 
 
 def to_roll_out(c: DynamicsConfig, clips: int = 1) -> int:
