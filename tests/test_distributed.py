@@ -18,6 +18,7 @@ import torch
 from killing import differing_bytes
 from processes import CONFIG, RUNS, STEPS, everything, prepare, resumed, train, trainer_for
 from safetensors.torch import load_file
+from small import small_dataset
 
 from ahriuwu_cli import stopping
 from ahriuwu_cli.errors import UserError
@@ -299,6 +300,89 @@ def test_what_does_not_fit_is_refused_once_before_anything_is_written(folder, tm
     assert outputs[0].startswith("error: --batch 9 does not divide by 2 processes x --accumulate 1 = 2 shares")
     assert outputs[1] == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_see_other_files_in_the_folder_of_a_run_end_with_a_sentence(folder, tmp_path):
+    """A folder on each node's own disk: the lead finds its run, the others none. They would wait for one another."""
+    command = ["train", "dynamics", folder / "data", "--out", tmp_path / "node@" / "run", "--steps", "2"]
+    command += ["--preview-windows", "2", "--device", "cpu", "--batch", "2", "--save-every", "1"]
+    for rank in "01":
+        (tmp_path / f"node{rank}").mkdir()
+    alone = [sys.executable, "-c", BY_RANK, *command]
+    subprocess.run(list(map(str, alone)), env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"}, check=True)
+    before = sorted((tmp_path / "node0").rglob("*"))
+    codes, outputs = zip(*finish(start(["-c", BY_RANK, *command])), strict=True)
+    assert codes == (4, 4), outputs
+    place = f"{tmp_path}/node0/run"
+    said = f"error: the processes found a run, and no run, in {place}: put it where all nodes see the same files\n"
+    assert outputs[0] == said
+    assert outputs[1] == ""
+    assert sorted((tmp_path / "node0").rglob("*")) == before
+    assert not list((tmp_path / "node1").iterdir())
+
+
+OTHER_OPTIONS = """
+from ahriuwu_cli.training.distributed import join
+with join("cpu", None) as group:
+    group.check_agreed({"lr": 3e-3, "seed": 5, "data": {"a": [1, None]}})
+    try:
+        group.check_agreed({"lr": 3e-3, "seed": 5 + group.rank, "data": {"a": [1, None][group.rank]}})
+    except Exception as error:
+        print(type(error).__name__, error)
+        raise
+"""
+
+
+def test_processes_that_were_asked_for_other_things_end_with_their_names():
+    (code, said), other = finish(start(["-c", OTHER_OPTIONS]))
+    assert code == 1
+    assert said.startswith("UserError the processes disagree on data, seed: give all the same options")
+    assert other == (2, "")
+
+
+BY_RANK = """
+import os, sys
+from ahriuwu_cli.cli import main
+sys.argv = [word.replace("@", os.environ["RANK"]) for word in sys.argv]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [("data0 --lr 3e-@ --seed 5@", "lr, seed"), ("data@", "dataset_fingerprint")],
+)
+def test_a_process_with_other_options_or_data_is_refused_before_anything_is_written(tmp_path, words, names):
+    """Each would train on its own, and the gradients of both be averaged."""
+    data, *options = words.split()
+    for seed in (0, 1):
+        small_dataset(tmp_path / f"data{seed}", episodes=8 + seed)
+    command = ["-c", BY_RANK, "train", "dynamics", tmp_path / data, *options, "--out", tmp_path / "run", "--steps", "2"]
+    codes, outputs = zip(*finish(start([*command, "--device", "cpu"])), strict=True)
+    assert codes == (2, 2), outputs
+    assert outputs[0] == f"error: the processes disagree on {names}: give all the same options and the same files\n"
+    assert outputs[1] == ""
+    assert not (tmp_path / "run").exists()
+
+
+OTHER_STEPS = """
+from ahriuwu_cli.training.distributed import join
+with join("cpu", None) as group:
+    group.check_same_step(3, "run")
+    group.check_same_step(None, "run")
+    try:
+        group.check_same_step(3 + 2 * group.rank, "run")
+    except Exception as error:
+        print(error)
+        raise SystemExit(error.exit_code)
+"""
+
+
+def test_processes_that_found_other_states_end_with_a_sentence():
+    (code, said), other = finish(start(["-c", OTHER_STEPS]))
+    assert code == 4
+    assert said == "the processes found states of steps 3 to 5 in run: put it where all nodes see the same files\n"
+    assert other == (4, "")
 
 
 def test_a_process_that_is_killed_does_not_leave_the_others_hanging(folder, tmp_path):

@@ -251,13 +251,20 @@ def _opened(
 
 def _train(group, config, stop, given: dict, quiet: bool) -> dict:
     """What every process of the group does, from the dataset to the end of the run. given: what `_opened` takes."""
+    from dataclasses import asdict
+
     from ahriuwu_cli.commands.progress import bar, training_bar
     from ahriuwu_cli.models.compiling import check_compile
     from ahriuwu_cli.models.products import warn_of_bfloat16
     from ahriuwu_cli.training.assemble import assemble, fit_for_all
     from ahriuwu_cli.training.restart import command_line
-    from ahriuwu_cli.training.run import is_own_tokenizer
+    from ahriuwu_cli.training.run import is_own_tokenizer, seen_step
 
+    group.check_agreed(
+        asdict(config)
+        | {name: given[name] for name in ("resume", "overwrite")}
+        | {name: given[name] is not None for name in ("tokenizer", "init_from")}
+    )
     if config.compile:
         group.together(lambda: check_compile(group.device))
 
@@ -266,7 +273,10 @@ def _train(group, config, stop, given: dict, quiet: bool) -> dict:
             typer.echo(sentence, err=True)
 
     store, encoder = group.together(lambda: _opened(config, **given, processes=group.world, announce=announce))
-    out, begun = given["out"], {name: given[name] for name in ("resume", "overwrite", "init_from")}
+    out = given["out"]
+    if not given["overwrite"]:  # from here on, what is found there decides what the processes do together
+        group.check_same_step(group.together(lambda: seen_step(out)), out)
+    begun = {name: given[name] for name in ("resume", "overwrite", "init_from")}
     warn_of_bfloat16(config.precision, group.device, announce)
     if encoder is None:
         with bar("fit tokenizer", "episode", quiet=quiet) as progress:

@@ -98,6 +98,7 @@ def assemble(
     group = group or Group(device)
     announce = announce or (lambda sentence: None)
     facts = group.together(lambda: _facts(store, tokenizer, config, known_start(init_from, out, overwrite)))
+    group.check_agreed(facts)
     there = group.together(lambda: run_goes_on(out, config, facts, resume, overwrite, fits))
     world = group.together(lambda: _new_world(store, tokenizer, config, group))
     dynamics, run, found = world.dynamics, Run(out, config, facts, command, writes=group.leads), None

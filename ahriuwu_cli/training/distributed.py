@@ -7,6 +7,8 @@ waiting for the lead's preview may take hours. One process is a group of its own
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -99,17 +101,29 @@ class Group:
         if self.world > 1:
             torch.distributed.barrier(group=self.control)
 
-    def check_same_step(self, step: int, folder: object) -> None:
-        """CheckpointError when the processes found different states in a run's folder."""
+    def check_same_step(self, step: int | None, folder: object) -> None:
+        """CheckpointError when the processes found different states in a run's folder. step: None where no run is."""
         if self.world == 1:
             return
-        ends = torch.tensor([step, -step])
+        found = -1 if step is None else step
+        ends = torch.tensor([found, -found])
         self._reduce(ends, "MAX")
-        if -int(ends[1]) != int(ends[0]):
-            raise CheckpointError(
-                f"the processes found states of steps {-int(ends[1])} to {int(ends[0])} in {folder}: "
-                f"put it where all nodes see the same files"
-            )
+        least, most = -int(ends[1]), int(ends[0])
+        what = "a run, and no run," if least < 0 else f"states of steps {least} to {most}"
+        sentence = f"the processes found {what} in {folder}: put it where all nodes see the same files"
+        self._end_if_any(CheckpointError(sentence) if least != most else None)
+
+    def check_agreed(self, said: Mapping[str, Any]) -> None:
+        """UserError, with the names, where the processes say other things under the same ones (JSON values)."""
+        if self.world == 1:
+            return
+        digests = [hashlib.sha256(json.dumps(said[name], sort_keys=True).encode()).digest() for name in sorted(said)]
+        mine = torch.tensor([int.from_bytes(digest[:7]) for digest in digests])
+        ends = torch.stack((mine, -mine))
+        self._reduce(ends, "MAX")
+        other = [name for name, differs in zip(sorted(said), ends.sum(0).tolist(), strict=True) if differs]
+        sentence = f"the processes disagree on {', '.join(other)}: give all the same options and the same files"
+        self._end_if_any(UserError(sentence) if other else None)
 
     def facts(self, config: TrainConfig) -> dict:
         """What a saved state says of who wrote it: all that may change on the way, and the last bits with it."""

@@ -172,6 +172,14 @@ def has_state(folder: Path) -> bool:
     return States(folder / "state", keep=1).newest() is not None
 
 
+def seen_step(folder: Path) -> int | None:
+    """The step of the newest state in this folder, sound or not; 0 where a run has none yet, None where no run is."""
+    newest = States(folder / "state", keep=1).newest()
+    if newest is None:
+        return 0 if (folder / "run.json").is_file() else None
+    return int(newest.name.removeprefix("step-"))
+
+
 def run_goes_on(
     folder: Path, config: TrainConfig, facts: dict, resume: bool, overwrite: bool, fits: bool = False
 ) -> bool:
