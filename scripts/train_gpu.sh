@@ -10,8 +10,6 @@ shift 2
 [ -d "$out/tokenizer" ] || ahriuwu train tokenizer "$data" --out "$out/tokenizer"
 length=(--steps "${STEPS:-100000}") # unless an option says how long
 for option in "$@"; do case $option in --steps | --steps=* | --budget | --budget=*) length=() ;; esac; done
-resume=()
-ls "$out"/world/state/step-*/state.json > /dev/null 2>&1 && resume=(--resume)
 ahriuwu train dynamics "$data" --tokenizer "$out/tokenizer" --out "$out/world" --device cuda \
   --size small --batch 64 --precision bfloat16 "${length[@]}" --save-every 2000 --preview-every 10000 \
-  "$@" "${resume[@]}"
+  "$@"

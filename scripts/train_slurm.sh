@@ -26,9 +26,12 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 [ -d "$out/tokenizer" ] || srun --nodes 1 --ntasks 1 ahriuwu train tokenizer "$data" --out "$out/tokenizer"
 length=(--steps "${STEPS:-500000}") # unless an option says how long
-for option in "$@"; do case $option in --steps | --steps=* | --budget | --budget=*) length=() ;; esac; done
-resume=()
-ls "$out"/world/state/step-*/state.json > /dev/null 2>&1 && resume=(--resume)
+options=()
+for option in "$@"; do
+  case $option in --steps | --steps=* | --budget | --budget=*) length=() ;; esac
+  # back from the queue it goes on with what it began: only the first start may take an older run's place
+  [ "$option" = --overwrite ] && [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || options+=("$option")
+done
 
 # SLURM tells this shell 15 minutes before the end (USR1), or when the job is preempted or cancelled (TERM). torchrun
 # passes the signal on to its processes, which save once and end.
@@ -40,7 +43,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun -
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 \
   -m ahriuwu_cli train dynamics "$data" --tokenizer "$out/tokenizer" --out "$out/world" \
   --size large --batch 512 --precision bfloat16 --parallel fsdp \
-  "${length[@]}" --save-every 2000 --preview-every 10000 "$@" "${resume[@]}" &
+  "${length[@]}" --save-every 2000 --preview-every 10000 "${options[@]}" &
 step=$!
 code=0
 wait "$step" || code=$?

@@ -12,12 +12,10 @@ shift $(($# < 3 ? $# : 3))
 [ -d "$out/tokenizer" ] || ahriuwu train tokenizer "$data" --out "$out/tokenizer"
 length=(--steps "${STEPS:-100000}") # unless an option says how long
 for option in "$@"; do case $option in --steps | --steps=* | --budget | --budget=*) length=() ;; esac; done
-resume=()
-ls "$out"/world/state/step-*/state.json > /dev/null 2>&1 && resume=(--resume)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # torchrun passes SIGUSR1 on only when told to; and a large state takes longer to write than the 30 s that it would wait.
 torchrun --standalone --nproc-per-node "$processes" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 \
   -m ahriuwu_cli train dynamics "$data" --tokenizer "$out/tokenizer" --out "$out/world" \
   --size medium --batch 256 --precision bfloat16 "${length[@]}" --save-every 2000 --preview-every 10000 \
-  "$@" "${resume[@]}"
+  "$@"

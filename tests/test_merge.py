@@ -173,6 +173,8 @@ def test_the_set_that_cannot_be_told_from_the_best_is_the_one_whose_interval_hol
     names = {r["cell"]: r["label"] for r in merged["tables"][0]["rows"]}
     best, below, unsure = (names[c.name] for c in cells)
     assert f"ref: {best} (the highest PSNR at frame 4); cannot be told from it at frame 4: {unsure}" in as_text(merged)
+    assert f"\nintervals: {merged['tables'][0]['interval']}\n" in as_text(merged) + "\n"
+    assert "PSNR@4 " in as_text(merged)  # of the last frame, as the reference is
     row = next(r for r in merged["tables"][0]["rows"] if r["label"] == below)
     assert row["difference_db"]["4"] == {"value": -1.0, "lo": -1.0, "hi": -1.0}  # the same in every window
 

@@ -92,12 +92,16 @@ def test_training_scripts_leave_the_length_to_an_option_that_says_it(tmp_path):
     command.chmod(0o755)
     shutil.copy(command, command.parent / "torchrun")
     (tmp_path / "out" / "tokenizer").mkdir(parents=True)
+    state = tmp_path / "out" / "world" / "state" / "step-00000001" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.touch()  # a run goes on by the same command: --resume would contradict --overwrite
     path = f"{command.parent}:{os.environ['PATH']}"
     for script, before in (("train_gpu.sh", []), ("train_torchrun.sh", ["2"])):
         for options, said in (
             ([], "--steps 100000"),
             (["--budget", "2h"], "--budget 2h"),
             (["--steps=7"], "--steps=7"),
+            (["--overwrite"], "--overwrite"),
         ):
             (tmp_path / "said").unlink(missing_ok=True)
             words = ["bash", str(SCRIPTS / script), "data", str(tmp_path / "out"), *before, *options]
@@ -105,6 +109,30 @@ def test_training_scripts_leave_the_length_to_an_option_that_says_it(tmp_path):
             line = (tmp_path / "said").read_text()
             assert said in line
             assert line.count("--steps") + line.count("--budget") == 1, line
+            assert "--resume" not in line
+
+
+def test_a_job_that_comes_back_from_the_queue_does_not_start_over(tmp_path):
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for name, does in (
+        ("scontrol", "echo node1"),
+        ("srun", f'echo "$@" >> "{tmp_path / "said"}"'),
+        ("ahriuwu", "false"),
+    ):
+        (bin / name).write_text(f"#!/bin/sh\n{does}\n")
+        (bin / name).chmod(0o755)
+    (tmp_path / "out" / "tokenizer").mkdir(parents=True)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1"}
+    words = ["bash", str(SCRIPTS / "train_slurm.sh"), "my data", str(tmp_path / "out"), "--overwrite", "--lr", "1e-3"]
+    for restarts, start in (("0", True), ("1", False)):
+        (tmp_path / "said").unlink(missing_ok=True)
+        there = {"PATH": f"{bin}:{os.environ['PATH']}", "SLURM_RESTART_COUNT": restarts}
+        subprocess.run(words, env=os.environ | slurm | there, check=True, timeout=60)
+        line = (tmp_path / "said").read_text()
+        assert ("--overwrite" in line) is start
+        assert line.endswith("--lr 1e-3\n")
+        assert "--steps 500000" in line
 
 
 @pytest.mark.parametrize("frames", ["0", "20", "49", "-25"])

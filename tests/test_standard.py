@@ -297,6 +297,16 @@ def test_weights_of_another_network_are_no_i3d(i3d, tmp_path):
     for bad in (torch.full_like(bias, torch.nan), torch.ones(bias.shape, dtype=torch.int64)):
         with pytest.raises(CheckpointError, match=r"logits\.conv3d\.bias is not of finite numbers"):
             load_i3d(stored(tmp_path / "bad.safetensors", tensors | {"logits.conv3d.bias": bad}))
+    swapped = {"Mixed_4e.b1b.bn.running_var": -tensors["Mixed_4e.b1b.bn.running_var"]}
+    with pytest.raises(CheckpointError, match=r"Mixed_4e\.b1b\.bn\.running_var is below 0"):
+        load_i3d(stored(tmp_path / "swapped.safetensors", tensors | swapped))
+
+
+def test_features_that_are_not_finite_are_the_fault_of_the_network_and_end_the_work(monkeypatch, i3d):
+    """Else every distance would be null beside a status of ok."""
+    monkeypatch.setattr(I3D, "forward", lambda self, x: x.mean((1, 2, 3, 4))[:, None] / 0)
+    with pytest.raises(CheckpointError, match="what is not finite"):
+        i3d_logits(i3d, np.full((2, 16, 8, 8, 3), 255, np.uint8))
 
 
 @pytest.mark.parametrize("name", ["blur", "mean frame", "frozen", "shuffled", "noise"])

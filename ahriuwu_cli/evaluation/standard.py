@@ -156,7 +156,10 @@ def load_lpips(weights: Weights):
 
 @torch.no_grad()
 def lpips_distance(judge, frames: np.ndarray, truth: np.ndarray, batch: int = 32) -> np.ndarray:
-    """LPIPS (W, L) of every frame to the true one, both uint8 (W, L, H, W, 3), at their own size; 0 where identical."""
+    """LPIPS (W, L) of every frame to the true one, both uint8 (W, L, H, W, 3), at their own size; 0 where identical.
+
+    CheckpointError where it is not finite, which is the network's fault: every frame is.
+    """
     if frames.shape != truth.shape:
         raise ValueError(f"frames {frames.shape} and truth {truth.shape}")
     device = next(judge.parameters()).device
@@ -164,6 +167,8 @@ def lpips_distance(judge, frames: np.ndarray, truth: np.ndarray, batch: int = 32
     for i in range(0, len(flat[0]), batch):
         a, b = (torch.from_numpy(x[i : i + batch]).to(device).movedim(-1, 1).float() / 255 for x in flat)
         rows.append(judge.network(a, b, normalize=True).flatten().double().cpu())
+    if not all(row.isfinite().all() for row in rows):
+        raise CheckpointError("the network of --lpips-weights makes of frames what is not finite: give another file")
     return torch.cat(rows).reshape(frames.shape[:2]).numpy()
 
 
@@ -220,17 +225,24 @@ def load_i3d(weights: Weights) -> I3D:
         raise CheckpointError(
             f"{weights.path} is no trained network: {bad} is not of finite numbers; give another file"
         )
+    if bad := next((k for k, v in tensors.items() if k.endswith("running_var") and (v < 0).any()), None):
+        raise CheckpointError(f"{weights.path} is no trained network: {bad} is below 0; give another file")
     network.load_state_dict(tensors, strict=True)
     return network
 
 
 @torch.no_grad()
 def i3d_logits(network: I3D, clips: np.ndarray, batch: int = I3D_BATCH) -> Tensor:
-    """Logits (W, 400), float64 on the CPU, of the last 16 frames of clips uint8 (W, >= 16, H, W, 3)."""
+    """Logits (W, 400), float64 on the CPU, of the last 16 frames of clips uint8 (W, >= 16, H, W, 3).
+
+    CheckpointError where they are not finite, which is the network's fault: every clip is.
+    """
     device, rows = next(network.parameters()).device, []
     for i in range(0, len(clips), batch):
         x = torch.from_numpy(np.ascontiguousarray(clips[i : i + batch, -CLIP_FRAMES:])).to(device).movedim(-1, 1)
         rows.append(network(resize_as_tensorflow(x.float(), I3D_SIDE) / 127.5 - 1).double().cpu())
+    if not all(row.isfinite().all() for row in rows):
+        raise CheckpointError("the I3D of --fvd-weights makes of clips what is not finite: give another file")
     return torch.cat(rows)
 
 

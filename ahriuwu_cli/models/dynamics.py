@@ -80,8 +80,9 @@ class Dynamics(nn.Module):
     def compile_passes(self) -> None:
         """torch.compile the passes of a rollout, each as one graph: slow start, faster frames, for fixed weights.
 
-        On a CPU the weights become constants of the graph, packed as its products like them best; on a GPU the passes
-        become CUDA graphs. Change no weight afterwards: on a CPU it would not be noticed.
+        On a CPU the weights become constants of the graph, packed as its products like them best: change none
+        afterwards, it would not be noticed. On a GPU the passes are asked to become CUDA graphs; torch 2.13 makes none
+        of those that write the cache, whose keys and values are inputs that change, and runs them as kernels.
         """
         _compile_every_shape()
         if self.embed.weight.device.type != "cpu":
