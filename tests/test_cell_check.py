@@ -211,6 +211,7 @@ CONTRADICTIONS = {
     "lines": lambda r: r["warnings"].append("a\nFAILED: everything"),
     "many": lambda r: r["warnings"].extend(["a", "b"]),
     "curve": lambda r: r["curves"]["psnr"].__setitem__(2, None),
+    "floor_curve": lambda r: r["curves"]["floor"].__setitem__(1, None),
     "ends": lambda r: r["curves"].update(psnr_lo=r["curves"]["psnr_hi"], psnr_hi=r["curves"]["psnr_lo"]),
     "steps": lambda r: r["settings"]["generation"].update(sampler="shortcut", steps=3),
     "no_mean": lambda r: r["warnings"].insert(0, NO_MEAN),

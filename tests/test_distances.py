@@ -265,6 +265,13 @@ def test_the_number_of_components_is_bounded_by_both_sets(world):
     assert fit_basis(latents, most=4).components.shape[1] == 4
 
 
+def test_a_faint_component_is_one_and_what_rounding_leaves_is_none():
+    """Two directions, the second with 1e-4 of the first one's power: neither lost nor joined by made-up ones."""
+    clips = torch.zeros(128, 16, 1, 2, dtype=torch.float64)
+    clips[..., 0, 0], clips[..., 0, 1] = normal(128, 1, seed=1), 1e-2 * normal(128, 1, seed=2)
+    assert fit_basis(clips).components.shape[1] == 2
+
+
 def test_reference_clips_share_no_frame_with_the_scored_windows(tmp_path):
     store = small_dataset(tmp_path / "a", frames=120)
     manifest = make_manifest(store, "train", 4, 16, 6, 0)

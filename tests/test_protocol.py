@@ -1,6 +1,7 @@
 """Windows are fixed, hashed and refused for other data; intervals cover what they claim to cover."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -119,6 +120,15 @@ def test_the_interval_covers_the_true_mean_95_times_in_100_with_clusters_of_any_
             found = paired_bootstrap(values, episodes, resamples=1000, seed=trial)
             hits += found.lo <= 0 <= found.hi
         assert 0.91 <= hits / 300 <= 0.99, (clusters, hits)
+
+
+def test_the_percentiles_of_many_episodes_are_expanded_as_published():
+    """Hesterberg 2015, section 5.3: the tail is Phi(-sqrt(n / (n - 1)) t_(n-1)); t of 7 degrees of freedom by table."""
+    values = np.array([3.0, 1, 4, 1, 5, 9, 2, 6])
+    found = paired_bootstrap(values, list("abcdefgh"), seed=3)
+    means = np.random.default_rng(3).multinomial(8, [1 / 8] * 8, size=2000) @ values / 8
+    tail = 0.5 * math.erfc(math.sqrt(8 / 7) * 2.364624 / math.sqrt(2))
+    assert (found.lo, found.hi) == pytest.approx(tuple(np.quantile(means, [tail, 1 - tail])), abs=1e-4)
 
 
 def test_few_episodes_of_unequal_size_get_the_interval_of_a_ratio():
