@@ -22,7 +22,7 @@ shift 2
 # Nodes with several networks: export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 gpus=${SLURM_GPUS_ON_NODE:-8}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 20000))
 [ -d "$out/tokenizer" ] || srun --nodes 1 --ntasks 1 ahriuwu train tokenizer "$data" --out "$out/tokenizer"
 length=(--steps "${STEPS:-500000}") # unless an option says how long

@@ -106,7 +106,9 @@ def test_a_rollout_needs_no_dataset_and_starts_from_the_prompts(place, run):
 
 def test_the_card_holds_the_scores_of_the_evaluation(place, run):
     asked = ("--windows", 4, "--context", 4, "--horizon", 4, "--looks", "none", "--out", place / "ev")
-    assert run("eval", place / "world", place / "data", *asked)[0] == 0
+    code, said, _ = run("eval", place / "world", place / "data", *asked, "--ctx-label", "clean")
+    assert code == 0
+    assert "stop, labelled clean: a lie" in said
     (place / "notes.txt").write_text("The art is nobody's.\n")
     asked = ("--evidence", place / "ev", "--notes", place / "notes.txt")
     assert run("export", place / "world", "--out", place / "small", *asked)[0] == 0
@@ -116,6 +118,7 @@ def test_the_card_holds_the_scores_of_the_evaluation(place, run):
     assert f"{row['sharpness_ratio']:.2f}" in card
     assert "The art is nobody's." in card
     assert "4 windows" in card
+    assert "(0 clean, 1 noise), its frames labelled clean." in card
     assert "bfloat16" in card
 
 

@@ -224,6 +224,7 @@ def test_cells_with_and_without_actions_make_one_csv(done):
     mute = json.loads(json.dumps(cells[0].result)) | {"action_delta_db": None}
     rows = merged_rows([type(cells[0])("x", "x", "x", cells[0].identity, mute), cells[1]])
     assert len({tuple(row) for row in rows}) == 1
+    assert rows[0]["ctx_label"] == "honest"
     assert rows[0]["delta_random_db"] is None
     assert rows[-1]["delta_random_db"] is not None
 

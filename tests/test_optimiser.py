@@ -43,7 +43,7 @@ def test_adamw_is_that_of_its_paper_with_betas_of_9_and_95_hundredths():
 
 
 @pytest.mark.parametrize("decay", [0.0, 2.5])
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
 def test_without_gradients_weights_shrink_by_rate_times_weight_decay_a_step(optimizer, decay):
     before, _, after = steps(optimizer, (0.0,) * 3, decay)
     for p, found in zip(before, after, strict=True):

@@ -734,8 +734,12 @@ def test_single_images_see_no_past_and_no_action(data, tmp_path):
         changed = batch.z_clean.clone()
         changed[:, 0] += 1
         moved = (denoise(changed, batch.tau, batch.d) - z_hat).abs().amax(dim=(2, 3))
+        batch.actions.add_(1.0)
+        steered = (denoise(batch.z_clean, batch.tau, batch.d) - z_hat).abs().amax(dim=(2, 3))
     assert bool((moved[-2:, 1:] == 0).all())
     assert bool((moved[:2, 1:] > 0).all())
+    assert bool((steered[-2:] == 0).all())
+    assert bool((steered[:2, 1:] > 0).all())
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])

@@ -116,7 +116,7 @@ def merged_rows(cells: Sequence[FinishedCell]) -> list[Row]:
             "checkpoint": cell.checkpoint,
             "dataset": cell.dataset,
             "status": cell.result["status"],
-            **{name: told["generation"][name] for name in ("sampler", "steps", "ctx_mode")},
+            **{name: told["generation"][name] for name in ("sampler", "steps", "ctx_mode", "ctx_label")},
             **{name: told["evaluation"][name] for name in ("seed", "context", "horizon")},
             "split": told["split"],
             **n,

@@ -160,7 +160,8 @@ def evaluation_text(result: Row) -> str:
         "",
         f"{n['windows']} windows of {n['episodes']} episodes ({result['settings']['split']}), "
         f"{n['noise_seeds']} noise seed(s); sampler {how['sampler']}, K = {how['steps']}, "
-        f"context at {LABEL} {how['tau_ctx']:g}, {how['ctx_mode']}",
+        f"context at {LABEL} {how['tau_ctx']:g}, {how['ctx_mode']}"
+        + (", labelled clean: a lie" if how.get("ctx_label") == "clean" else ""),
     ]
     for control, by_frame in (result["action_delta_db"] or {}).items():
         shown = ", ".join(f"{interval(value)} at {h}" for h, value in by_frame.items())

@@ -211,10 +211,11 @@ def _table(scores: dict[str, Any]) -> list[str]:
         "sharpness": ("sharpness_ratio", "{:.2f}"),
     }
     how = ", products in bfloat16" if s.get("precision") == "bfloat16" else ""
+    label = ", its frames labelled clean" if g.get("ctx_label") == "clean" else ""
     held = (
         f"Held out: {n['windows']} windows of {n['episodes']} episodes (split {s['split']}), "
         f"{s['evaluation']['context']} context frames; {g['sampler']}, K = {g['steps']}, tau_ctx {g['tau_ctx']} "
-        f"(0 clean, 1 noise){how}. 95 % intervals over episodes; they leave out the seed of training."
+        f"(0 clean, 1 noise){label}{how}. 95 % intervals over episodes; they leave out the seed of training."
     )
     lines = [
         in_markdown(held),
