@@ -24,7 +24,7 @@ from ahriuwu_cli import stopping
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.training.batches import check_shares, draw_batch
 from ahriuwu_cli.training.clip_loss import ClipLoss
-from ahriuwu_cli.training.distributed import PARALLEL, Group, what_changed
+from ahriuwu_cli.training.distributed import PARALLEL, Group, join, what_changed
 from ahriuwu_cli.training.restart import TORCHRUN
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_state
@@ -247,6 +247,13 @@ def test_clips_that_cannot_be_dealt_out_evenly_are_refused():
         check_shares(CONFIG, 3)
     with pytest.raises(UserError, match="a step has 2 clips of --long-frames 24, which do not divide by 4 processes"):
         check_shares(replace(CONFIG, long_frames=24, long_every=2), 4)
+
+
+def test_one_gpu_for_several_processes_of_a_box_is_refused_before_they_meet(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--device cuda:1 would put all processes"), join("cuda:1", None):
+        pass
 
 
 def test_a_signal_that_a_launcher_repeats_is_one_request(monkeypatch):

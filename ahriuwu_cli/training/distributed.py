@@ -155,6 +155,8 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
         raise UserError(f"unknown --parallel {parallel!r}: {did_you_mean(parallel, PARALLEL)}")
     shards = find_shards(None, "windows", {n: os.environ[n] for n in _VARIABLES if n in os.environ})
     rank, world = shards.windows
+    if device.startswith("cuda:") and world > 1 and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise UserError(f"--device {device} would put all processes of this box on one GPU: give --device cuda")
     where = pick_device(choose_device(device, shards))
     if world == 1:
         yield Group(where)
