@@ -13,6 +13,7 @@ import torch
 from conftest import random_actions
 from safetensors.numpy import load_file
 from small import small_dataset, small_world
+from worlds import moving_pictures, tiny_world
 
 from ahriuwu_cli.data.tensor_writer import TensorWriter
 from ahriuwu_cli.diffusion.samplers import SAMPLERS
@@ -135,6 +136,17 @@ def test_the_command_writes_frames_as_they_are_made_and_keeps_none(tmp_path):
 
     with av.open(result["files"]["mp4"]) as film:
         assert film.streams.video[0].frames == 1_504
+
+
+def test_the_score_is_of_the_actions_that_were_taken_wherever_they_stand(tmp_path):
+    world, found = tiny_world(moving_pictures(tmp_path / "data")), []
+    for actions in (("data",), ("repeat:RIGHT", "data")):
+        request = Request(tmp_path / "data", context=4, length=9, actions=actions)
+        imagine(world, request, {}, tmp_path / str(len(found)), 1, lambda *_: None)
+        arrays = load_file(tmp_path / str(len(found)) / "arrays.safetensors")["frames"]
+        found.append(json.loads((tmp_path / str(len(found)) / "rollout.json").read_text())["psnr_db"])
+    assert (arrays[0] != arrays[1]).any()  # or this test shows nothing
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
 def test_what_is_written_in_chunks_is_what_is_written_at_once(tmp_path, monkeypatch):
