@@ -78,7 +78,7 @@ def test_fvd_and_lpips_know_what_is_not_finite_and_what_is_real(monkeypatch, ask
     given = heard(monkeypatch, standard, "generate", made)
     drawn = heard(monkeypatch, standard, "reference_clips", (other, ["a"] * 16))
     weights = type("Weights", (), {"hash": "0"})()
-    found = standard.standard_distances(*asked[:1], *asked[1:], lpips=weights, fvd=weights)
+    found = standard.standard_distances(*asked, lpips=weights, fvd=weights)
     assert given[0][0][4] == ASKED
     assert (drawn[0][1]["split"], drawn[0][1]["seed"]) == ("train", 7)
     assert drawn[0][1]["avoid"] is asked[-1]

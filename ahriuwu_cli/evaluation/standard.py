@@ -167,9 +167,7 @@ def lpips_distance(judge, frames: np.ndarray, truth: np.ndarray, batch: int = 32
     for i in range(0, len(flat[0]), batch):
         a, b = (torch.from_numpy(x[i : i + batch]).to(device).movedim(-1, 1).float() / 255 for x in flat)
         rows.append(judge.network(a, b, normalize=True).flatten().double().cpu())
-    if not all(row.isfinite().all() for row in rows):
-        raise CheckpointError("the network of --lpips-weights makes of frames what is not finite: give another file")
-    return torch.cat(rows).reshape(frames.shape[:2]).numpy()
+    return _joined(rows, "--lpips-weights").reshape(frames.shape[:2]).numpy()
 
 
 class I3D(nn.Module):
@@ -241,9 +239,15 @@ def i3d_logits(network: I3D, clips: np.ndarray, batch: int = I3D_BATCH) -> Tenso
     for i in range(0, len(clips), batch):
         x = torch.from_numpy(np.ascontiguousarray(clips[i : i + batch, -CLIP_FRAMES:])).to(device).movedim(-1, 1)
         rows.append(network(resize_as_tensorflow(x.float(), I3D_SIDE) / 127.5 - 1).double().cpu())
-    if not all(row.isfinite().all() for row in rows):
-        raise CheckpointError("the I3D of --fvd-weights makes of clips what is not finite: give another file")
-    return torch.cat(rows)
+    return _joined(rows, "--fvd-weights")
+
+
+def _joined(rows: list[Tensor], option: str) -> Tensor:
+    """What a network made of all batches. CheckpointError where it is not finite: frames are, so it is the weights."""
+    joined = torch.cat(rows)
+    if not joined.isfinite().all():
+        raise CheckpointError(f"the network of {option} makes of frames what is not finite: give another file")
+    return joined
 
 
 def resize_as_tensorflow(x: Tensor, side: int) -> Tensor:

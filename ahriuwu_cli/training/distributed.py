@@ -105,10 +105,7 @@ class Group:
         """CheckpointError when the processes found different states in a run's folder. step: None where no run is."""
         if self.world == 1:
             return
-        found = -1 if step is None else step
-        ends = torch.tensor([found, -found])
-        self._reduce(ends, "MAX")
-        least, most = -int(ends[1]), int(ends[0])
+        least, most = (int(end) for end in self._ends(torch.tensor(-1 if step is None else step)))
         what = "a run, and no run," if least < 0 else f"states of steps {least} to {most}"
         sentence = f"the processes found {what} in {folder}: put it where all nodes see the same files"
         self._end_if_any(CheckpointError(sentence) if least != most else None)
@@ -118,10 +115,8 @@ class Group:
         if self.world == 1:
             return
         digests = [hashlib.sha256(json.dumps(said[name], sort_keys=True).encode()).digest() for name in sorted(said)]
-        mine = torch.tensor([int.from_bytes(digest[:7]) for digest in digests])
-        ends = torch.stack((mine, -mine))
-        self._reduce(ends, "MAX")
-        other = [name for name, differs in zip(sorted(said), ends.sum(0).tolist(), strict=True) if differs]
+        least, most = self._ends(torch.tensor([int.from_bytes(digest[:7]) for digest in digests]))
+        other = [name for name, same in zip(sorted(said), (least == most).tolist(), strict=True) if not same]
         sentence = f"the processes disagree on {', '.join(other)}: give all the same options and the same files"
         self._end_if_any(UserError(sentence) if other else None)
 
@@ -130,6 +125,12 @@ class Group:
         said = {"processes": self.world, "parallel": self.parallel if self.world > 1 else "none"}
         said["accumulate"] = config.accumulate
         return said | machine(self.device, config.precision)
+
+    def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(the least, the most) over all processes of each of these whole numbers."""
+        ends = torch.stack((-values, values))
+        self._reduce(ends, "MAX")
+        return -ends[0], ends[1]
 
     def _reduce(self, tensor: Tensor, operation: str) -> None:
         torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=self.control)

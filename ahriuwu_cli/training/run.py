@@ -25,7 +25,7 @@ from ahriuwu_cli.training.run_folder import WRITTEN, Announce, Asked, RunFolder,
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from ahriuwu_cli.training.state_check import Expected, Held, held
-from ahriuwu_cli.training.states import States
+from ahriuwu_cli.training.states import States, step_of
 from ahriuwu_cli.training.versions import versions
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def seen_step(folder: Path) -> int | None:
     newest = States(folder / "state", keep=1).newest()
     if newest is None:
         return 0 if (folder / "run.json").is_file() else None
-    return int(newest.name.removeprefix("step-"))
+    return step_of(newest)
 
 
 def run_goes_on(

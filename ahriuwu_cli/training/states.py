@@ -21,6 +21,11 @@ SAVE_SECONDS = 600.0  # of training between states at most: a run that dies lose
 _NAME = re.compile(r"step-\d{8,}")
 
 
+def step_of(state: Path) -> int:
+    """The step that the folder of a state is named by."""
+    return int(state.name.removeprefix("step-"))
+
+
 class States:
     """The folder that holds them. keep: how many stay. run: the hash of what was asked for, in each; "" is any.
 
@@ -105,7 +110,7 @@ class States:
 
     def _found(self) -> list[Path]:
         found = (path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))  # beyond 8 digits too
+        return sorted(found, key=step_of)  # beyond 8 digits too
 
     def _set_aside(self, path: Path) -> Path:
         aside, count = path.with_name(f"{path.name}.damaged"), 1
