@@ -233,6 +233,15 @@ CONTRADICTIONS = {
 }
 
 
+def test_a_result_that_lists_a_window_twice_is_refused_though_its_numbers_fit(result):
+    document, seen = deepcopy(result), {}
+    for row in document["windows"]:
+        row["start"] = seen.setdefault(row["episode"], row["start"])
+    assert len(seen) < len(document["windows"])
+    with pytest.raises(ValueError, match="it lists a window twice"):
+        check_result(document)
+
+
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_a_result_that_contradicts_itself_is_refused(result, name):
     document = deepcopy(result)

@@ -229,6 +229,28 @@ def test_only_the_last_16_frames_of_longer_clips_count(world):
     assert measured(world, windows, made)["latent_frechet"]["excess"]["value"] == pytest.approx(0, abs=0.1)
     made[:, -1] = 0
     assert measured(world, windows, made)["latent_frechet"]["excess"]["value"] > 1
+    finite = np.ones((32, 20), bool)
+    finite[0, 3] = finite[1, 4] = finite[2, 16] = finite[3, 19] = False
+    assert measured(world, windows, made, finite=finite)["not_finite_clips"] == 3
+
+
+def test_the_interval_is_a_jackknife_over_episodes_with_all_their_clips(world, windows, monkeypatch):
+    """Slow and obvious: everything again without one episode, scored and other clips alike; Student's t by table."""
+    monkeypatch.setattr(distances, "SWAPS", 1)
+    episodes, made, others = np.repeat(list("abcd"), 12), controls(windows)["blur"], bars(48, 16, seed=2)
+    beside = np.repeat(list("dcba"), 12)
+
+    def excess(left_out):
+        own, other = episodes != left_out, beside != left_out
+        asked = {"episodes": list(episodes[own]), "others": (others[other], list(beside[other]))}
+        return measured(world, windows[own], made[own], **asked)
+
+    whole, without = excess(None), [excess(name) for name in "abcd"]
+    for distance in ("latent_frechet", "latent_kernel"):
+        values = np.array([found[distance]["excess"]["value"] for found in without])
+        half = 3.1824 * np.sqrt(3 / 4 * ((values - values.mean()) ** 2).sum())
+        row = whole[distance]["excess"]
+        assert (row["lo"], row["hi"]) == pytest.approx((row["value"] - half, row["value"] + half), abs=2e-3 * half)
 
 
 def test_one_episode_gives_no_interval(world, windows):

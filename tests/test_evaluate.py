@@ -23,7 +23,8 @@ from worlds import (
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
-from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, quick_gain
+from ahriuwu_cli.evaluation import measure
+from ahriuwu_cli.evaluation.evaluate import EvaluationConfig, evaluate, measure_share, quick_gain, ready
 from ahriuwu_cli.evaluation.generate import generate, persist, reconstruct
 from ahriuwu_cli.evaluation.metrics import psnr_per_frame
 from ahriuwu_cli.evaluation.protocol import make_manifest, read_windows
@@ -105,6 +106,13 @@ def test_nan_is_counted_and_fails_instead_of_being_dropped(store):
     json.dumps(result, allow_nan=False)
 
 
+def test_a_step_from_true_context_that_is_not_finite_has_no_score(store):
+    result = run(puppet_world(store, breaks_at(CONFIG.context)), store)  # where the step from true context stands
+    assert result["not_finite_frames"]["teacher_forced"] == 3 * 2  # of 3 batches, at frames 4 and 6
+    assert result["horizons"]["4"]["teacher_forced_psnr"] is None
+    assert result["horizons"]["4"]["teacher_forced_floor"] > 5
+
+
 def test_a_preview_with_nan_stops_with_a_sentence(store):
     manifest = make_manifest(store, "val", 4, 6, 6, 0)
     world = puppet_world(store, breaks_at(5))
@@ -158,6 +166,25 @@ def test_noise_belongs_to_the_window_s_key_and_to_the_seed(store, tiny):
     differ = generate(tiny, frames, actions, ["a", "b"], config, seed=0, context=4).frames
     assert (differ[0] != differ[1]).any()
     assert (generate(tiny, frames, actions, ["a", "a"], config, seed=1, context=4).frames != same).any()
+
+
+def test_a_step_from_true_context_is_the_first_frame_of_the_window_that_begins_later(store, tiny):
+    manifest = make_manifest(store, "test", 4, 6, 5, 0)
+    later = replace(manifest, horizon=1, windows=tuple((episode, start + 3) for episode, start in manifest.windows))
+    whole, alone = (evaluate(tiny, store, CONFIG, tiny.generation, asked) for asked in (manifest, later))
+    first = alone["horizons"]["1"]["psnr"]["value"]  # of the same noise
+    assert whole["horizons"]["4"]["teacher_forced_psnr"] == pytest.approx(first, abs=1e-3)
+
+
+def test_the_speed_is_that_of_the_rollouts_with_true_actions_of_all_noise_seeds(store, tiny, monkeypatch):
+    def timed(*arguments, **named):  # a second a frame
+        made = generate(*arguments, **named)
+        return replace(made, seconds=float(made.finite.size))
+
+    monkeypatch.setattr(measure, "generate", timed)
+    config, manifest = ready(tiny, store, replace(CONFIG, noise_seeds=2), tiny.generation)
+    measured = measure_share(tiny, store, config, tiny.generation, manifest)
+    assert (measured.frames, measured.seconds) == (10 * 6 * 2, 10 * 6 * 2)
 
 
 def test_the_ceiling_is_decode_of_encode_against_the_frame_itself(store, tiny):

@@ -161,6 +161,15 @@ def test_what_is_written_in_chunks_is_what_is_written_at_once(tmp_path, monkeypa
         assert (tmp_path / "64" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("length", "shown"), [(8, 12), (9, 7), (19, 12), (21, 9)])
+def test_the_strip_shows_every_nth_frame_and_12_at_most(tmp_path, monkeypatch, length, shown):
+    small_dataset(tmp_path / "data")
+    request, strips = Request(tmp_path / "data", context=4, length=length, actions=("random",)), []
+    monkeypatch.setattr("ahriuwu_cli.imagine.write_strip", lambda path, frames: strips.append(len(frames)))
+    imagine(small_world(), request, {"steps": 1, "sampler": "euler"}, tmp_path / "out", 1, lambda *_: None)
+    assert strips == [shown]
+
+
 def test_a_decoder_that_looks_back_beyond_the_clip_so_far_sees_all_of_it_in_chunks_too(tmp_path, monkeypatch):
     small_dataset(tmp_path / "data")
     fields = {"model_width": 16, "heads": 2, "kv_heads": 2, "mlp_hidden": 16, "time_every": 2, "depth_encoder": 2}

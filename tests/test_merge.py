@@ -179,6 +179,18 @@ def test_the_set_that_cannot_be_told_from_the_best_is_the_one_whose_interval_hol
     assert row["difference_db"]["4"] == {"value": -1.0, "lo": -1.0, "hi": -1.0}  # the same in every window
 
 
+def test_with_one_episode_no_cell_can_be_told_from_the_best(done):
+    cells = [c for c in read_cells(done)[0] if c.identity["evaluation"]["horizon"] == 4]
+    for cell in cells:
+        for row in cell.result["windows"]:
+            row["episode"] = "alone"
+    merged = merge(cells)
+    (table,) = merged["tables"]
+    others = [r["label"] for r in table["rows"] if r["difference_db"]]
+    assert len(others) == 2
+    assert f"cannot be told from it at frame 4: {', '.join(others)}\n" in as_text(merged)
+
+
 @pytest.mark.parametrize("names", [{"checkpoint": "a", "dataset": 2}, {"checkpoint": [], "dataset": "b"}, 3])
 def test_a_cell_whose_names_are_no_texts_is_none_of_ours(copy, names):
     edit(sorted((copy / FOLDER).iterdir())[0], lambda document: document.update(names=names))

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -464,6 +465,11 @@ def test_the_hash_of_weights_sees_a_single_changed_weight(places):
     before = weights_hash(world)
     world.dynamics.head.weight[0, 0] += 1e-6
     assert weights_hash(world) != before
+
+
+def test_the_hash_of_weights_sees_for_which_step_sizes_they_were_trained(places):
+    world = load_world(places / "a", "cpu")
+    assert weights_hash(replace(world, trained_d=world.trained_d[1:])) != weights_hash(world)
 
 
 @pytest.mark.parametrize("damage", [lambda t: t[: len(t) // 2], lambda t: "[]", lambda t: t.replace("0", "1", 1)])

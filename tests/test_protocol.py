@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,13 @@ def test_windows_outside_their_split_are_refused_even_with_a_fitting_hash(store,
         WindowManifest(store.fingerprint, "test", 0, 4, 6, windows).save(tmp_path / "windows.json")
         with pytest.raises(DataError, match="does not have"):
             WindowManifest.load(tmp_path / "windows.json", store)
+
+
+def test_a_window_that_is_listed_twice_is_refused_even_with_a_fitting_hash(store, tmp_path):
+    good = make_manifest(store, "test", 4, 6, 2, 0)
+    replace(good, windows=(*good.windows, good.windows[0])).save(tmp_path / "windows.json")
+    with pytest.raises(DataError, match="it lists a window twice"):
+        WindowManifest.load(tmp_path / "windows.json", store)
 
 
 def test_impossible_wishes_for_windows_are_refused(store):

@@ -144,20 +144,24 @@ def test_a_real_model_whose_d_is_cut_off_is_caught(tiny, store, manifest):
     assert consistency(deaf, store, manifest)["verdict"]["ok"] is False
 
 
-def test_the_distances_are_those_of_whole_passes_over_clips_as_a_rollout_has_them(tiny, store, manifest):
-    """Slow and obvious: no cache, the paper's own steps, context mixed and labelled at tau_ctx."""
+@pytest.mark.parametrize("context", [4, 9])
+def test_the_distances_are_those_of_whole_passes_over_clips_as_a_rollout_has_them(tiny, store, context):
+    """Slow and obvious: no cache, the paper's own steps, context mixed and labelled at tau_ctx, as much as is seen."""
+    manifest = make_manifest(store, "test", context, 6, 8, 0)
     result = consistency(tiny, store, manifest, windows=3, levels=4, seed=5)
     frames, actions = read_windows(store, manifest, 0, 3)
-    z_clean = tiny.encode(torch.from_numpy(frames[:, :5]))
+    given = range(context)[-tiny.dynamics.config.window :]
+    seen = slice(given[0], context + 1)
+    z_clean = tiny.encode(torch.from_numpy(frames[:, : context + 1]))
     incoming, known = incoming_actions(torch.from_numpy(actions), torch.ones(3, dtype=torch.bool))
     noise = KeyedNoise(5, manifest.keys[:3], tuple(z_clean.shape[2:]))
-    before = torch.stack([0.9 * z_clean[:, t] + 0.1 * noise(t, "prompt") for t in range(4)], dim=1)
+    before = torch.stack([0.9 * z_clean[:, t] + 0.1 * noise(t, "prompt") for t in given], dim=1)
 
     def model(z, tau, d):
-        taus, sizes = torch.full((3, 5), 0.1), torch.full((3, 5), 1 / K_MAX)
-        taus[:, 4], sizes[:, 4] = tau, d
+        taus, sizes = (torch.full((3, len(given) + 1), value) for value in (0.1, 1 / K_MAX))
+        taus[:, -1], sizes[:, -1] = tau, d
         z = torch.cat([before, z[:, None]], dim=1)
-        return tiny.dynamics(z, taus, sizes, incoming[:, :5], known[:, :5])[:, 4]
+        return tiny.dynamics(z, taus, sizes, incoming[:, seen], known[:, seen])[:, -1]
 
     def walk(z, tau, d, told, steps):
         for i in range(steps):
@@ -168,7 +172,7 @@ def test_the_distances_are_those_of_whole_passes_over_clips_as_a_rollout_has_the
     for d, taus in ((1.0, (1.0,)), (0.5, (0.5, 1.0)), (0.25, (0.25, 0.5, 0.75, 1.0))):
         sums = dict.fromkeys(("halves", "two", "fine", "fine_blind", "walk", "heard"), 0.0)
         for tau in taus:
-            z = (1 - tau) * z_clean[:, 4] + tau * noise(4, "start")
+            z = (1 - tau) * z_clean[:, context] + tau * noise(context, "start")
             one, blind = walk(z, tau, d, d, 1), walk(z, tau, d, 1 / K_MAX, 1)
             two, end = walk(z, tau, d / 2, d / 2, 2), walk(z, tau, 1 / K_MAX, 1 / K_MAX, round(d * K_MAX))
             found = {"halves": one - two, "two": two - z, "fine": one - end, "fine_blind": blind - end}

@@ -102,6 +102,14 @@ def test_a_difference_in_sharpness_that_is_not_clear_over_episodes_is_not_claime
     assert not any("disagree" in w for w in notes([best, other]))
 
 
+def test_windows_of_one_episode_do_not_make_a_difference_in_sharpness_clear():
+    best, other = cell(0.5, 25.0, sharp=0.5), cell(0.1, 24.0, sharp=0.5)
+    other.scores.tables["model"]["energy"][:, 0] += np.repeat([0.0, 0.4], 6)
+    found = verdict.find_best([best, other], EPISODES, 1)
+    assert verdict.disagreement([best, other], found, EPISODES, 1) != []
+    assert verdict.disagreement([best, other], found, ["a"] * 6 + ["b"] * 6, 1) == []
+
+
 @pytest.mark.parametrize(
     ("forcing", "trained_at", "untrained"),
     [
@@ -184,6 +192,7 @@ def test_test_can_take_a_choice_back_but_never_make_one():
     verdict.check_on_test({"chosen_minus_own_db": {16: worse}}, 16, kept)
     assert (kept["tau_ctx"], kept["changed"]) == (0.1, False)
     assert "clearly worse on test" in kept["why"]
+    assert verdict.check_on_test({"best_minus_own_db": {16: unclear}}, 16, None) == []
     (found,) = verdict.check_on_test({"best_minus_own_db": {16: worse}}, 16, None)
     assert "on test the best is clearly worse than the checkpoint's own settings" in found
 
