@@ -13,6 +13,7 @@ from small import SPACE, small_dataset, small_world
 
 from ahriuwu_cli import cli
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.video import read_video
 from ahriuwu_cli.data.video_writing import write_mp4
 from ahriuwu_cli.imagine import GIF_PIXELS
 from ahriuwu_cli.models.dynamics import Dynamics
@@ -43,6 +44,10 @@ def snapshot(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and "latents" not in p.parts}
 
 
+def mean_psnr(made, truth):
+    return np.mean(-10 * np.log10((((made.astype(float) - truth) / 255) ** 2).mean((1, 2, 3))))
+
+
 def test_a_rollout_writes_a_video_that_plays_and_arrays_that_match_it(run, place):
     code, out, _ = run(
         "rollout", place / "world", place / "data", "--out", place / "out", "--length", 12, "--context", 4, "--json"
@@ -55,9 +60,47 @@ def test_a_rollout_writes_a_video_that_plays_and_arrays_that_match_it(run, place
     assert arrays["frames"].shape == (1, 12, 16, 16, 3)
     assert arrays["context"].shape == (4, 16, 16, 3)
     assert arrays["truth"].shape == (12, 16, 16, 3)
-    error = (arrays["frames"][0].astype(float) - arrays["truth"]) / 255
-    psnr = -10 * np.log10((error**2).mean((1, 2, 3)))
-    assert result["psnr_db"] == pytest.approx(psnr.mean(), abs=1e-3)
+    assert result["psnr_db"] == pytest.approx(mean_psnr(arrays["frames"][0], arrays["truth"]), abs=1e-3)
+
+
+@pytest.mark.parametrize(("length", "followed"), [(5, 5), (20, 8)])
+def test_a_rollout_of_a_film_with_its_actions_is_scored_by_what_followed_in_it(run, place, length, followed):
+    write_mp4(place / "v.mp4", np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), np.uint8), 10)
+    (place / "a.csv").write_text("LEFT,RIGHT\n" + "1,0\n" * 23)
+    words = ("rollout", place / "world", place / "v.mp4", "--out", place / "o", "--context", 4, "--length", length)
+    code, out, err = run(*words, "--actions", place / "a.csv", "--json")
+    assert code == 0, err
+    result, arrays = json.loads(out), load_file(place / "o" / "arrays.safetensors")
+    film, made = read_video(place / "v.mp4")[0], arrays["frames"][0]
+    np.testing.assert_array_equal(arrays["context"], film[:4])
+    np.testing.assert_array_equal(arrays["truth"], film[4 : 4 + length])
+    assert result["psnr_frames"] == followed
+    assert result["psnr_db"] == pytest.approx(mean_psnr(made[:followed], film[4 : 4 + followed]), abs=1e-3)
+
+
+@pytest.mark.parametrize("prompt", ["data", "v.mp4"])
+def test_a_rollout_of_other_actions_than_the_true_ones_has_no_score(run, place, prompt):
+    write_mp4(place / "v.mp4", np.full((9, 16, 16, 3), 90, np.uint8), 10)
+    words = ("rollout", place / "world", place / prompt, "--out", place / "o", "--context", 1, "--length", 2)
+    code, out, err = run(*words, "--actions", "repeat:LEFT", "--json")
+    assert code == 0, err
+    assert len(load_file(place / "o" / "arrays.safetensors")["truth"]) == 2
+    assert (json.loads(out)["psnr_db"], json.loads(out)["psnr_frames"]) == (None, 0)
+
+
+def test_actions_before_a_films_last_context_frame_are_known_from_a_file_alone(run, place):
+    save_world(replace(small_world(), trained_unlabelled=True), place / "open")
+    write_mp4(place / "v.mp4", np.full((9, 32, 32, 3), 90, np.uint8), 10)
+    (place / "a.csv").write_text("LEFT,RIGHT\n" + "1,0\n" * 6)
+    made = []
+    for name, source in (("asked", "repeat:LEFT"), ("told", place / "a.csv")):
+        words = ("rollout", place / "open", place / "v.mp4", "--context", 4, "--length", 3, "--out", place / name)
+        code, _, err = run(*words, "--actions", source)
+        assert code == 0, err
+        made.append(load_file(place / name / "arrays.safetensors"))
+    asked, told = made
+    np.testing.assert_array_equal(asked["actions"], told["actions"])
+    assert not np.array_equal(asked["frames"], told["frames"])
 
 
 def test_a_rollout_is_the_same_twice_and_changes_with_seed_actions_and_tau_ctx(run, place):

@@ -248,6 +248,13 @@ def test_drawn_windows_are_different_inside_spread_and_the_same_for_a_seed():
     assert sorted(draw_windows(lengths, 10, len(everything), 0)) == sorted(everything)
 
 
+def test_the_first_of_the_drawn_windows_is_of_any_episode_and_of_any_time_in_it():
+    lengths = dict.fromkeys("abcdefgh", 109)  # of 100 starts each
+    first = [draw_windows(lengths, 10, 32, seed)[0] for seed in range(200)]
+    assert {name for name, _ in first} == set(lengths)
+    assert np.histogram([start for _, start in first], 4, (0, 100))[0].min() > 30  # of 50
+
+
 def test_windows_are_drawn_from_many_episodes_in_little_time():
     begun = time.process_time()
     assert len(set(draw_windows(dict.fromkeys(map(str, range(30_000)), 9), 9, 20_000, seed=0))) == 20_000

@@ -290,15 +290,17 @@ def test_a_log_that_is_too_large_is_refused_and_one_of_millions_of_lines_takes_n
     run.release()
 
 
-def test_an_overwrite_that_dies_on_the_way_leaves_no_mixture_of_two_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("gone", [1, 3, 5])
+def test_an_overwrite_that_dies_on_the_way_leaves_no_mixture_of_two_runs(tmp_path, monkeypatch, gone):
     begun(tmp_path / "run", 3)
-    (tmp_path / "run" / "best").mkdir()
+    for name in ("best", "last", "tokenizer"):
+        (tmp_path / "run" / name).mkdir()
     other = RunFolder(tmp_path / "run", asked(config={"lr": 7}), "ahriuwu train", keep=2, free=FREE)
     calls, rename = [], os.rename
 
     def dies(a, b):
         calls.append(a)
-        if len(calls) == 3:
+        if len(calls) > gone:
             raise KeyboardInterrupt
         rename(a, b)
 
