@@ -199,6 +199,7 @@ ROWS = [("dynamics", name, damage) for name, damage in {**DAMAGE, **OF_DYNAMICS}
 ROWS += [("tokenizer", name, damage) for name, damage in {**DAMAGE, **OF_TOKENIZERS}.items()]
 ROWS += [
     ("adafactor", "a row of squares below 0", tensors("row_var", lambda t: -t - 1)),
+    ("adafactor", "squares of a vector below 0", tensors("variance", lambda t: -t - 1)),
     ("adafactor", "a column of another length", tensors("col_var", lambda t: t[..., :1])),
     ("bfloat16", "momentum in float32", tensors("momentum_buffer", lambda t: t.float())),
     ("budget", "fewer steps than are done", field("total", 1)),

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from ahriuwu_cli.training.config_json import seal
 from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_state
+from ahriuwu_cli.training.states import SAVE_SECONDS
 from ahriuwu_cli.training.tokenizer_config import TokenizerTrainConfig
 from ahriuwu_cli.training.tokenizer_loop import train_transformer_tokenizer
 from ahriuwu_cli.training.tokenizer_quality import reconstruction
@@ -100,6 +102,18 @@ def test_a_command_says_its_own_tokenizer_and_makes_a_damaged_one_anew(store, tm
 
     monkeypatch.setattr(tokenizer_loop.RunFolder, "release", other)
     assert run(*words)[:2] == (0, first)
+
+
+def test_a_run_is_saved_after_so_many_seconds_too(store, tmp_path, monkeypatch):
+    at = [0.0]
+
+    def later(done: int, total: int) -> None:
+        at[0] += 0.4 * SAVE_SECONDS
+
+    monkeypatch.setattr(tokenizer_loop, "time", SimpleNamespace(monotonic=lambda: at[0]))
+    config = dataclasses.replace(CONFIG, steps=5, save_every=100)
+    train_transformer_tokenizer(store, config, tmp_path / "r", progress=later)
+    assert {path.name for path in (tmp_path / "r" / "state").iterdir()} == {"step-00000004", "step-00000005"}
 
 
 @pytest.mark.parametrize("kind", ["linear", "transformer"])

@@ -45,6 +45,7 @@ from ahriuwu_cli.training.preview import choose_sampler, stands_still
 from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import read_document
+from ahriuwu_cli.training.states import SAVE_SECONDS
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_hidden": 32, "window": 6, "time_every": 2, "k_max": 8}
 CONFIG = TrainConfig(size="test", steps=6, budget=None, batch=4, frames=6, log_every=1, preview_windows=2, warmup=2)
@@ -111,6 +112,20 @@ def test_a_state_that_is_saved_before_the_next_step_is_the_one_that_was_loaded(
     trainer.run.release()
     assert len(before) == 2
     assert {path: path.read_bytes() for path in (tmp_path / "r" / "state").rglob("*.*")} == before
+
+
+def test_a_tokenizer_fitted_to_some_frames_takes_them_at_other_times_of_other_episodes(tmp_path, monkeypatch):
+    with EpisodeWriter(tmp_path / "d", height=16, width=16, fps=10.0, action_space=ActionSpace(), seed=0) as writer:
+        clip = np.zeros((20, 16, 16, 3), np.uint8)
+        clip[1::2] = 255  # it blinks
+        for _ in range(4):
+            writer.add(clip, None, split="train")
+    store = EpisodeStore.open(tmp_path / "d")
+    means = []
+    for frames in (80, 40):
+        monkeypatch.setattr(assemble_module, "FIT_FRAMES", frames)
+        means.append(fit_linear_tokenizer(store, (8, 8), 2, 0.5).mean)
+    assert torch.allclose(*means)
 
 
 def test_a_copy_of_a_run_by_hard_links_keeps_its_log(data, tmp_path):
@@ -689,6 +704,11 @@ def test_shares_hold_on_average_however_small_the_batch():
         assert mean == pytest.approx(share * count, abs=0.05)
 
 
+def test_runs_of_other_seeds_round_a_share_up_at_other_steps():
+    up = {tuple(share_of(0.5, 1, step, seed) for step in range(40)) for seed in range(8)}
+    assert len(up) == 8
+
+
 @pytest.mark.parametrize(
     ("count", "bootstrap", "images"), [(1, 0.125, 0.3), (3, 0.5, 0.5), (1, 0.5, 0.5), (3, 0.125, 0.875)]
 )
@@ -776,6 +796,34 @@ def test_the_rate_warms_up_in_optimiser_steps_and_falls_to_zero():
     assert rate(10_000, None, config) == 1.0
 
 
+def test_a_line_of_metrics_says_the_rate_that_its_step_was_taken_with(data, tmp_path, monkeypatch):
+    taken, apply = [], loop.apply
+
+    def noted(optimizers):
+        taken.append(optimizers[0].param_groups[0]["lr"])
+        apply(optimizers)
+
+    monkeypatch.setattr(loop, "apply", noted)
+    run(data, tmp_path / "r")
+    assert len(set(taken)) == 4  # one of the warm-up, the whole, two of the decay
+    assert [line["lr"] for line in lines(tmp_path / "r") if "loss" in line] == taken
+
+
+def test_a_line_of_metrics_has_the_means_of_all_frames_of_a_kind_since_the_line_before():
+    log, kinds, g = loop._Log(8), ([], []), torch.Generator().manual_seed(0)
+    for big in (0, 1, 7, 8):
+        d = torch.tensor([1 / 2] * big + [1 / 8] * (8 - big)).view(2, 4)
+        tau, per_frame = torch.rand(2, 2, 4, generator=g)
+        flow, bootstrap = per_frame[d == 1 / 8], per_frame[d > 1 / 8]
+        for frames, more in zip(kinds, (flow, bootstrap), strict=True):
+            frames.append(more)
+        means = {"loss": per_frame.mean(), "flow": flow.mean(), "bootstrap": bootstrap.mean(), "per_frame": per_frame}
+        log.add([(SimpleNamespace(d=d, tau=tau), SimpleNamespace(**means))], torch.tensor(1.0), 8)
+    line = log.line(Group(torch.device("cpu")))
+    for name, frames in zip(("flow", "bootstrap"), kinds, strict=True):
+        assert line[name] == pytest.approx(torch.cat(frames).mean().item(), abs=1e-6)
+
+
 def test_a_gradient_is_cut_to_the_clip_and_the_log_says_how_long_it_was(data, tmp_path, monkeypatch):
     seen = gradients_of(monkeypatch, loop)
     for clip in (1e9, 0.01):
@@ -830,6 +878,44 @@ def test_a_time_budget_ends_the_run_near_its_time(data, tmp_path):
     trainer = run(data, tmp_path / "r", replace(CONFIG, steps=None, budget=3.0))
     assert trainer.step == trainer.total
     assert 1.0 < trainer.elapsed < 12.0
+
+
+@pytest.fixture
+def taking(monkeypatch):
+    """taking(trainer, step, look): by the clock of this trainer its steps and previews take so many seconds."""
+
+    def taking(trainer, step: float, look: float = 0.0) -> None:
+        at = [0.0]
+
+        def lasting(seconds, act):
+            def acts(*arguments):
+                at[0] += seconds
+                return act(*arguments)
+
+            return acts
+
+        trainer.now = lambda: at[0]
+        monkeypatch.setattr(loop, "apply", lasting(step, loop.apply))
+        monkeypatch.setattr(loop, "preview", lasting(look, lambda *_: {"gain_db": {"1": 0.0}}))
+
+    return taking
+
+
+def test_a_run_is_saved_after_so_many_seconds_of_training_too(data, tmp_path, taking):
+    config = replace(CONFIG, steps=7, preview_every=100, keep=9)
+    trainer = assemble(*data, config, tmp_path / "r", "train", device=torch.device("cpu"))
+    taking(trainer, 0.4 * SAVE_SECONDS)
+    trainer.train(lambda line: None, StopRequest())
+    assert {path.name for path in (tmp_path / "r" / "state").iterdir()} == {f"step-0000000{n}" for n in (3, 6, 7)}
+
+
+def test_a_time_budget_is_divided_by_what_steps_take_without_the_previews_between_them(data, tmp_path, taking):
+    config = replace(CONFIG, steps=None, budget=100.0, decay=0.4, preview_every=5)
+    trainer = assemble(*data, config, tmp_path / "r", "train", device=torch.device("cpu"))
+    taking(trainer, 2.0, look=10.0)
+    trainer.train(lambda line: None, StopRequest())
+    assert trainer.total == 15 + 40 / (2 + 10 / 5)  # 15 steps and three previews took 60 s
+    assert trainer.elapsed == 25 * 2 + 4 * 10
 
 
 def _at(config, step, elapsed, warm, looked=0.0, looking=0.0):
@@ -931,6 +1017,19 @@ def test_weights_of_a_world_of_other_latents_are_no_start_and_those_of_the_same_
     assert not (tmp_path / "other").exists()
 
 
+def test_a_run_on_other_data_starts_with_all_tensors_of_the_world_that_it_starts_from(data, tmp_path):
+    run(data, tmp_path / "r")
+    start, tokenizer = load_world(tmp_path / "r" / "last", "cpu").dynamics, data[1]
+    still = small_dataset(tmp_path / "still", still=True)
+    assert not torch.allclose(open_pack(still, tokenizer, "train").spread(), start.channel_scale)
+    options = {"device": torch.device("cpu"), "init_from": tmp_path / "r" / "last"}
+    trainer = assemble(still, tokenizer, CONFIG, tmp_path / "again", "train", **options)
+    trainer.run.release()
+    for model in (trainer.model, trainer.average):
+        held = model.state_dict()
+        assert all(torch.equal(held[name], tensor) for name, tensor in start.state_dict().items())
+
+
 def test_a_start_whose_actions_have_other_names_is_said(data, tmp_path):
     store, tokenizer = data
     run(data, tmp_path / "r")
@@ -960,9 +1059,10 @@ def test_frames_too_small_to_be_scored_are_refused_before_anything_is_written(da
     assert not (tmp_path / "r").exists()
 
 
-def test_a_dataset_too_short_for_the_clips_is_refused_before_anything_is_written(data, tmp_path):
-    with pytest.raises(DataError, match="fewer --frames"):
-        run(data, tmp_path / "r", replace(CONFIG, frames=64))
+@pytest.mark.parametrize("clips", [{"frames": 64}, {"batch": 16, "long_frames": 64, "long_every": 100}])
+def test_a_dataset_too_short_for_the_clips_is_refused_before_anything_is_written(data, tmp_path, clips):
+    with pytest.raises(DataError, match=r"no training episode .* has 64 frames \(longest: 40\): .* fewer --frames"):
+        run(data, tmp_path / "r", replace(CONFIG, **clips))
     assert not (tmp_path / "r").exists()
 
 
