@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Batch evaluation on a SLURM cluster: an array whose tasks share the cells of a plan, one GPU each; then compare.
 #   job=$(sbatch --parsable --array=0-7 scripts/eval_slurm.sh PLAN OUT)
-#   sbatch --dependency=afterok:$job --wrap "ahriuwu eval merge OUT"
-# (a merge compares the cells that are there: after a failed task, submit the array again, which does what is missing)
+#   sbatch --dependency=afterany:$job --wrap "ahriuwu eval merge OUT --plan PLAN"
+# (the merge names cells of the plan that are missing and ends with 1: submit the array again, which does those alone)
 # The array has no gaps (0-7, not 1,5); its size need not fit the number of cells. OUT lies where all nodes see it.
 # Finished cells are skipped: after a time-out, submit the same line again. `ahriuwu` must be on PATH (activate below).
 #SBATCH --job-name=ahriuwu-eval

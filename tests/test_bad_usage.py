@@ -116,6 +116,7 @@ PATHS = {
     ("eval", "fvd_weights"): (2, 2, 2),
     ("eval plan", "plan"): (2, 2, 2),
     ("eval merge", "folder"): (3, 3, 3),
+    ("eval merge", "plan"): (2, 2, 2),
     ("eval merge", "out"): (2, 2, 2),  # not a .csv
     ("eval score", "rollouts"): (3, 3, 3),
     ("export", "prompts"): DATA,

@@ -377,6 +377,31 @@ def test_a_folder_without_cells_says_what_to_run_and_parts_are_mentioned(copy, r
     assert "cell beefbeefbeefbeef has only parts" in printed
 
 
+def test_a_merge_of_a_plan_names_the_cells_that_no_task_began_and_leaves_out_those_of_others(done, copy, run):
+    plan = done.parent / "plan.toml"
+    code, printed, _ = run(copy, "--plan", plan, "--json")
+    assert (code, json.loads(printed)["status"], json.loads(printed)["missing"]) == (0, "ok", [])
+    lost = next(c for c in read_cells(copy)[0] if c.checkpoint == "a|b")
+    (copy / FOLDER / f"{lost.name}.json").unlink()
+    assert run(copy)[0] == 0
+    code, printed, _ = run(copy, "--plan", plan, "--allow-nan", "--json")
+    told = json.loads(printed)
+    assert (code, told["status"], told["cells"], told["missing"]) == (1, "incomplete", 3, ["cell 2 of plan.toml"])
+    assert "FAILED: 1 cell(s) of the plan are not finished (cell 2 of plan.toml)" in (copy / "merged.txt").read_text()
+    shorter = done.parent / "shorter.toml"
+    shorter.write_text(
+        PLAN.replace('[[cell]]\ncheckpoint = "a|b"\n', "").replace("horizon = 5", "horizon = 4\nsteps = 8")
+    )
+    code, printed, err = run(copy, "--plan", shorter)
+    assert code == 1, err
+    assert "1 finished cell(s) there are not of this plan and are left out" in printed
+    assert len(list(csv.DictReader((copy / "merged.csv").open()))) == 2 * len((1, 4))
+    shorter.write_text(PLAN.replace("windows = 8", "windows = 7"))
+    code, _, err = run(copy, "--plan", shorter)
+    assert code == 3
+    assert "none of the plan's cells is finished there" in err
+
+
 @pytest.mark.slow
 def test_the_recipe_for_one_box_gives_the_same_cells_with_one_process_and_with_two(done, tmp_path):
     script, found = Path(__file__).parents[1] / "scripts" / "eval_torchrun.sh", []

@@ -112,6 +112,7 @@ def merge(
     ctx: typer.Context,
     folder: Path = typer.Argument(..., help="The --out of `ahriuwu eval plan`."),
     out: Path = typer.Option(None, "--out", help="The CSV; tables lie beside it as .txt, .md (default: in FOLDER)."),
+    plan: Path = typer.Option(None, "--plan", help="The plan: compare its cells alone, and fail when one is missing."),
     reference: str = typer.Option(None, help="Compare with this checkpoint or cell (default: the best of each table)."),
     allow_nan: bool = typer.Option(False, "--allow-nan", help="Exit 0 even when a rollout was not finite."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the files of --out."),
@@ -119,26 +120,41 @@ def merge(
 ) -> None:
     """Compare the finished cells of a plan: one CSV, and a table with paired 95 % intervals for every set of windows.
 
-    Exit 1 when a rollout was not finite.
+    Exit 1 when a rollout was not finite, or a cell of --plan is missing.
     """
     from ahriuwu_cli.evaluation import report
-    from ahriuwu_cli.evaluation.merge import as_markdown, as_text, merged_rows, read_cells
+    from ahriuwu_cli.evaluation.merge import as_markdown, as_text, merged_rows, of_plan, read_cells
     from ahriuwu_cli.evaluation.merge import merge as compare
     from ahriuwu_cli.startup import complete
 
     if out is None:
         options.only_for(ctx, "is for --out: the tables in FOLDER are made anew each time", "overwrite")
     files = _merged_files(folder, out, overwrite)
+    planned = None if plan is None else _planned(plan)
     cells, notes = read_cells(folder)
-    result = compare(cells, reference, notes)
+    missing: list[str] = []
+    if planned is not None:
+        cells, missing, left = of_plan(cells, planned)
+        notes += left
+    result = compare(cells, reference, notes, missing)
     text = as_text(result)
     texts = {"csv": report.as_csv(merged_rows(cells)), "txt": text + "\n", "md": as_markdown(result)}
     report.write_together({files[kind]: texts[kind] for kind in texts}, then=lambda: complete(files["csv"]))
     result["files"] = {name: str(path) for name, path in files.items()}
     shown = ", ".join(path.name for path in files.values())
     typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{text}\n-> {files['csv'].parent}: {shown}")
-    if result["status"] != "ok" and not allow_nan:
+    if missing or (result["status"] != "ok" and not allow_nan):
         raise typer.Exit(1)
+
+
+def _planned(plan: Path) -> dict[str, str]:
+    """The plan's cells by name, without measuring them."""
+    from ahriuwu_cli.evaluation.plan import read_plan
+
+    cells = read_plan(plan)
+    from ahriuwu_cli.evaluation.cells import planned
+
+    return planned(cells)
 
 
 def _told(rows: list[dict[str, Any]], of: int, out: Path) -> str:

@@ -77,12 +77,7 @@ def run_plan(
     for each in (out, folder):
         check_folder(each, overwrite=True, holds="pieces")
     files = _Files(shards.choose_device(device, split))
-    mine = [prepare_cell(files, cells[i], batch) for i in split.of_cells(len(cells))]
-    first: dict[str, Cell] = {}
-    for p in mine:
-        if p.digest in first:
-            raise UserError(f"{p.cell.where} comes to the same settings as {first[p.digest].where}: remove one of them")
-        first[p.digest] = p.cell
+    mine = _prepared(files, [cells[i] for i in split.of_cells(len(cells))], batch)
     found = {p.digest: _look(folder, p, split.leads, say) for p in mine}
     if not mine:
         return []
@@ -100,6 +95,14 @@ def run_plan(
     return rows
 
 
+def planned(cells: Sequence[Cell]) -> dict[str, str]:
+    """What a plan's cells will be called in out/cells, and where each stands in the plan.
+
+    Worlds and datasets are opened for it, and the errors are those of `run_plan`.
+    """
+    return {p.digest: p.cell.where for p in _prepared(_Files("cpu"), cells)}
+
+
 def prepare_cell(files: _Files, cell: Cell, batch: int = 32) -> Prepared:
     """Open what a cell names and check that it fits together; errors begin with the cell's place in the plan."""
     try:
@@ -113,6 +116,16 @@ def prepare_cell(files: _Files, cell: Cell, batch: int = 32) -> Prepared:
         raise type(error)(f"{cell.where}: {error}") from None
     everything = settings(world, store, config, generation, manifest)
     return Prepared(cell, config, generation, manifest, identity(everything, weights))
+
+
+def _prepared(files: _Files, cells: Sequence[Cell], batch: int = 32) -> list[Prepared]:
+    prepared = [prepare_cell(files, cell, batch) for cell in cells]
+    first: dict[str, Cell] = {}
+    for p in prepared:
+        if p.digest in first:
+            raise UserError(f"{p.cell.where} comes to the same settings as {first[p.digest].where}: remove one of them")
+        first[p.digest] = p.cell
+    return prepared
 
 
 def identity(everything: dict[str, Any], weights: str) -> dict[str, Any]:

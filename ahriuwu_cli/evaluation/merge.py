@@ -7,7 +7,7 @@ the best cell at the last frame unless one is named, and every other cell is sho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ahriuwu_cli.evaluation.report import Row
 from ahriuwu_cli.evaluation.summary import jsonable
 from ahriuwu_cli.printing import one_line
 
+NAMED = 8  # missing cells that are named in a note; JSON has all of them
 _HASHES = ("checkpoint_hash", "tokenizer_fingerprint")
 
 
@@ -75,10 +76,34 @@ def read_cells(out: Path) -> tuple[list[FinishedCell], list[str]]:
     return cells, [f"cell {name} has only parts: run its plan again to finish it, it is not in here" for name in begun]
 
 
-def merge(cells: Sequence[FinishedCell], reference: str | None = None, notes: Sequence[str] = ()) -> Row:
+def of_plan(
+    cells: Sequence[FinishedCell], planned: Mapping[str, str]
+) -> tuple[list[FinishedCell], list[str], list[str]]:
+    """Of finished cells those of a plan ({name: its place}), the places of those that it lacks, and notes on the rest.
+
+    DataError when none of its cells is there.
+    """
+    mine = [cell for cell in cells if cell.name in planned]
+    if not mine:
+        raise DataError(
+            "none of the plan's cells is finished there: it ran with another --out, or its worlds or data have changed"
+        )
+    missing = [where for name, where in planned.items() if name not in {cell.name for cell in mine}]
+    others = len(cells) - len(mine)
+    notes = [f"{others} finished cell(s) there are not of this plan and are left out"] if others else []
+    return mine, missing, notes
+
+
+def merge(
+    cells: Sequence[FinishedCell],
+    reference: str | None = None,
+    notes: Sequence[str] = (),
+    missing: Sequence[str] = (),
+) -> Row:
     """JSON-able: `tables`, one for every set of windows, with rows of gains and paired differences in dB.
 
     reference: a cell's name (or its beginning) or a checkpoint, in every table that has it; UserError when none has.
+    missing: where the cells that should be here stand in their plan; status "incomplete" when there are any.
     """
     groups: dict[str, list[FinishedCell]] = {}
     for cell in cells:
@@ -95,11 +120,15 @@ def merge(cells: Sequence[FinishedCell], reference: str | None = None, notes: Se
         )
     if nan:
         notes.append(f"FAILED: cells with frames that are not finite: {', '.join(nan)}; what they touch is nan")
+    if missing:
+        named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+        notes.append(f"FAILED: {len(missing)} cell(s) of the plan are not finished ({named}): run it again")
     return jsonable(
         {
             "kind": "eval-merge",
-            "status": "nan" if nan else "ok",
+            "status": "incomplete" if missing else "nan" if nan else "ok",
             "cells": len(cells),
+            "missing": list(missing),
             "tables": tables,
             "notes": notes,
         }
