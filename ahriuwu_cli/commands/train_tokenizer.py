@@ -84,13 +84,16 @@ def train_tokenizer(
         "latent_dim": tokenizer.latent_dim,
         "hash": tokenizer.fingerprint(),
         "val_psnr_db": quality["psnr_db"],
+        "val_sharpness_ratio": quality.get("sharpness_ratio"),  # tokenizers of before do not say it
     }
     if as_json:
         typer.echo(json.dumps(result))
         return
+    sharpness = result["val_sharpness_ratio"]
     typer.echo(
         f"{kind} tokenizer: {tokenizer.tokens} tokens x {tokenizer.latent_dim} channels a frame, "
-        f"{quality['psnr_db']:.2f} dB on {quality['frames']} val frames -> {folder}"
+        f"{quality['psnr_db']:.2f} dB{'' if sharpness is None else f' and {sharpness:.2f} of the sharpness'} "
+        f"on {quality['frames']} val frames -> {folder}"
     )
 
 

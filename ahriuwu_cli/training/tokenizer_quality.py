@@ -7,7 +7,7 @@ import torch
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import DataError
-from ahriuwu_cli.evaluation.metrics import psnr_per_frame
+from ahriuwu_cli.evaluation.metrics import gradient_energy, psnr_per_frame, ratio
 from ahriuwu_cli.models.tokenizer import Tokenizer
 
 
@@ -19,14 +19,22 @@ def check_split(store: EpisodeStore, split: str) -> None:
 
 @torch.no_grad()
 def reconstruction(tokenizer: Tokenizer, store: EpisodeStore, split: str, most: int = 16) -> dict:
-    """{"psnr_db": mean PSNR per frame, "frames": count} of decode(encode(frames)) on up to `most` episodes.
+    """Of decode(encode(frames)) on up to `most` episodes: what no world on this tokenizer can pass on average.
 
-    DataError where the split has none.
+    {"psnr_db": mean PSNR per frame, "sharpness_ratio": gradient energy / the frames' own (None where those are flat),
+    "frames": count}. DataError where the split has none.
     """
     check_split(store, split)
-    values = []
+    values, energy, truth = [], [], []
     for episode in store.episodes(split)[:most]:
         frames = torch.from_numpy(store.frames(episode.id, 0, min(episode.frames, 256)))[None]
         again = tokenizer.decode(tokenizer.encode(frames)).cpu()
         values.append(np.asarray(psnr_per_frame(again, frames)).ravel())
-    return {"psnr_db": float(np.concatenate(values).mean()), "frames": int(sum(len(v) for v in values))}
+        energy.append(gradient_energy(again).ravel())
+        truth.append(gradient_energy(frames).ravel())
+    sharpness = ratio(np.concatenate(energy).mean(), np.concatenate(truth).mean())
+    return {
+        "psnr_db": float(np.concatenate(values).mean()),
+        "sharpness_ratio": sharpness if np.isfinite(sharpness) else None,
+        "frames": int(sum(len(v) for v in values)),
+    }
