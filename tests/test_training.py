@@ -1061,7 +1061,8 @@ def test_frames_too_small_to_be_scored_are_refused_before_anything_is_written(da
 
 @pytest.mark.parametrize("clips", [{"frames": 64}, {"batch": 16, "long_frames": 64, "long_every": 100}])
 def test_a_dataset_too_short_for_the_clips_is_refused_before_anything_is_written(data, tmp_path, clips):
-    with pytest.raises(DataError, match=r"no training episode .* has 64 frames \(longest: 40\): .* fewer --frames"):
+    option = "--long-frames" if "long_frames" in clips else "--frames"
+    with pytest.raises(DataError, match=rf"no training episode .* has 64 frames \(longest: 40\): .* fewer {option} or"):
         run(data, tmp_path / "r", replace(CONFIG, **clips))
     assert not (tmp_path / "r").exists()
 

@@ -177,10 +177,11 @@ def check_fits(store: EpisodeStore, tokenizer: Tokenizer, config: TrainConfig, p
     check_shares(config, processes)
     preview_manifest(store, config.preview_windows, config.seed)  # a dataset too small for previews is refused now
     longest = max((e.frames for e in store.episodes("train")), default=0)
-    if longest < max(config.frames, config.long_frames):
+    clip, option = max((config.frames, "--frames"), (config.long_frames, "--long-frames"))
+    if longest < clip:
         raise DataError(
-            f"no training episode of {store.path} has {max(config.frames, config.long_frames)} frames (longest: "
-            f"{longest}): train with fewer --frames or record longer episodes"
+            f"no training episode of {store.path} has {clip} frames (longest: {longest}): train with fewer {option} "
+            f"or record longer episodes"
         )
 
 
