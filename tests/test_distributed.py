@@ -392,6 +392,37 @@ def test_processes_that_found_other_states_end_with_a_sentence():
     assert other == (4, "")
 
 
+BROKEN = """
+import math, sys
+sys.path.insert(0, sys.argv[4])
+from processes import CONFIG, Path, StopRequest, join, replace, trainer_for
+folder, out, broken = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+with join("cpu", None) as group:
+    trainer = trainer_for(folder, CONFIG, out, group)
+    plain = trainer.loss.forward
+    def spoilt(batch):
+        result = plain(batch)
+        if broken == "gradient":
+            result.loss.register_hook(lambda gradient: gradient * math.nan)
+        return replace(result, loss=result.loss * math.nan) if broken == str(group.rank) else result
+    trainer.loss.forward = spoilt
+    try:
+        trainer.train(lambda line: None, StopRequest())
+    except Exception as error:
+        print(group.rank, [w for w in str(error).split("windows ")[1].split(");")[0].split(", ")])
+        raise SystemExit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(("broken", "names"), [("1", [1]), ("gradient", [0, 1])])
+def test_clips_of_a_loss_that_is_not_finite_are_named_by_the_process_that_had_them(folder, tmp_path, broken, names):
+    found = finish(start(["-c", BROKEN, folder, tmp_path / "run", broken, Path(__file__).parent]))
+    assert [code for code, _ in found] == [1, 1]
+    assert [rank for rank, (_, said) in enumerate(found) if said] == names
+    for rank in names:
+        assert found[rank][1].startswith(f"{rank} ['0")
+
+
 def test_a_process_that_is_killed_does_not_leave_the_others_hanging(folder, tmp_path):
     out = tmp_path / "run"
     command = ["-m", "ahriuwu_cli", "train", "dynamics", folder / "data", "--out", out, "--steps", "100000"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -119,6 +119,15 @@ class Group:
         other = [name for name, same in zip(sorted(said), (least == most).tolist(), strict=True) if not same]
         sentence = f"the processes disagree on {', '.join(other)}: give all the same options and the same files"
         self._end_if_any(UserError(sentence) if other else None)
+
+    def end_where(self, guilty: bool, error: UserError) -> NoReturn:
+        """Every process ends: the guilty ones by `error`, the others without a word by its exit code; if none is, all.
+
+        For what all notice at once, though it came about on some.
+        """
+        if self.sum(torch.tensor(int(guilty))) and not guilty:
+            raise SystemExit(error.exit_code)
+        raise error
 
     def facts(self, config: TrainConfig) -> dict:
         """What a saved state says of who wrote it: all that may change on the way, and the last bits with it."""

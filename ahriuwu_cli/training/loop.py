@@ -185,10 +185,14 @@ class DynamicsTrainer:
                 (result.loss / self.config.accumulate).backward()
             results.append((batch, result))
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
-        if not torch.isfinite(norm) or not all(torch.isfinite(r.loss) for _, r in results):
+        broken = not all(torch.isfinite(r.loss) for _, r in results)
+        if broken or not torch.isfinite(norm):
             windows = [window for batch, _ in results for window in batch.windows]
-            losses = ", ".join(f"{r.loss.item():.4g}" for _, r in results)
-            raise not_finite(f"loss {losses}, gradient norm {norm.item():.4g}", self.step, windows, self.run.states)
+            what = f"loss {', '.join(f'{r.loss.item():.4g}' for _, r in results)}, gradient norm {norm.item():.4g}"
+            error = not_finite(what, self.step, windows, self.run.states)
+            if torch.isfinite(norm):
+                raise error
+            group.end_where(broken, error)  # gradients are averaged: all are here
         apply(self.optimizers)
         update_average(self.average, self.model, self.config.ema, self.step)
         clips, frames = shape_of(self.config, self.step)
