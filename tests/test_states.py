@@ -16,7 +16,7 @@ from ahriuwu_cli.folders import holding, replacing
 from ahriuwu_cli.training import checkpoint, state
 from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, save_world
 from ahriuwu_cli.training.state import save_state
-from ahriuwu_cli.training.states import States
+from ahriuwu_cli.training.states import States, step_of
 
 
 def saved(folder: Path, *steps: int, keep: int = 3) -> States:
@@ -30,6 +30,13 @@ def test_the_newest_is_the_one_of_most_steps_beyond_eight_digits_too(tmp_path):
     states = saved(tmp_path, 99_999_999, 100_000_000, keep=1)
     assert names(states) == ["step-100000000"]
     assert states.load(silent)[2]["step"] == 100_000_000
+
+
+@pytest.mark.parametrize("digits", ["9" * 19, "9" * 200, "1" * 7, "١" * 8])
+def test_a_folder_whose_number_no_run_could_have_is_no_state(tmp_path, digits):
+    states = saved(tmp_path, 3)
+    (states.folder / f"step-{digits}").mkdir()
+    assert step_of(states.newest()) == 3
 
 
 def names(states: States) -> list[str]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ahriuwu_cli.training.state_check import Expected
 
 SAVE_SECONDS = 600.0  # of training between states at most: a run that dies loses no more
-_NAME = re.compile(r"step-\d{8,}")
+_NAME = re.compile(r"step-\d{8,18}", re.ASCII)  # within 64 bits: processes compare them
 
 
 def step_of(state: Path) -> int:
