@@ -243,6 +243,7 @@ def raw(header: bytes, data: bytes = b"") -> bytes:
         raw(b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}'),
         raw(b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', b"0000"),
         raw(b'{"a": {"dtype": "F32", "shape": [0, 99999999999999], "data_offsets": [0, 0]}}'),
+        raw(b'{"a": {"dtype": "F32", "shape": [1099511627776, 1099511627776, 0], "data_offsets": [0, 0]}}'),
         raw(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"00000"),
         raw(b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "b": {"dtype": "U8", "shape": [2], '
             b'"data_offsets": [1, 3]}}', b"0000"),
@@ -382,6 +383,13 @@ def test_a_weight_that_is_finite_in_its_file_alone_is_refused(folder, kind):
     edit(place)
     with pytest.raises(CheckpointError, match="holds weights that are not finite"):
         load_tokenizer(place) if kind == "tokenizer" else load_world(folder, "cpu")
+
+
+@pytest.mark.parametrize("kind", [-9, "dynamics ", None, ["tokenizer"]])
+def test_a_world_of_another_kind_is_no_tokenizer_for_the_one_beside_it(folder, kind):
+    edit(folder, kind=kind)
+    with pytest.raises(CheckpointError, match="kind"):
+        describe_checkpoint(folder)
 
 
 def test_facts_of_any_kind_are_shown_as_they_stand(folder):

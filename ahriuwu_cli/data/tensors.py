@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 100_000
 MAX_AXES, MAX_LENGTH = 8, 2**40  # of a shape
+MAX_VOLUME = 2**48  # product of the axes that are not 0, which libraries multiply for empty tensors too
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
          "I64": 8, "U64": 8, "F64": 8}  # bytes, by the format's names  # fmt: skip
 TORCH = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16",
@@ -216,6 +217,7 @@ def _entry(path: Path, name: str, entry: object, start: int, size: int) -> Tenso
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and max(shape, default=0) <= MAX_LENGTH
         known = type(dtype) is str and len(entry) == 3 and len(shape) <= MAX_AXES
+        known = known and not (whole and math.prod(n or 1 for n in shape) > MAX_VOLUME)
     except (TypeError, KeyError, ValueError):
         known = False
     if not known:

@@ -64,7 +64,9 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 def _is_world(path: Path) -> bool:
     """Whether it is a world's folder, by what it says of itself or has beside it: what it lacks, its loader tells."""
     with suppress(OSError, ValueError):
-        return read_object(path / "config.json").get("kind") == "dynamics"
+        kind = read_object(path / "config.json").get("kind")
+        if kind in ("dynamics", "tokenizer"):
+            return kind == "dynamics"
     return (path / "tokenizer" / "config.json").is_file() and any(
         os.path.lexists(path / name) for name in ("config.json", "model.safetensors")
     )
