@@ -1,7 +1,7 @@
 """Does what the README says come out here? Every shipped world on episodes recorded now, `verify`, perhaps the demo.
 
-    python scripts/expected.py                     # a minute: 48 windows of episodes that no number was made on
-    python scripts/expected.py --short             # half of one: 16 windows and what exactly they gave; CI runs this
+    python scripts/expected.py                     # 1.5 minutes: 48 windows of episodes that no number was made on
+    python scripts/expected.py --short             # one: 16 windows and what exactly they gave; CI runs this
     python scripts/expected.py --demo runs/demo    # after `bash scripts/demo.sh`: its numbers too
 
 Expected values and tolerances are in scripts/expected.toml. The episodes are the same wherever the same ViZDoom records
