@@ -122,6 +122,18 @@ def test_the_card_holds_the_scores_of_the_evaluation(place, run):
     assert "bfloat16" in card
 
 
+def test_scores_by_another_sampler_than_the_worlds_do_not_get_into_its_card(place, run):
+    asked = ("--windows", 4, "--context", 4, "--horizon", 4, "--looks", "none", "--out", place / "ev")
+    assert run("eval", place / "world", place / "data", *asked, "--sampler", "euler", "--steps", 3)[0] == 0
+    export = ("export", place / "world", "--out", place / "small", "--evidence", place / "ev")
+    code, _, err = run(*export)
+    assert code == 2
+    assert "was measured by steps 3, sampler euler, and this world would go by steps 2, sampler shortcut: " in err
+    assert not (place / "small").exists()
+    assert run(*export, "--sampler", "euler", "--steps", 3)[0] == 0
+    assert "euler, K = 3" in (place / "small" / "README.md").read_text()
+
+
 def test_the_busiest_prompts_have_the_most_edges_and_come_from_different_episodes(place, run):
     from ahriuwu_cli.evaluation.metrics import gradient_energy
 

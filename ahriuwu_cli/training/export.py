@@ -8,9 +8,9 @@ world/            a checkpoint as `training.checkpoint` writes it, weights in 16
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,17 @@ def _scores(folder: Path, *measured: World) -> dict[str, Any]:
     )
     if of not in map(weights_hash, rounded):
         raise DataError(f"{file} was measured with another world, or by an older version: evaluate this one")
+    ours, theirs = asdict(measured[0].generation), scores["settings"]["generation"]
+    if other := [name for name in ("steps", "sampler", "tau_ctx", "ctx_mode") if ours[name] != theirs.get(name)]:
+        raise UserError(
+            f"{file} was measured by {_said(theirs, other)}, and this world would go by {_said(ours, other)}: "
+            "export it by what was measured (--sampler, --steps), or evaluate it as it is"
+        )
     return scores
+
+
+def _said(generation: dict[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {generation.get(name)}" for name in names)
 
 
 def _windows(
