@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -36,6 +36,12 @@ def printable(text: str, keep_return: bool = False) -> str:
 def one_line(text: object) -> str:
     """A line of a report, whatever texts of files are in it: nothing ends it, and its spaces stay, for columns."""
     return printable(_SPACE.sub(" ", str(text)))
+
+
+def some_of(parts: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first of them, `most` at most, and how many more there are."""
+    more = f" and {len(parts) - most} more" if len(parts) > most else ""
+    return between.join(parts[:most]) + more
 
 
 def to_type(command: str) -> str:

@@ -303,31 +303,30 @@ def test_a_tokenizer_is_judged_by_every_frame_of_up_to_sixteen_episodes(tmp_path
     assert reconstruction(Off(), store, "val", most=99)["frames"] == 18 * 3
 
 
+class Pale:
+    """Gives frames back with so much of their contrast."""
+
+    def __init__(self, contrast: float) -> None:
+        self.contrast = contrast
+
+    def encode(self, frames):
+        return frames
+
+    def decode(self, frames):
+        return self.contrast * frames.double() / 255
+
+
 @pytest.mark.parametrize(("contrast", "sharpness"), [(1.0, 1.0), (0.5, 0.25), (0.0, 0.0)])
 def test_a_tokenizer_that_halves_the_contrast_keeps_a_quarter_of_the_sharpness(store, contrast, sharpness):
-    class Pale:
-        def encode(self, frames):
-            return frames
-
-        def decode(self, frames):
-            return contrast * frames.double() / 255
-
-    assert reconstruction(Pale(), store, "val")["sharpness_ratio"] == pytest.approx(sharpness)
+    assert reconstruction(Pale(contrast), store, "val")["sharpness_ratio"] == pytest.approx(sharpness)
 
 
 def test_flat_frames_have_no_sharpness_that_could_be_kept(tmp_path):
-    class Exact:
-        def encode(self, frames):
-            return frames
-
-        def decode(self, frames):
-            return frames.double() / 255
-
     with EpisodeWriter(tmp_path, height=16, width=16, fps=10.0, action_space=SPACE, seed=0) as writer:
         writer.add(
             np.full((3, 16, 16, 3), 77, np.uint8), SPACE.random(2, (1, 1), np.random.default_rng(0)), split="val"
         )
-    assert reconstruction(Exact(), EpisodeStore.open(tmp_path), "val")["sharpness_ratio"] is None
+    assert reconstruction(Pale(1.0), EpisodeStore.open(tmp_path), "val")["sharpness_ratio"] is None
 
 
 def test_the_run_folder_says_what_was_trained_and_announces_mse_only(store, tmp_path):

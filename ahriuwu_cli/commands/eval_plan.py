@@ -123,18 +123,20 @@ def merge(
     Exit 1 when a rollout was not finite, or a cell of --plan is missing.
     """
     from ahriuwu_cli.evaluation import report
+    from ahriuwu_cli.evaluation.cells import planned
     from ahriuwu_cli.evaluation.merge import as_markdown, as_text, merged_rows, of_plan, read_cells
     from ahriuwu_cli.evaluation.merge import merge as compare
+    from ahriuwu_cli.evaluation.plan import read_plan
     from ahriuwu_cli.startup import complete
 
     if out is None:
         options.only_for(ctx, "is for --out: the tables in FOLDER are made anew each time", "overwrite")
     files = _merged_files(folder, out, overwrite)
-    planned = None if plan is None else _planned(plan)
+    named = None if plan is None else planned(read_plan(plan))
     cells, notes = read_cells(folder)
     missing: list[str] = []
-    if planned is not None:
-        cells, missing, left = of_plan(cells, planned)
+    if named is not None:
+        cells, missing, left = of_plan(cells, named)
         notes += left
     result = compare(cells, reference, notes, missing)
     text = as_text(result)
@@ -145,16 +147,6 @@ def merge(
     typer.echo(json.dumps(result, allow_nan=False) if as_json else f"{text}\n-> {files['csv'].parent}: {shown}")
     if missing or (result["status"] != "ok" and not allow_nan):
         raise typer.Exit(1)
-
-
-def _planned(plan: Path) -> dict[str, str]:
-    """The plan's cells by name, without measuring them."""
-    from ahriuwu_cli.evaluation.plan import read_plan
-
-    cells = read_plan(plan)
-    from ahriuwu_cli.evaluation.cells import planned
-
-    return planned(cells)
 
 
 def _told(rows: list[dict[str, Any]], of: int, out: Path) -> str:

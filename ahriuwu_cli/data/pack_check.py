@@ -18,6 +18,7 @@ from ahriuwu_cli.data.pack_journal import left_behind
 from ahriuwu_cli.data.tensors import DTYPES, fill
 from ahriuwu_cli.data.validate import Check
 from ahriuwu_cli.errors import DataError
+from ahriuwu_cli.printing import some_of
 
 OPENING = 256 << 20  # bytes that opening a pack may read for its hashes: a smaller pack is checked whole
 BLOCK = 4 << 20  # bytes of latents looked at together
@@ -128,5 +129,4 @@ def _misfit(path: Path, facts: dict[str, Any], store: EpisodeStore) -> str:
 
 
 def _row(name: str, problems: list[str], good: str, warning: bool = False) -> Check:
-    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return Check(name, not problems, f"{'; '.join(problems[:5])}{more}" if problems else good, warning)
+    return Check(name, not problems, some_of(problems, 5, "; ") if problems else good, warning)

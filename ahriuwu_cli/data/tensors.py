@@ -215,9 +215,9 @@ def _whole(path: Path | str, info: TensorInfo) -> np.ndarray:
 def _entry(path: Path, name: str, entry: object, start: int, size: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and max(shape, default=0) <= MAX_LENGTH
         known = type(dtype) is str and len(entry) == 3 and len(shape) <= MAX_AXES
-        known = known and not (whole and math.prod(n or 1 for n in shape) > MAX_VOLUME)
+        whole = known and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        whole = whole and max(shape, default=0) <= MAX_LENGTH and math.prod(n or 1 for n in shape) <= MAX_VOLUME
     except (TypeError, KeyError, ValueError):
         known = False
     if not known:

@@ -12,7 +12,7 @@ from ahriuwu_cli.data.episodes import Episode, EpisodeStore
 from ahriuwu_cli.data.metadata import SPLITS
 from ahriuwu_cli.disk import file_hash
 from ahriuwu_cli.errors import DataError
-from ahriuwu_cli.printing import printable
+from ahriuwu_cli.printing import printable, some_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,8 +79,7 @@ def validate(store: EpisodeStore) -> list[Check]:
 
 
 def _check(name: str, problems: list[str], good: str, lead: str = "", warning: bool = False) -> Check:
-    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-    detail = f"{lead} {', '.join(problems[:5])}{more}".strip() if problems else good
+    detail = f"{lead} {some_of(problems, 5)}".strip() if problems else good
     return Check(name, not problems, detail, warning)
 
 

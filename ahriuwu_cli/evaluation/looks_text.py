@@ -7,6 +7,7 @@ from typing import Any
 
 from ahriuwu_cli.diffusion.tau import LABEL
 from ahriuwu_cli.evaluation.report import interval, number
+from ahriuwu_cli.printing import some_of
 
 
 def looks_text(result: dict[str, Any]) -> str:
@@ -61,12 +62,9 @@ def _levels(look: dict[str, Any]) -> Iterator[str]:
         f"error at {LABEL} {level:g}: {interval(row, sign=False)} of the latents' variance with context, "
         f"{number(look['alone'][-1])} without"
     )
-    starved = ", ".join(f"({cell['position']}, {cell['level']:g})" for cell in look["starved"][:6])
+    starved = [f"({cell['position']}, {cell['level']:g})" for cell in look["starved"]]
     if starved:
-        more = len(look["starved"]) - 6
-        yield f"hardly ever trained, but asked for by a rollout (position, tau): {starved}" + (
-            f" and {more} more" if more > 0 else ""
-        )
+        yield f"hardly ever trained, but asked for by a rollout (position, tau): {some_of(starved, 6)}"
 
 
 def _features(look: dict[str, Any]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from ahriuwu_cli.evaluation.prepare import INTERVAL
 from ahriuwu_cli.evaluation.protocol import WindowManifest, paired_bootstrap
 from ahriuwu_cli.evaluation.report import Row
 from ahriuwu_cli.evaluation.summary import jsonable
-from ahriuwu_cli.printing import one_line
+from ahriuwu_cli.printing import one_line, some_of
 
 NAMED = 8  # missing cells that are named in a note; JSON has all of them
 _HASHES = ("checkpoint_hash", "tokenizer_fingerprint")
@@ -88,7 +88,8 @@ def of_plan(
         raise DataError(
             "none of the plan's cells is finished there: it ran with another --out, or its worlds or data have changed"
         )
-    missing = [where for name, where in planned.items() if name not in {cell.name for cell in mine}]
+    finished = {cell.name for cell in mine}
+    missing = [where for name, where in planned.items() if name not in finished]
     others = len(cells) - len(mine)
     notes = [f"{others} finished cell(s) there are not of this plan and are left out"] if others else []
     return mine, missing, notes
@@ -121,7 +122,7 @@ def merge(
     if nan:
         notes.append(f"FAILED: cells with frames that are not finite: {', '.join(nan)}; what they touch is nan")
     if missing:
-        named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+        named = some_of(missing, NAMED)
         notes.append(f"FAILED: {len(missing)} cell(s) of the plan are not finished ({named}): run it again")
     return jsonable(
         {

@@ -31,6 +31,7 @@ from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.folders import holding, replacing, whole
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.tokenizer import Tokenizer, tokenizer_class
+from ahriuwu_cli.printing import some_of
 from ahriuwu_cli.training.config_json import (
     FORMAT,
     TOKENIZER,
@@ -236,8 +237,7 @@ def build_with_weights(build: Callable[[], nn.Module], stored: int, path: Path) 
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n].shape)
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{path} does not fit its config.json: {', '.join(wrong[:3])}{more} differ")
+        raise CheckpointError(f"{path} does not fit its config.json: {some_of(wrong, 3)} differ")
     tensors = read_tensors(path)
     odd = sorted(n for n, t in module.state_dict().items() if t.is_floating_point() != tensors[n].is_floating_point())
     if odd:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ahriuwu_cli.errors import TrainingError
+from ahriuwu_cli.printing import some_of
 from ahriuwu_cli.training.states import States
 
 MOST_NAMED = 64  # windows in the sentence
@@ -16,9 +17,7 @@ MOST_NAMED = 64  # windows in the sentence
 
 def not_finite(what: str, step: int, windows: Sequence[str], states: States) -> TrainingError:
     """The error for a step whose loss or gradient is not finite; windows as "episode:first frame"."""
-    named = ", ".join(windows[:MOST_NAMED])
-    if len(windows) > MOST_NAMED:
-        named += f" and {len(windows) - MOST_NAMED} more"
+    named = some_of(windows, MOST_NAMED)
     return TrainingError(
         f"loss or gradient is not finite at step {step} ({what}; windows {named}); the last good state is "
         f"{states.newest() or 'none'}: try a lower --lr or --precision float32"
