@@ -154,7 +154,16 @@ def call_it(error: OSError, path: Path, hidden: Path) -> None:
 def visible(name: str | bytes | int | None) -> str:
     """What people call the file of an error: without hidden names that it would have lost in the end. "" for None."""
     text = "" if name is None else os.fsdecode(name) if isinstance(name, bytes) else str(name)
-    return re.sub(r"(^|/)\.([^/]+)\.(?:\d+\.tmp|partial-\d+|partial)(?=/|$)", r"\1\2", text)
+    text = re.sub(r"(^|/)\.([^/]+)\.(?:\d+\.tmp|partial-\d+|partial)(?=/|$)", r"\1\2", text)
+    return re.sub(r"(^|/)(state\.(?:safetensors|json))\.partial$", r"\1\2", text)  # within a hidden folder
+
+
+def check_room(path: Path, size: int) -> None:
+    """OSError, as from a full disk, where a file of so many bytes has no room beside `path`. A look, not a promise."""
+    disk = shutil.disk_usage(path.parent)
+    if size > disk.free and disk.total:  # some file systems say nothing
+        why = f"{size / 1e9:.4g} GB are needed, {disk.free / 1e9:.4g} GB are free"
+        raise OSError(errno.ENOSPC, why, str(path))
 
 
 def refusal(error: OSError, place: str) -> str:

@@ -19,8 +19,8 @@ PARTS = {  # of our folders, by what they are
     "run": ("best", "last", "tokenizer", "state"),
     "results": ("cells",),
 }
-OURS = b'"format": ?"ahriuwu-checkpoint/'  # in the first bytes of each file of a checkpoint
-OF = rb'"kind": ?"(dynamics|tokenizer)"'  # in those of config.json and run.json
+OURS = b'"format": ?"ahriuwu-(checkpoint/|state-)'  # in the first bytes of each file of a checkpoint, and of a state
+OF = rb'"kind": ?"(dynamics|tokenizer)"'  # in those of config.json and run.json, and of a state
 NAMES = {  # of what is a checkpoint or a run, for people
     ("checkpoint", "dynamics"): "world", ("checkpoint", "tokenizer"): "tokenizer",
     ("run", "dynamics"): "run", ("run", "tokenizer"): "tokenizer's run",
@@ -97,13 +97,14 @@ def refuse_to_take_away(out: Path) -> None:
 def refuse_other_kind(out: Path, *own: str) -> None:
     """UserError when the folder `out`, which is to be replaced, is a dataset, a checkpoint or a run, but none of `own`.
 
-    own: of NAMES. One that does not say what it is of, since a file is lost, may be any.
+    own: of NAMES. One that does not say what it is of, since its files are lost, may be any.
     """
     target = _real(out)
     kind = _kind(target)
     if kind == "dataset":
         raise UserError(f"--overwrite would take away the dataset {out}: choose another --out")
-    what = NAMES.get((kind, _first(target / KINDS[kind][0], OF))) if kind else None
+    told = (_first(file, OF) for file in (target / KINDS[kind][0], *_documents(target))) if kind else ()
+    what = NAMES.get((kind, next(filter(None, told), None)))
     if what is not None and what not in own:
         raise UserError(f"--overwrite would take away the {what} {out}: choose another --out")
 
@@ -119,14 +120,23 @@ def _refuse_irreplaceable(out: Path, by: str, exists: bool) -> None:
 
 
 def _kind(folder: Path) -> str | None:
-    """Which of KINDS a folder is. A checkpoint that lost one of its files still is one, where the other says so."""
+    """Which of KINDS a folder is. A checkpoint that lost one of its files still is one, where the other says so.
+
+    So is a run with states.
+    """
     lie = {kind: [name for name in names if os.path.lexists(folder / name)] for kind, names in KINDS.items()}
     whole = (kind for kind, names in lie.items() if len(names) == len(KINDS[kind]))
-    return next(whole, "checkpoint" if any(_is_ours(folder / name) for name in lie["checkpoint"]) else None)
+    kind = next(whole, "checkpoint" if any(_is_ours(folder / name) for name in lie["checkpoint"]) else None)
+    return kind or ("run" if any(map(_is_ours, _documents(folder))) else None)
+
+
+def _documents(folder: Path) -> list[Path]:
+    """Those of the states of a run."""
+    return sorted((folder / "state").glob("step-*/state.json"))
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file says that it is of a checkpoint of ours; many a project has files of these names."""
+    """Whether a file says that it is of a checkpoint or a state of ours; many a project has files of these names."""
     return _first(file, OURS) is not None
 
 

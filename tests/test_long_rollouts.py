@@ -1,11 +1,13 @@
 """10,000 frames: memory is flat, positions do not drift, and a frame that is not finite is named."""
 
+import errno
 import gc
 import json
 import os
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from safetensors.numpy import load_file
 from small import small_dataset, small_world
 from worlds import moving_pictures, tiny_world
 
+from ahriuwu_cli import cli, disk
 from ahriuwu_cli.data.tensor_writer import TensorWriter
 from ahriuwu_cli.diffusion.samplers import SAMPLERS
 from ahriuwu_cli.errors import TrainingError
@@ -24,6 +27,7 @@ from ahriuwu_cli.models.layers import as_bias, window_mask
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
 from ahriuwu_cli.prompts import Request
 from ahriuwu_cli.rollout import CTX_MODES, KeyedNoise, RolloutConfig, rollout
+from ahriuwu_cli.training.checkpoint import save_world
 
 LENGTH = 10_000
 
@@ -239,3 +243,27 @@ def test_a_tensor_file_written_in_any_order_is_what_safetensors_reads(tmp_path):
     assert np.array_equal(found["b"], bytes_)
     assert np.array_equal(found["n"], numbers)
     assert found["none"].shape == (0, 4)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_rollout_that_has_no_room_on_the_disk_is_refused_before_its_first_frame(tmp_path, monkeypatch, capsys, known):
+    small_dataset(tmp_path / "data")
+    save_world(small_world(), tmp_path / "world")
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(total=9_000 * known, free=4_321 * known))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["rollout", "world", "data", "--split", "train", "--length", "9", "--device", "cpu", "--out", "h"])
+    said = capsys.readouterr().err
+    assert stop.value.code == (1 if known else 0), said
+    assert ("no room for h (2.039e-05 GB are needed, 4.321e-06 GB are free): make room there" in said) == known
+    assert (tmp_path / "h").exists() != known
+
+
+def test_room_is_looked_for_beside_the_file_to_the_byte(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda p: asked.append(p) or SimpleNamespace(total=9e9, free=3e9))
+    disk.check_room(tmp_path / "x", 3_000_000_000)
+    with pytest.raises(OSError, match=r"3 GB are needed, 3 GB are free") as error:
+        disk.check_room(tmp_path / "x", 3_000_000_001)
+    assert asked == [tmp_path, tmp_path]
+    assert error.value.errno == errno.ENOSPC

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from small import small_dataset, small_world
 from typer.main import get_command
 
@@ -16,6 +17,7 @@ from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.places import check_folder, keep_apart, refuse_other_kind, refuse_to_take_away
 from ahriuwu_cli.training.checkpoint import save_tokenizer, save_world
+from ahriuwu_cli.training.run_folder import RunFolder
 
 TRAIN = "--steps 1 --batch 1 --frames 2 --preview-windows 1 --device cpu"
 
@@ -339,6 +341,30 @@ def test_what_does_not_say_what_it_is_of_is_replaced_by_either(tmp_path):
     refuse_other_kind(tmp_path / "x", "world")
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "run.json").write_text("{")
+    refuse_other_kind(tmp_path / "r", "tokenizer's run")
+
+
+@pytest.mark.parametrize("lost", ["gone", "cut"])
+def test_a_run_that_lost_its_run_json_is_one_by_its_states(tmp_path, lost):
+    run = RunFolder(tmp_path / "r", {"kind": "dynamics", "config": {}, "facts": {}}, "train", keep=2, free=())
+    run.begin(False, print)
+    run.save_state(1, {"a": torch.ones(2)}, {"step": 1, "total": 9})
+    run.release()
+    (tmp_path / "r" / "run.json").unlink()
+    if lost == "cut":
+        (tmp_path / "r" / "run.json").write_text("{")
+    (tmp_path / "r" / "best").mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "r" / "best" / file).touch()
+    with pytest.raises(UserError, match="holds a run: choose another --out"):
+        check_folder(tmp_path / "r", overwrite=True)
+    with pytest.raises(UserError, match="would take away the run"):
+        refuse_to_take_away(tmp_path)
+    with pytest.raises(UserError, match="would take away the run"):
+        refuse_other_kind(tmp_path / "r", "tokenizer's run")
+    refuse_other_kind(tmp_path / "r", "run")
+    refuse_to_take_away(tmp_path / "r")  # by the run itself
+    shutil.rmtree(tmp_path / "r" / "state")
     refuse_other_kind(tmp_path / "r", "tokenizer's run")
 
 

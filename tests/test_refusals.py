@@ -97,6 +97,9 @@ def test_an_error_names_what_people_call_a_file_and_not_a_hidden_name(tmp_path):
     assert error.filename == f"{hidden}2"
     assert visible("a/.b.tmp.12.tmp/c/.d.mp4.partial-7") == "a/b.tmp/c/d.mp4"
     assert visible(".config/x.12.tmp") == ".config/x.12.tmp"
+    assert visible("r/state/.step-3.partial/state.safetensors.partial") == "r/state/step-3/state.safetensors"
+    assert visible("r/.step-3.partial/state.json.partial") == "r/step-3/state.json"
+    assert visible("a/x.partial") == "a/x.partial"
 
 
 REFUSED = {

@@ -5,6 +5,7 @@ import fcntl
 import gc
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import tracemalloc
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -456,13 +458,104 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     assert run.states.newest().name == "step-00000003"
 
 
-def test_a_damaged_run_json_of_a_run_with_states_is_an_error_and_not_a_new_run(tmp_path):
-    begun(tmp_path / "run", 3)
+LOST = {
+    "gone": (Path.unlink, "is missing"),
+    "empty": (lambda path: path.write_text(""), "cannot be read"),
+    "cut": (lambda path: path.write_text(path.read_text()[:40]), "cannot be read"),
+    "another tool's": (lambda path: path.write_text('{"id": 7}'), "it has no config"),
+    "no facts": (lambda path: path.write_text(path.read_text().replace('"facts"', '"fact"')), "it has no facts"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("lost", LOST)
+def test_a_run_that_lost_its_run_json_has_it_again_from_its_newest_state(tmp_path, lost, resume):
+    begun(tmp_path / "run", 3, 5)
+    path = tmp_path / "run" / "run.json"
+    whole = path.read_bytes()
+    damage, why = LOST[lost]
+    damage(path)
+    assert whole != (path.read_bytes() if path.is_file() else b"")
+    with pytest.raises(UserError, match=r"with other settings \(lr 0\.1 -> 0\.2\)"):
+        goes_on(tmp_path / "run", asked(config={**ASKED["config"], "lr": 0.2}), FREE, resume, False)
+    assert goes_on(tmp_path / "run", ASKED, FREE, resume, False)
+    assert not path.is_file() or path.read_bytes() != whole  # nothing is written until the run is held
+    said = []
+    run = RunFolder(tmp_path / "run", ASKED, "another command", keep=2, free=FREE)
+    assert run.go_on(said.append)[2]["step"] == 5
+    run.release()
+    assert len(said) == 1
+    assert re.search(rf"run\.json .*{why}.*: made anew from the copy in \S*state/step-00000005", said[0]), said
+    assert ("set aside as run.json.damaged" in said[0]) == (lost != "gone")
+    assert os.path.lexists(tmp_path / "run" / "run.json.damaged") == (lost != "gone")
+    assert path.read_bytes() == whole
+    assert run.command == "ahriuwu train"  # what started it, which its worlds state
+    assert run.go_on(said.append)[2]["step"] == 5
+    assert len(said) == 1
+
+
+def test_a_finished_run_that_lost_its_run_json_has_it_again(tmp_path):
+    begun(tmp_path / "run", 9)
+    whole = (tmp_path / "run" / "run.json").read_bytes()
+    (tmp_path / "run" / "run.json").unlink()
+    run = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+    assert run.go_on(print)[2]["step"] == 9
+    assert "is finished" in run.found
+    assert (tmp_path / "run" / "run.json").read_bytes() == whole
+
+
+def test_the_copy_of_a_damaged_newest_state_is_not_used_and_the_one_before_gives_it(tmp_path):
+    begun(tmp_path / "run", 3, 5)
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "state" / "step-00000005" / "state.json").write_text("{")
+    said = []
+    run = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+    assert run.go_on(said.append)[2]["step"] == 3
+    assert "step-00000005 is damaged" in said[0]
+    assert "made anew from the copy in" in said[1]
+    assert "step-00000003" in said[1]
+    run.release()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_without_run_json_whose_states_have_no_copy_of_it_is_refused_and_stays(tmp_path, resume):
+    run = begun(tmp_path / "run")
+    run._said = {}  # as an older version
+    run.save_state(3, {"a": torch.ones(2)}, {"step": 3, "total": 9})
+    run.release()
     (tmp_path / "run" / "run.json").write_text("{")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        CheckpointError,
+        match=r"run\.json cannot be read .*no state beside it has a copy of it: put \S*run\.json back or start over by "
+        "--overwrite$",
+    ):
+        goes_on(tmp_path / "run", ASKED, FREE, resume, False)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not goes_on(tmp_path / "run", ASKED, FREE, False, True)
+
+
+def test_a_run_json_of_another_tool_in_a_folder_without_states_is_in_use(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(UserError, match="not empty"):
         goes_on(tmp_path / "run", ASKED, FREE, False, False)
     with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
         goes_on(tmp_path / "run", ASKED, FREE, True, False)
+
+
+def test_a_run_whose_last_tidying_failed_keeps_as_many_states_as_was_asked(tmp_path, monkeypatch):
+    run = begun(tmp_path / "run", 3, 5)
+    monkeypatch.setattr(States, "prune", lambda states: None)
+    run.save_state(7, {"a": torch.ones(2)}, {"step": 7, "total": 9})
+    run.release()
+    monkeypatch.undo()
+    assert len(list((tmp_path / "run" / "state").iterdir())) == 3
+    assert run.go_on(print)[2]["step"] == 7
+    run.release()
+    assert [s.name for s in sorted((tmp_path / "run" / "state").iterdir())] == ["step-00000005", "step-00000007"]
 
 
 def stopped(capfd, by: list[signal.Signals], waits: bool = False, after: str | None = None, **options) -> tuple:

@@ -147,6 +147,9 @@ DAMAGE = {
     "a text for a total": field("total", "x"),
     "no total": without("total"),
     "a text for the last line": field("logged", "x"),
+    "a text for what was asked": field("run_json", "x"),
+    "no settings in what was asked": lambda _, document: document["run_json"].pop("config"),
+    "a list for the facts that were asked": lambda _, document: document["run_json"].update(facts=[]),
     "a line after its step": field("logged", 3),
     "no optimizers": without("optimizers"),
     "a text for optimizers": field("optimizers", "xyz"),
@@ -179,6 +182,7 @@ OF_DYNAMICS = {
     "more norms than steps": field("grad_norms", [1.0] * 3),
     "time below 0": field("elapsed", -1e300),
     "no time at all": field("elapsed", 0),
+    "no sums of the line that is begun": lambda held, _: held.pop("log"),
     "more time than there is": field("elapsed", 1e300),
     "a text for the time": field("elapsed", "x"),
     "a preview that took less than no time": field("looked", -1),
@@ -235,7 +239,9 @@ def test_states_from_before_some_fields_existed_are_gone_on_with(runs, tmp_path)
 
     def older(held, document):
         held.pop("log")
-        for name in ("grad_norms", "processes", "parallel", "accumulate", "threads", "products", "logged", "run"):
+        for name in ("grad_norms", "processes", "parallel", "accumulate", "threads", "products", "logged"):
+            document.pop(name)
+        for name in ("run", "run_json"):
             document.pop(name)
 
     sealed_again(state, older)

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 
 from ahriuwu_cli.data.pack_journal import write_all
 from ahriuwu_cli.data.tensors import DTYPES, make_header
+from ahriuwu_cli.disk import check_room
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 class TensorWriter:
-    """Context manager: tensors {name: (dtype, shape)}, dtype as safetensors names it; what is not written is zero."""
+    """Context manager: tensors {name: (dtype, shape)}, dtype as safetensors names it; what is not written is zero.
+
+    OSError at once where the disk has no room for all of it.
+    """
 
     def __init__(self, path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         # Wide numbers first: every tensor then begins at a multiple of its numbers' size, as readers like it.
@@ -27,6 +31,7 @@ class TensorWriter:
         for name, (dtype, shape) in self._tensors.items():
             self._offsets[name] = end
             end += math.prod(shape) * int(DTYPES[dtype][-1])
+        check_room(path, end)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         os.ftruncate(self._descriptor, end)
         write_all(self._descriptor, header, 0)

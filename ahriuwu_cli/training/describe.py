@@ -18,7 +18,7 @@ from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.printing import one_line
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world
-from ahriuwu_cli.training.run_folder import read_run
+from ahriuwu_cli.training.run_folder import known_run
 
 
 def describe_sizes() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def describe_sizes() -> dict[str, Any]:
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Facts of a world, tokenizer or run folder; DataError when it is none of them."""
     if (path / "run.json").is_file() and not (path / "best" / "config.json").is_file():
-        if read_run(path)["kind"] != "tokenizer":
+        if known_run(path)[0]["kind"] != "tokenizer":
             raise DataError(f"{path} is a run that has not saved a world yet: wait for its first preview")
         if not (path / "tokenizer" / "config.json").is_file():
             raise DataError(f"{path} is a run that has not saved its tokenizer yet: it does so at its end")

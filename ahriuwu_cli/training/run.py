@@ -21,7 +21,7 @@ from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, load_tokenizer, save_tokenizer, save_world
 from ahriuwu_cli.training.config_json import identity
-from ahriuwu_cli.training.run_folder import WRITTEN, Announce, Asked, RunFolder, agrees, goes_on, read_run
+from ahriuwu_cli.training.run_folder import WRITTEN, Announce, Asked, RunFolder, agrees, goes_on, known_run
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from ahriuwu_cli.training.state_check import Expected, Held, held
@@ -74,10 +74,10 @@ class Run(RunFolder):
             self.save_state(trainer.step, tensors | {"log": sums}, document)
 
     def expected(self, trainer: DynamicsTrainer) -> Expected:
-        """What `save` would write of a trainer, but for its numbers. States of older versions have no log."""
+        """What `save` would write of a trainer, but for its numbers. Without grad_norms an older version wrote it."""
         tensors = held("model", trainer.model.state_dict()) | held("average", trainer.average.state_dict())
         tensors["log"] = Held(torch.float64, trainer.log.shape, trainer.log.holds)
-        return Expected(tensors, trainer.optimizers, optional=("log",))
+        return Expected(tensors, trainer.optimizers, optional={"log": "grad_norms"})
 
     def restore(self, trainer: DynamicsTrainer, found: tuple[Path, dict[str, Tensor], dict[str, Any]]) -> dict:
         """Bring a fresh trainer exactly to a state that `go_on` found, and held to what is expected of it.
@@ -235,9 +235,9 @@ def from_here(init_from: Path | None, out: Path) -> str | None:
 
 
 def _said_in(folder: Path) -> dict[str, Any]:
-    """The run.json of a folder; nothing where there is none, or one that `goes_on` refuses."""
+    """What the run.json of a folder says; nothing where there is none, or one that `goes_on` refuses."""
     try:
-        return read_run(folder)
+        return known_run(folder)[0]
     except CheckpointError:
         return {}
 

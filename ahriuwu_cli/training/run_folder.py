@@ -1,7 +1,7 @@
 """The folder of a run, of whatever is trained: who may write in it, what was asked for, its log and its states.
 
 run.json        what was asked for: configuration, facts of the data, command line, versions; once one is, that a state
-                is saved
+                is saved. Each state has a copy of it
 metrics.jsonl   one JSON object a line
 state/step-N/   all that the next step depends on, the last few
 .lock           held by the process that writes here
@@ -16,7 +16,8 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,7 +34,7 @@ from ahriuwu_cli.places import KINDS, check_folder, refuse_other_kind, refuse_to
 from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.restart import resuming
-from ahriuwu_cli.training.state_check import Expected, check_document
+from ahriuwu_cli.training.state_check import COPY, Expected, check_document, check_run
 from ahriuwu_cli.training.states import States
 from ahriuwu_cli.training.versions import versions
 
@@ -109,11 +110,11 @@ class RunFolder:
         expected: what the tensors of its states must be. Nothing is written when the run is finished. UserError when it
         is alive, CheckpointError when it is damaged or its states are gone.
         """
-        self._said = read_run(self.folder)
+        self._said, copied = known_run(self.folder)
         self.command = self._said["command"]
         _refuse_links(self.folder)
         glance = self.states.glance()
-        finished = glance is not None and self.is_finished(glance) and not self._has_leftovers()
+        finished = copied is None and glance is not None and self.is_finished(glance) and not self._has_leftovers()
         self.lacking = self.lost(glance) if finished and self.writes else []
         found = self._read(announce, expected) if (finished and not self.lacking) or not self.writes else None
         if found is not None and self.writes:
@@ -123,6 +124,7 @@ class RunFolder:
                 self._hold(announce)
                 mend(self.folder, WRITTEN)
                 self.states.clean()
+                self._said, copied = known_run(self.folder)
                 found = self.states.load(announce, expected=expected)
                 self.lacking = [] if found is None else self.lost(found[2])
                 if found is None:
@@ -130,6 +132,9 @@ class RunFolder:
                     self._clear(WRITTEN)  # whatever else lies here is the user's
                     self._begin(more)
                 else:
+                    if copied is not None:
+                        self._write_again(copied, announce)
+                    self.states.prune()
                     step, logged = found[2]["step"], found[2].get("logged", 0)
                     last_preview = step == found[2]["total"] and bool(self.lacking or not self.is_finished(found[2]))
                     run_log.cut(self.log_file, step, logged, announce, last_preview, self._log_every)
@@ -162,13 +167,8 @@ class RunFolder:
         # before it was said in run.json, nothing but its last work tells
         if self._said.get(_SAVED) is not True and not (self.product and os.path.lexists(self.folder / self.product)):
             return
-        ways = [f"put {self.states.folder} back", "start over by --overwrite"]
-        for world in (self.folder / "best", self.folder / "last"):
-            if all((world / name).is_file() for name in KINDS["checkpoint"]):
-                ways.insert(1, f"take its weights into another --out by --init-from {world}")
-                break
         raise CheckpointError(
-            f"the states of {self.folder} are gone, so this run cannot go on: {', '.join(ways[:-1])} or {ways[-1]}"
+            f"the states of {self.folder} are gone, so this run cannot go on: {_ways(self.folder, self.states.folder)}"
         )
 
     def _has_leftovers(self) -> bool:
@@ -200,7 +200,8 @@ class RunFolder:
         with self.writing():
             if self.log_file.exists():
                 sync(self.log_file)
-            saved = self.states.save(step, tensors, document | {"logged": self._logged})
+            copy = {COPY: {**self._said, _SAVED: True}} if self._said else {}
+            saved = self.states.save(step, tensors, {**copy, **document, "logged": self._logged})
             if not self._is_ours():  # it became another run's folder while this was written
                 discard(saved)
             elif self._said and self._said.get(_SAVED) is not True:
@@ -288,6 +289,18 @@ class RunFolder:
         write_whole(self.folder / "run.json", to_json(document, 1) + "\n")
         self._said = document
 
+    def _write_again(self, copied: Copied, announce: Announce) -> None:
+        """Put the copy of run.json in its place."""
+        path, done = self.folder / "run.json", ""
+        if os.path.lexists(path):
+            aside = path.with_name("run.json.damaged")
+            if os.path.lexists(aside):
+                discard(aside)
+            path.rename(aside)
+            done = f", and set aside as {aside.name}"
+        self._say(self._said)
+        announce(f"{copied.why}: made anew from the copy in {copied.state}{done}")
+
     def _set_aside(self, name: str) -> None:
         """Make room for a folder where something else has its name."""
         path = self.folder / name
@@ -313,14 +326,15 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
         if resume:
             raise UserError(f"{folder} holds no run to resume: start it without --resume")
         return False
-    if "run.json" not in content:
+    started = States(folder / "state", keep=1).newest() is not None
+    if "run.json" not in content and not started:
         if resume:
             raise UserError(f"{folder} holds no run to resume but other files ({content[0]}): choose another --out")
         refuse_used(folder, overwrite)
     try:
-        before = read_run(folder)
+        before, _ = known_run(folder)
     except CheckpointError:
-        if not resume:
+        if not resume and not started:
             refuse_used(folder, overwrite)
         raise
     _refuse_links(folder)
@@ -350,14 +364,52 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
         document = {"kind": "dynamics"} | read_object(path)
-        for name, kind in (("kind", str), ("config", dict), ("facts", dict), ("command", str)):
-            if not isinstance(document[name], kind):
-                raise TypeError(f"{name} is not a {kind.__name__}")
-    except KeyError as error:
-        raise CheckpointError(f"{path} cannot be read (it has no {error})") from None
-    except (OSError, ValueError, TypeError) as error:
+        check_run(document)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     return document
+
+
+@dataclass(frozen=True)
+class Copied:
+    """That what a run.json says was read from a state's copy: which state, and why (the beginning of a sentence)."""
+
+    state: Path
+    why: str
+
+
+def known_run(folder: Path) -> tuple[dict[str, Any], Copied | None]:
+    """The run.json of a folder; where that is lost, the copy in its newest state that can be read, and so said.
+
+    CheckpointError when there is none either, or the folder is no run.
+    """
+    try:
+        return read_run(folder), None
+    except CheckpointError as error:
+        states = States(folder / "state", keep=1)
+        for state, document in states.readable():
+            with suppress(KeyError, ValueError):
+                check_run(document[COPY])
+                return document[COPY], Copied(state, str(error))
+        if states.newest() is None:
+            raise
+        raise CheckpointError(
+            f"{error}, and no state beside it has a copy of it: {_ways(folder, folder / 'run.json')}"
+        ) from None
+
+
+def _ways(folder: Path, lost: Path) -> str:
+    """What is left to do with a run that lost what it needs."""
+    ways = [f"put {lost} back", "start over by --overwrite"]
+    for world in (folder / "best", folder / "last"):
+        if all((world / name).is_file() for name in KINDS["checkpoint"]):
+            ways.insert(1, f"take its weights into another --out by --init-from {world}")
+            break
+    return f"{', '.join(ways[:-1])} or {ways[-1]}"
 
 
 def _refuse_links(folder: Path) -> None:

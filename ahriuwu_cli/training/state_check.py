@@ -24,6 +24,7 @@ LONGEST = 1e12  # seconds of a run, as a world may say them
 LOUDEST = 1e4  # dB between two pictures
 STEEPEST = 4e38  # norm of a gradient, which is a number in float32
 WORDS = 40  # characters of a name
+COPY = "run_json"  # what a document calls the run.json of its run
 
 Check = Callable[[Any], bool]
 
@@ -41,6 +42,25 @@ def check_document(document: Mapping[str, Any], needed: Sequence[str], steps: in
             raise ValueError(f"{name} is {repr(document[name])[:WORDS]}")
 
 
+def check_run(said: object) -> None:
+    """ValueError unless this is what a run.json says."""
+    if type(said) is not dict:
+        raise ValueError("it is not an object")
+    for name, kind in (("kind", str), ("config", dict), ("facts", dict), ("command", str)):
+        if name not in said:
+            raise ValueError(f"it has no {name}")
+        if type(said[name]) is not kind:
+            raise ValueError(f"{name} is not a {kind.__name__}")
+
+
+def _is_run(said: object) -> bool:
+    try:
+        check_run(said)
+    except ValueError:
+        return False
+    return True
+
+
 def _fields(step: int, steps: int | None) -> dict[str, Check]:
     undecided = _or_none(_whole(step, MOST))
     counts = dict.fromkeys(("processes", "accumulate", "threads"), _whole(1, MOST))
@@ -55,6 +75,7 @@ def _fields(step: int, steps: int | None) -> dict[str, Check]:
         "grad_norms": lambda v: type(v) is list and len(v) <= step and all(map(_number(0, STEEPEST), v)),
         "finished": lambda value: type(value) is bool,
         "optimizers": lambda value: type(value) is list,
+        COPY: _is_run,
         "worlds": lambda v: type(v) is dict and v.keys() <= {"best", "last"} and all(map(is_hash, v.values())),
         **counts,
         **texts,
@@ -100,25 +121,32 @@ def held(prefix: str, tensors: Mapping[str, Tensor], sound: Callable[[Tensor], b
 
 
 class Expected:
-    """The tensors of a run's states, those of its optimisers among them. optional: others that may be missing.
+    """The tensors of a run's states, those of its optimisers among them.
 
-    A parameter without a gradient so far has no state in its optimiser; any other has all of it.
+    optional: others that may be missing, each where the document lacks this field, as an older version's may. A
+    parameter without a gradient so far has no state in its optimiser; any other has all of it.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Held], optimizers: Sequence[torch.optim.Optimizer], optional: Sequence[str] = ()
+        self,
+        tensors: Mapping[str, Held],
+        optimizers: Sequence[torch.optim.Optimizer],
+        optional: Mapping[str, str] | None = None,
     ) -> None:
         self.optimizers = list(optimizers)
         of_optimizers: dict[str, Held] = {}
         for i, optimizer in enumerate(self.optimizers):
             of_optimizers |= with_prefix(f"optimizer{i}", _of_optimizer(optimizer))
-        self.tensors, self.optional = {**tensors, **of_optimizers}, {*optional, *of_optimizers}
+        self.tensors, self.of_optimizers = {**tensors, **of_optimizers}, of_optimizers.keys()
+        self.optional = optional or {}
 
     def check(self, document: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> None:
         """Compare names, number formats and shapes, and the description of the optimisers, before memory is taken."""
         there = {name.rpartition(".")[0] for name in header}
         for name in self.tensors.keys() - header.keys():
-            if name not in self.optional or name.rpartition(".")[0] in there:
+            never_stepped = name in self.of_optimizers and name.rpartition(".")[0] not in there
+            of_older = name in self.optional and self.optional[name] not in document
+            if not (never_stepped or of_older):
                 raise ValueError(f"it has no tensor {name}")
         for name, info in header.items():
             if name not in self.tensors:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +60,19 @@ class States:
             sync(self.folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        self.prune()
+        return target
+
+    def prune(self) -> None:
+        """Take away all but the last few. Only for who holds the run's lock, and knows a sound one among those."""
         for old in self._found()[: -self.keep]:
             discard(old)
-        return target
+
+    def readable(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Folders and documents of those whose document is as it was written, newest first, whatever it says."""
+        for path in reversed(self._found()):
+            with suppress(CheckpointError):
+                yield path, read_document(path)[0]
 
     def glance(self) -> dict[str, Any] | None:
         """The document of the newest state without its tensors; None when there is none, or a damaged one."""
