@@ -124,6 +124,17 @@ _KINDS[type(None)] = "null"
 _TEXT = re.compile(r'"((?:[^"\\]++|\\.)*+)"?+[ \t\n\r]*+(:?)', re.DOTALL)
 
 
+def extent(value: Any) -> tuple[int, int]:
+    """How deep a JSON value is nested, and how many values it holds, arrays and objects among them."""
+    level, depth, count = [value], 0, 0
+    while level:
+        count += len(level)
+        inner = [each for each in level if type(each) in (dict, list)]
+        depth += bool(inner)
+        level = [below for each in inner for below in (each.values() if type(each) is dict else each)]
+    return depth, count
+
+
 class _NoNumber(Exception):
     """NaN, Infinity or -Infinity."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
 import tempfile
 import threading
@@ -15,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ahriuwu_cli.data.action_component import ActionComponent
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.calls import Calls, Lost
-from ahriuwu_cli.data.doom_guard import Guard, engines
+from ahriuwu_cli.data.doom_guard import SHARED, SHARES, Guard, engines
 from ahriuwu_cli.data.recording import RecordConfig, Recorded, record_episodes
 from ahriuwu_cli.disk import random_digits
-from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.errors import DataError, DiskError, UserError, did_you_mean
 from ahriuwu_cli.stopping import HANDLED
 
 if TYPE_CHECKING:
@@ -42,11 +44,15 @@ class DoomWorld:
     """One scenario as a `recording.World`: 160 x 120 RGB, no window, no sound, buttons as the scenario lists them."""
 
     def __init__(self, config: RecordConfig) -> None:
-        """Raises UserError on an unknown scenario or without ViZDoom, DataError when the engine does not start."""
+        """Raises UserError on an unknown scenario or without ViZDoom, DataError when the engine does not start.
+
+        DiskError where there is no room for what it shares with us.
+        """
         vizdoom = _vizdoom()
         names = scenario_names()
         if config.name not in names:
             raise UserError(f"unknown ViZDoom scenario {config.name!r}: {did_you_mean(config.name, names)}")
+        _check_shared()
         self.frame_skip = config.frame_skip or DEFAULT_FRAME_SKIP
         self.fps = TICS_PER_SECOND / self.frame_skip
         self.facts: dict[str, Any] = {"kind": "doom", "scenario": config.name, "vizdoom": vizdoom.__version__}
@@ -161,3 +167,19 @@ def _action_space(buttons: list[str]) -> tuple[ActionSpace, list[int]]:
         low = tuple(-x for x in high)
         components.append(ActionComponent("deltas", "continuous", len(deltas), tuple(deltas), low, high))
     return ActionSpace(tuple(components)), [[*plain, *deltas].index(b) for b in buttons]
+
+
+def _check_shared() -> None:
+    """DiskError where there is no room for the memory of an engine, which would end us by SIGBUS, without a word."""
+    if not SHARED.is_dir():
+        return
+    needed = f"ViZDoom needs {SHARES / 1e6:.0f} MB"
+    if (free := shutil.disk_usage(SHARED).free) < SHARES:
+        raise DiskError(
+            f"{needed} in {SHARED}, which has {free / 1e6:.1f} MB free: make room there (--shm-size of docker)"
+        )
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if 0 <= limit < SHARES:
+        raise DiskError(
+            f"{needed} in one file of {SHARED}, and files are limited to {limit / 1e6:.1f} MB: raise ulimit -f"
+        )

@@ -19,7 +19,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 LOOK = 0.01  # seconds between looks for the memory that recorder and engine share, until it is there
-SHARED = Path("/dev/shm")  # where the engine's pictures (10 MB) and messages pass
+SHARED = Path("/dev/shm")  # where the engine's pictures and messages pass
+SHARES = 12_000_000  # bytes of them, with room to spare: measured 10.7 MB
 
 
 class Guard:

@@ -17,8 +17,8 @@ from ahriuwu_cli.models.dynamics import Dynamics, count_parameters
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.sizes import SIZES
 from ahriuwu_cli.printing import one_line
+from ahriuwu_cli.training.asked import known_run
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world
-from ahriuwu_cli.training.run_folder import known_run
 
 
 def describe_sizes() -> dict[str, Any]:

@@ -19,9 +19,10 @@ from torch import Tensor
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.documents import read_object
 from ahriuwu_cli.errors import CheckpointError
+from ahriuwu_cli.training.asked import Asked, agrees, known_run
 from ahriuwu_cli.training.checkpoint import is_sound, is_sound_tokenizer, load_tokenizer, save_tokenizer, save_world
 from ahriuwu_cli.training.config_json import identity
-from ahriuwu_cli.training.run_folder import WRITTEN, Announce, Asked, RunFolder, agrees, goes_on, known_run
+from ahriuwu_cli.training.run_folder import WRITTEN, Announce, RunFolder, goes_on
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from ahriuwu_cli.training.state_check import Expected, Held, held

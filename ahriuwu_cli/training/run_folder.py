@@ -11,30 +11,28 @@ The same command again goes on with a run; other settings are refused by name; w
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
 
 from ahriuwu_cli import memory
-from ahriuwu_cli.config import ADDED
-from ahriuwu_cli.data.documents import document_hash, read_object, to_json
+from ahriuwu_cli.data.documents import document_hash, to_json
 from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
 from ahriuwu_cli.folders import made
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
-from ahriuwu_cli.places import KINDS, check_folder, refuse_other_kind, refuse_to_take_away
+from ahriuwu_cli.places import check_folder, refuse_other_kind, refuse_to_take_away
 from ahriuwu_cli.training import run_log
+from ahriuwu_cli.training.asked import Asked, Copied, differences, known_run, plain, ways_out
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.restart import resuming
-from ahriuwu_cli.training.state_check import COPY, Expected, check_document, check_run
+from ahriuwu_cli.training.state_check import COPY, Expected, check_document
 from ahriuwu_cli.training.states import States
 from ahriuwu_cli.training.versions import versions
 
@@ -44,7 +42,6 @@ OWN = {"dynamics": ("run",), "tokenizer": ("tokenizer", "tokenizer's run")}  # w
 _HIDDEN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.\d+\.(tmp|old)")
 
 Announce = Callable[[str], None]
-Asked = dict[str, Any]  # {"kind": "dynamics" or "tokenizer", "config": {...}, "facts": {...}}
 
 
 class RunFolder:
@@ -60,7 +57,7 @@ class RunFolder:
     def __init__(
         self, folder: Path, asked: Asked, command: str, keep: int, free: tuple[str, ...], writes: bool = True
     ) -> None:
-        self.folder, self.asked, self.command = Path(folder), _plain(asked), command
+        self.folder, self.asked, self.command = Path(folder), plain(asked), command
         self.log_file, self.writes = self.folder / run_log.NAME, writes
         config = {name: value for name, value in self.asked["config"].items() if name not in free}
         self.states = States(
@@ -167,9 +164,8 @@ class RunFolder:
         # before it was said in run.json, nothing but its last work tells
         if self._said.get(_SAVED) is not True and not (self.product and os.path.lexists(self.folder / self.product)):
             return
-        raise CheckpointError(
-            f"the states of {self.folder} are gone, so this run cannot go on: {_ways(self.folder, self.states.folder)}"
-        )
+        ways = ways_out(self.folder, self.states.folder)
+        raise CheckpointError(f"the states of {self.folder} are gone, so this run cannot go on: {ways}")
 
     def _has_leftovers(self) -> bool:
         """Whether a killed process left something under a hidden name."""
@@ -338,78 +334,17 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
             refuse_used(folder, overwrite)
         raise
     _refuse_links(folder)
-    changed = _differences(before, _plain(asked), free)
+    changed = differences(before, plain(asked), free)
     if changed:
         ways = "resume with the same" if resume else "give the same to go on, another --out, or --overwrite"
         raise UserError(f"{folder} was started with other settings ({'; '.join(changed[:4])}): {ways}")
     return True
 
 
-def agrees(asked: Mapping[str, Any], facts: Mapping[str, Any], free: Iterable[str], **more: Any) -> bool:
-    """Whether what a run's product states is what was asked for, wherever both say something: its facts, the settings
-    among them (`train`), and more of it. free: what may differ."""
-    trained = facts.get("train")
-    told = more | dict(facts) | (trained if isinstance(trained, dict) else {})
-    return all(asked[key] == told[key] for key in asked.keys() & told.keys() - set(free))
-
-
 def refuse_used(folder: Path, overwrite: bool) -> None:
     """UserError when a folder to write already holds something and --overwrite was not given."""
     if not overwrite and _content(folder):
         raise UserError(f"{folder} is not empty: choose another --out, or give --overwrite")
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The run.json of a folder. CheckpointError when it cannot be read or is none of ours."""
-    path = folder / "run.json"
-    try:
-        document = {"kind": "dynamics"} | read_object(path)
-        check_run(document)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from None
-    return document
-
-
-@dataclass(frozen=True)
-class Copied:
-    """That what a run.json says was read from a state's copy: which state, and why (the beginning of a sentence)."""
-
-    state: Path
-    why: str
-
-
-def known_run(folder: Path) -> tuple[dict[str, Any], Copied | None]:
-    """The run.json of a folder; where that is lost, the copy in its newest state that can be read, and so said.
-
-    CheckpointError when there is none either, or the folder is no run.
-    """
-    try:
-        return read_run(folder), None
-    except CheckpointError as error:
-        states = States(folder / "state", keep=1)
-        for state, document in states.readable():
-            with suppress(KeyError, ValueError):
-                check_run(document[COPY])
-                return document[COPY], Copied(state, str(error))
-        if states.newest() is None:
-            raise
-        raise CheckpointError(
-            f"{error}, and no state beside it has a copy of it: {_ways(folder, folder / 'run.json')}"
-        ) from None
-
-
-def _ways(folder: Path, lost: Path) -> str:
-    """What is left to do with a run that lost what it needs."""
-    ways = [f"put {lost} back", "start over by --overwrite"]
-    for world in (folder / "best", folder / "last"):
-        if all((world / name).is_file() for name in KINDS["checkpoint"]):
-            ways.insert(1, f"take its weights into another --out by --init-from {world}")
-            break
-    return f"{', '.join(ways[:-1])} or {ways[-1]}"
 
 
 def _refuse_links(folder: Path) -> None:
@@ -423,22 +358,3 @@ def _content(folder: Path) -> list[str]:
     """Names in a folder, without the lock and what a killed start left under hidden names."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     return [name for name in names if name != LOCK and not _HIDDEN.fullmatch(name)]
-
-
-def _differences(before: dict[str, Any], asked: Asked, free: tuple[str, ...]) -> list[str]:
-    """What is asked for now and was not then, each as "name old -> new"; long values only by name."""
-    if before["kind"] != asked["kind"]:
-        return [f"train {before['kind']} -> train {asked['kind']}"]
-    old, new = (ADDED | each["config"] for each in (before, asked))
-    pairs = [(name, old.get(name), new.get(name)) for name in [*new, *(old.keys() - new.keys())] if name not in free]
-    facts = {name: (before["facts"].get(name), value) for name, value in asked.get("facts", {}).items()}
-    start = facts.get("init_from", (None, None))
-    if all(start) and os.path.realpath(start[0]) == os.path.realpath(start[1]):  # one path, typed in another way
-        del facts["init_from"]
-    pairs += [(name, *both) for name, both in facts.items()]
-    return [f"{n} {a!r} -> {b!r}" if len(repr(a) + repr(b)) < 80 else f"{n} differs" for n, a, b in pairs if a != b]
-
-
-def _plain(asked: Asked) -> Asked:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(asked))

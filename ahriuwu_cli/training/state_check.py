@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ahriuwu_cli.data.documents import is_hash
+from ahriuwu_cli.data.documents import extent, is_hash
 from ahriuwu_cli.data.tensors import TORCH, TensorInfo
 from ahriuwu_cli.training.finite import first_not_finite
 from ahriuwu_cli.training.state import describe_optimizer, with_prefix
@@ -24,6 +24,7 @@ LONGEST = 1e12  # seconds of a run, as a world may say them
 LOUDEST = 1e4  # dB between two pictures
 STEEPEST = 4e38  # norm of a gradient, which is a number in float32
 WORDS = 40  # characters of a name
+DEEPEST, MOST_VALUES = 16, 400_000  # of a run.json: ours has 6, and as many values as its actions
 COPY = "run_json"  # what a document calls the run.json of its run
 
 Check = Callable[[Any], bool]
@@ -43,14 +44,20 @@ def check_document(document: Mapping[str, Any], needed: Sequence[str], steps: in
 
 
 def check_run(said: object) -> None:
-    """ValueError unless this is what a run.json says."""
+    """ValueError unless this is what a run.json says, and a state has room for a copy of it."""
     if type(said) is not dict:
         raise ValueError("it is not an object")
+    depth, values = extent(said)
+    if depth > DEEPEST or values > MOST_VALUES:
+        raise ValueError(f"it holds more than {MOST_VALUES} values, or is nested more than {DEEPEST} deep")
     for name, kind in (("kind", str), ("config", dict), ("facts", dict), ("command", str)):
         if name not in said:
             raise ValueError(f"it has no {name}")
         if type(said[name]) is not kind:
             raise ValueError(f"{name} is not a {kind.__name__}")
+    start = said["facts"].get("init_from")
+    if start is not None and (type(start) is not str or "\0" in start):
+        raise ValueError("init_from is no path")
 
 
 def _is_run(said: object) -> bool:

@@ -22,12 +22,13 @@ from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.windows import draw_windows, enumerate_windows
 from ahriuwu_cli.errors import DataError, Interrupted, TrainingError
 from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, draw_patch_mask
+from ahriuwu_cli.training.asked import Asked, agrees
 from ahriuwu_cli.training.checkpoint import is_sound_tokenizer
 from ahriuwu_cli.training.distributed import machine, machine_changes
 from ahriuwu_cli.training.finite import not_finite
 from ahriuwu_cli.training.losses import LPIPS, RunningRMS, load_lpips, reconstruction_loss
 from ahriuwu_cli.training.optimiser import apply, build_optimizers, rate, set_rate
-from ahriuwu_cli.training.run_folder import Asked, RunFolder, agrees, goes_on
+from ahriuwu_cli.training.run_folder import RunFolder, goes_on
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from ahriuwu_cli.training.state_check import Expected, held, not_negative
