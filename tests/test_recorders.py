@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -412,3 +413,31 @@ def test_pictures_of_an_environment_need_no_screen_and_a_choice_of_the_user_stay
             monkeypatch.delenv("SDL_VIDEODRIVER")
         _echo(echo_world, pixels=False)
         assert os.environ["SDL_VIDEODRIVER"] == after
+
+
+@pytest.mark.parametrize(
+    ("free", "limit", "words"),
+    [
+        (11_999_999, -1, "12 MB in /dev/shm, which has 12.0 MB free: make room there"),
+        (12_000_000, 11_999_999, "12 MB in one file of /dev/shm, and files are limited to 12.0 MB"),
+        (12_000_000, 12_000_000, None),
+        (12_000_000, -1, None),
+    ],
+)
+def test_an_engine_without_room_for_what_it_shares_is_not_started(monkeypatch, tmp_path, capsys, free, limit, words):
+    pytest.importorskip("vizdoom")
+    from ahriuwu_cli.data import doom
+
+    if not doom.SHARED.is_dir():
+        pytest.skip("this system has no /dev/shm")
+    started = []
+    monkeypatch.setattr(doom.shutil, "disk_usage", lambda path: SimpleNamespace(free=free, total=64_000_000))
+    monkeypatch.setattr(doom.resource, "getrlimit", lambda which: (limit, -1))
+    monkeypatch.setattr(doom, "Guard", lambda folder: started.append(folder) or pytest.fail("started"))
+    with pytest.raises((SystemExit, pytest.fail.Exception)) as stop:
+        main(["record", "doom:basic", "--out", str(tmp_path / "d"), "--episodes", "1"])
+    assert bool(started) == (words is None)
+    if words is not None:
+        assert stop.value.code == 1
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "d").exists()

@@ -496,6 +496,91 @@ def test_a_run_that_lost_its_run_json_has_it_again_from_its_newest_state(tmp_pat
     assert len(said) == 1
 
 
+def altered(folder, change) -> None:
+    path = folder / "run.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said["facts"].update(init_from="elsewhere"),
+        lambda said: said["config"].update(lr=0.3),
+        lambda said: said.update(kind="tokenizer"),
+        lambda said: said["facts"].pop("dataset"),
+    ],
+    ids=["start", "setting", "kind", "fact"],
+)
+def test_a_run_json_that_all_states_deny_was_altered_and_is_made_anew(tmp_path, change):
+    begun(tmp_path / "run", 3, 5)
+    path = tmp_path / "run" / "run.json"
+    whole = path.read_bytes()
+    altered(tmp_path / "run", change)
+    assert goes_on(tmp_path / "run", ASKED, FREE, False, False)
+    said = []
+    run = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+    assert run.go_on(said.append)[2]["step"] == 5
+    run.release()
+    assert re.search(r"run\.json was altered: made anew from the copy in \S*step-00000005", said[0])
+    assert path.read_bytes() == whole
+
+
+def test_a_run_json_that_a_state_agrees_with_is_the_folder_s_own_and_the_other_state_is_set_aside(tmp_path):
+    begun(tmp_path / "run", 3)
+    other = asked(config={**ASKED["config"], "lr": 0.2})
+    stranger = RunFolder(tmp_path / "other", other, "ahriuwu train", keep=2, free=FREE)
+    stranger.begin(False, print)
+    stranger.save_state(5, {"a": torch.ones(2)}, {"step": 5, "total": 9})
+    stranger.release()
+    shutil.move(tmp_path / "other" / "state" / "step-00000005", tmp_path / "run" / "state")
+    whole = (tmp_path / "run" / "run.json").read_bytes()
+    assert goes_on(tmp_path / "run", ASKED, FREE, False, False)
+    with pytest.raises(UserError, match="with other settings"):
+        goes_on(tmp_path / "run", other, FREE, False, False)
+    said = []
+    run = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+    assert run.go_on(said.append)[2]["step"] == 3
+    run.release()
+    assert len(said) == 1
+    assert "of another run" in said[0]
+    assert (tmp_path / "run" / "run.json").read_bytes() == whole
+
+
+def deep(levels: int) -> list:
+    return [deep(levels - 1)] if levels > 1 else []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda said: said.update(more=deep(16)), "nested more than 16 deep"),
+        (lambda said: said["facts"].update(more=[0] * 400_000), "more than 400000 values"),
+        *[
+            (lambda said, s=s: said["facts"].update(init_from=s), "init_from is no path")
+            for s in (5, True, ["a"], {}, "a\0")
+        ],
+    ],
+)
+def test_a_run_json_that_a_state_has_no_room_for_or_that_names_no_path_is_damaged(tmp_path, change, words):
+    begun(tmp_path / "run")
+    altered(tmp_path / "run", change)
+    with pytest.raises(CheckpointError, match=rf"run\.json cannot be read \(.*{words}"):
+        RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE).go_on(print)
+
+
+def test_the_largest_run_json_that_is_taken_has_room_in_a_state(tmp_path):
+    run = begun(tmp_path / "run")
+    altered(tmp_path / "run", lambda said: said.update(more=[deep(14), [0] * 399_000]))
+    assert run.go_on(print) is None
+    altered(tmp_path / "run", lambda said: said.update(more=[deep(14), [0] * 399_000]))
+    run._said = json.loads((tmp_path / "run" / "run.json").read_text())
+    run.save_state(3, {"a": torch.ones(2)}, {"step": 3, "total": 9})
+    run.release()
+    assert run.go_on(print)[2]["step"] == 3
+
+
 def test_a_finished_run_that_lost_its_run_json_has_it_again(tmp_path):
     begun(tmp_path / "run", 9)
     whole = (tmp_path / "run" / "run.json").read_bytes()
