@@ -158,6 +158,17 @@ def visible(name: str | bytes | int | None) -> str:
     return re.sub(r"(^|/)(state\.(?:safetensors|json))\.partial$", r"\1\2", text)  # within a hidden folder
 
 
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged to a free name beside it, x.damaged or x.damaged-2. FileNotFoundError if it is gone."""
+    aside, count = path.with_name(f"{path.name}.damaged"), 1
+    while os.path.lexists(aside):
+        count += 1
+        aside = path.with_name(f"{path.name}.damaged-{count}")
+    path.rename(aside)
+    sync(path.parent)
+    return aside
+
+
 def check_room(path: Path, size: int) -> None:
     """OSError, as from a full disk, where a file of so many bytes has no room beside `path`. A look, not a promise."""
     disk = shutil.disk_usage(path.parent)

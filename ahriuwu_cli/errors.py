@@ -16,6 +16,10 @@ class DataError(UserError):
     exit_code = 3
 
 
+class ReplacedError(DataError):
+    """A dataset that was replaced by another one while it was read. Exit code 3."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or made for another tokenizer, action space or convention. Exit code 4."""
 

@@ -119,6 +119,11 @@ def _refuse_irreplaceable(out: Path, by: str, exists: bool) -> None:
         raise UserError(f"{parent} cannot be written to, so nothing takes the place of {out}: choose another --out")
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, by its run.json or its states."""
+    return _kind(folder) == "run"
+
+
 def _kind(folder: Path) -> str | None:
     """Which of KINDS a folder is. A checkpoint that lost one of its files still is one, where the other says so.
 

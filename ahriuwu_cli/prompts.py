@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 import warnings
 import zlib
@@ -120,9 +121,10 @@ def read_prompts(world: World, request: Request) -> list[Prompt]:
 def _checked(world: World, request: Request, prompt: Prompt) -> Prompt:
     past = prompt.known[: len(prompt.context) - 1]
     if world.action_space.width and not past.all() and not world.trained_unlabelled:
+        of = "from the first context frame on" if request.prompt.is_dir() else f"of {request.prompt}"
         raise CheckpointError(
-            "this model never saw video without actions: give --actions FILE with a row for every frame of "
-            f"{request.prompt}, or --context 1"
+            f"this model never saw video without actions: give --actions FILE with a row for every frame {of}, "
+            "or --context 1"
         )
     return prompt
 
@@ -159,10 +161,10 @@ def _window(store: EpisodeStore, request: Request, data_actions: bool) -> tuple[
         episode, start = request.episode, request.start or 0
     frames = store.episode(episode).frames
     if start + wanted > frames:
-        if data_actions:
+        if data_actions and start + request.context <= frames:
             more = "ask for fewer, or use --actions random"
         else:
-            more = "start earlier" if wanted <= frames else f"give --context {frames} at most"
+            more = "start earlier" if request.context <= frames else f"give --context {frames} at most"
         raise DataError(
             f"episode {episode} has {frames} frames, but {wanted} are needed from frame {start} "
             f"(--context {request.context}, --length {request.length}): {more}"
@@ -189,9 +191,11 @@ def _from_dataset(
         recorded = store.actions(episode, start, min(frames - 1, start + steps))
     source = source or ("data" if store.action_space.width else "none")
     actions, known = _chosen_actions(world, request, source, steps, recorded)
-    past = min(request.context - 1, len(recorded))
-    actions[:past], known[: request.context - 1] = recorded[:past], past > 0  # the past is as it was recorded
-    same = data_actions or not store.action_space.width
+    from_file = _is_file(source) and not len(recorded)  # of video without actions it says what was pressed
+    if not from_file:
+        past = min(request.context - 1, len(recorded))
+        actions[:past], known[: request.context - 1] = recorded[:past], past > 0  # the past is as it was recorded
+    same = data_actions or from_file or not store.action_space.width
     context, truth = shown[: request.context], shown[request.context :]
     return Prompt(f"{episode}:{start}", context, truth, actions, known, same, of_rates(world, store))
 
@@ -291,6 +295,9 @@ def _chosen_actions(
     if source == "data":
         if recorded is None:
             raise UserError("--actions data needs a dataset as the prompt: use random, repeat:NAME or a file")
+        if not len(recorded):
+            before = "" if world.trained_unlabelled else ", or --context 1 with other actions"
+            raise DataError(f"the episode has no actions: give --actions random or FILE{before}")
         if len(recorded) < steps:
             raise DataError(f"the episode has {len(recorded)} of the {steps} actions that are needed: use random")
         return recorded[:steps].copy(), known
@@ -311,5 +318,6 @@ def _chosen_actions(
 def _existing(source: str) -> Path:
     path = Path(source)
     if not path.is_file():
-        raise DataError(f"there is no action file at {path}")
+        said = f"{path} is no regular file" if os.path.lexists(path) else f"there is no action file at {path}"
+        raise DataError(f"{said}: give CSV or JSON lines")
     return path

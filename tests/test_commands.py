@@ -1,6 +1,8 @@
 """The commands as a person types them: train, rollout, info; and what they answer to nonsense."""
 
 import json
+import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ from small import SPACE, small_dataset, small_world
 
 from ahriuwu_cli import cli
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.data.video import read_video
 from ahriuwu_cli.data.video_writing import write_mp4
 from ahriuwu_cli.imagine import GIF_PIXELS
@@ -101,6 +104,61 @@ def test_actions_before_a_films_last_context_frame_are_known_from_a_file_alone(r
     asked, told = made
     np.testing.assert_array_equal(asked["actions"], told["actions"])
     assert not np.array_equal(asked["frames"], told["frames"])
+
+
+def test_an_episode_without_actions_takes_them_from_a_file_for_its_context_too(run, place):
+    small_dataset(place / "silent", silent=8)
+    (place / "a.csv").write_text("LEFT,RIGHT\n" + "1,0\n" * 6)
+    (place / "b.csv").write_text("LEFT,RIGHT\n" + "0,1\n" * 3 + "1,0\n" * 3)
+    words = ("rollout", place / "world", place / "silent", "--episode", "000001", "--length", 3, "--context")
+    code, _, err = run(*words, 4, "--out", place / "x")
+    assert code == 3
+    assert "has no actions: give --actions random or FILE, or --context 1 with other actions" in err
+    code, _, err = run(*words, 4, "--out", place / "x", "--actions", "random")
+    assert code == 4
+    assert "give --actions FILE with a row for every frame from the first context frame on, or --context 1" in err
+    made = []
+    for name in "ab":
+        code, out, err = run(*words, 4, "--out", place / name, "--actions", place / f"{name}.csv", "--json")
+        assert code == 0, err
+        assert json.loads(out)["psnr_frames"] == 3  # what was pressed there, by the file
+        made.append(load_file(place / name / "arrays.safetensors"))
+    assert [list(m["actions"][:, 0]) for m in made] == [[1] * 6, [0] * 3 + [1] * 3]
+    assert not np.array_equal(made[0]["frames"], made[1]["frames"])
+    assert run(*words, 1, "--out", place / "y", "--actions", "random")[0] == 0
+
+
+def test_actions_of_a_file_never_take_the_place_of_recorded_ones_before_the_rollout(run, place):
+    (place / "a.csv").write_text("LEFT,RIGHT\n" + "1,0\n" * 6)
+    words = ("rollout", place / "world", place / "data", "--episode", "000001", "--length", 3, "--context", 4)
+    code, out, err = run(*words, "--out", place / "x", "--actions", place / "a.csv", "--json")
+    assert code == 0, err
+    assert json.loads(out)["psnr_frames"] == 0
+    made = load_file(place / "x" / "arrays.safetensors")["actions"]
+    np.testing.assert_array_equal(made[:3], EpisodeStore.open(place / "data").actions("000001", 0, 3))
+    assert made[3:].tolist() == [[1, 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: os.mkfifo(path), "is no regular file: give CSV or JSON lines"),
+        (lambda path: path.mkdir(), "is no regular file"),
+        (lambda path: None, "there is no action file at"),
+        (lambda path: path.write_text("[1,1e999]\n"), r"line 1: not JSON \(it holds the number 1e999"),
+        (lambda path: path.write_text('{"LEFT":1,"LEFT":0}\n'), r"line 1: not JSON \(a key stands twice in it: 'LEFT'"),
+        (lambda path: path.write_bytes(b"[1,0]\n" * 3_400_000), r"cannot be taken \(it is larger than 20 MB\): give a"),
+        (lambda path: path.write_bytes(b"\xff\xff"), "is not UTF-8 text"),
+    ],
+    ids=["pipe", "folder", "missing", "too large a number", "key twice", "20 MB", "bytes"],
+)
+def test_an_action_file_that_cannot_be_taken_says_why(run, place, make, words):
+    make(place / "a.jsonl")
+    code, _, err = run(
+        "rollout", place / "world", place / "data", "--length", 3, "--out", place / "x", "--actions", place / "a.jsonl"
+    )
+    assert code == 3
+    assert re.search(words, err), err
 
 
 def test_a_rollout_is_the_same_twice_and_changes_with_seed_actions_and_tau_ctx(run, place):
@@ -337,6 +395,8 @@ BAD = [
     ((*ROLLOUT, "--context", "-1"), 2, "--context"),
     ((*ROLLOUT, "--episode", "000000", "--context", "41", "--actions", "random"), 3, "give --context 40 at most"),
     ((*ROLLOUT, "--episode", "000000", "--context", "9", "--start", "32", "--actions", "random"), 3, "start earlier"),
+    ((*ROLLOUT, "--episode", "000000", "--context", "9", "--start", "32", "--length", "1"), 3, "start earlier"),
+    ((*ROLLOUT, "--episode", "000000", "--context", "9", "--start", "31", "--length", "1"), 3, "ask for fewer, or use"),
     ((*ROLLOUT, "--episode", "zzz"), 3, "zzz"),
     ((*ROLLOUT, "--split", "tset"), 2, "test"),
     ((*ROLLOUT, "--actions", "repeat:UP"), 2, "UP"),

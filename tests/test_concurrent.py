@@ -22,6 +22,7 @@ from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation.saved import score_rollouts
 from ahriuwu_cli.folders import claimed, put_in_place, replacing, whole
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_world
+from ahriuwu_cli.training.run_folder import RunFolder
 
 FORK = multiprocessing.get_context("fork")
 SAVES = 300
@@ -185,6 +186,21 @@ def test_a_dataset_is_read_whole_or_said_to_be_replaced_while_a_process_replaces
     assert _ended(writer) == [0]
     assert whole_ones == {1, 2}
     assert said == {f"{tmp_path / 'd'} was replaced by another dataset while it was read: start again"}
+
+
+def test_a_run_whose_dataset_was_replaced_says_that_it_goes_on_with_the_old_one_alone(tmp_path):
+    _shade(tmp_path / "d", 1)
+    store = EpisodeStore.open(tmp_path / "d")
+    run = RunFolder(tmp_path / "run", {"kind": "dynamics", "config": {}, "facts": {}}, "ahriuwu train", 2, ())
+    run.begin(False, print)
+    run.save_state(3, {}, {"step": 3, "total": 9})
+    _shade(tmp_path / "d", 2)
+    words = (
+        r"replaced by another dataset while it was read: put the old one back; the last good state is \S*step-00000003"
+    )
+    with pytest.raises(DataError, match=words) as stop, run.training():
+        store.frames("000000")
+    assert stop.value.exit_code == 3
 
 
 def test_a_dataset_that_was_only_touched_goes_on(tmp_path):

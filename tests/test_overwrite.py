@@ -13,10 +13,11 @@ from typer.main import get_command
 
 from ahriuwu_cli import cli
 from ahriuwu_cli.commands.guard import guarded
-from ahriuwu_cli.errors import UserError
+from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.places import check_folder, keep_apart, refuse_other_kind, refuse_to_take_away
 from ahriuwu_cli.training.checkpoint import save_tokenizer, save_world
+from ahriuwu_cli.training.describe import describe_checkpoint
 from ahriuwu_cli.training.run_folder import RunFolder
 
 TRAIN = "--steps 1 --batch 1 --frames 2 --preview-windows 1 --device cpu"
@@ -363,6 +364,9 @@ def test_a_run_that_lost_its_run_json_is_one_by_its_states(tmp_path, lost):
     with pytest.raises(UserError, match="would take away the run"):
         refuse_other_kind(tmp_path / "r", "tokenizer's run")
     refuse_other_kind(tmp_path / "r", "run")
+    shutil.rmtree(tmp_path / "r" / "best")
+    with pytest.raises(DataError, match="is a run that has not saved a world yet"):
+        describe_checkpoint(tmp_path / "r")
     refuse_to_take_away(tmp_path / "r")  # by the run itself
     shutil.rmtree(tmp_path / "r" / "state")
     refuse_other_kind(tmp_path / "r", "tokenizer's run")

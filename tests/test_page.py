@@ -454,6 +454,7 @@ def test_numbers_have_a_true_minus_a_sign_where_asked_and_never_round_to_nothing
 
 
 def test_a_tag_escapes_children_and_attributes_but_not_what_is_html_already():
+    assert tag("p", "a\x1b[31m\0b\tc\n", title="\x1b") == '<p title="\\x1b">a\\x1b[31m\\x00b\tc\n</p>'
     inner = tag("b", "<", 1, None, ["&"])
     assert tag("p", inner, class_='"x"', aria_label=None, hidden=True) == (
         '<p class="&quot;x&quot;" hidden><b>&lt;1&amp;</b></p>'

@@ -298,7 +298,7 @@ def test_a_part_that_is_there_is_not_measured_again_and_a_damaged_one_is(plan, t
     assert measured == [range(2)]
     assert run_plan(cells, tmp_path, second, device="cpu")[0]["state"] == "done"
     assert measured == [range(2), range(2, 5)]
-    assert sorted(p.suffix for p in (tmp_path / FOLDER).iterdir()) == [".damaged-1", ".json"]
+    assert sorted(p.suffix for p in (tmp_path / FOLDER).iterdir()) == [".damaged", ".json"]
 
 
 @pytest.mark.parametrize("spoil", ["cut", "other settings"])
@@ -369,7 +369,7 @@ def test_a_part_whose_hash_fits_but_not_its_content_is_damaged_as_well(plan, tmp
     with pytest.raises(DataError, match=r"part-1-of-2.safetensors is damaged .*: run the plan again"):
         run_plan(cells, tmp_path, second, device="cpu")
     assert run_plan(cells, tmp_path, first, device="cpu", say=said.append)[0]["state"] == "done"
-    assert f"set aside as {part.name}.damaged-1, and measured again" in said[0]
+    assert f"set aside as {part.name}.damaged, and measured again" in said[0]
 
 
 @pytest.mark.parametrize("metric", ["all", "energy"])
@@ -387,7 +387,7 @@ def test_parts_that_make_no_cell_together_are_set_aside_and_not_lost(plan, tmp_p
     write_scores(part, metadata["format"], arrays, json.loads(metadata["identity"]), json.loads(metadata["facts"]))
     with pytest.raises(DataError, match=r"cell 1 of .*: its parts contradict each other \(.*set aside: run the plan"):
         run_plan(cells, tmp_path, second, device="cpu")
-    assert sorted(p.suffix for p in (tmp_path / FOLDER).iterdir()) == [".damaged-1", ".damaged-1"]
+    assert sorted(p.suffix for p in (tmp_path / FOLDER).iterdir()) == [".damaged", ".damaged"]
     assert [run_plan(cells, tmp_path, s, device="cpu")[0]["state"] for s in (first, second)] == ["part", "done"]
 
 
@@ -485,7 +485,7 @@ def test_a_damaged_cell_is_named_set_aside_and_done_again(plan, tmp_path, damage
     assert path.name in said[0]
     assert "set aside" in said[0]
     assert without_times(path) == good
-    assert path.with_name(path.name + ".damaged-1").read_text() == bad
+    assert path.with_name(path.name + ".damaged").read_text() == bad
 
 
 def _without(*names):
@@ -529,7 +529,7 @@ def test_a_cell_whose_hash_fits_but_not_its_content_is_set_aside_or_refused(plan
         return
     assert run_plan(cells, tmp_path, Shards(), device="cpu", say=said.append)[0]["state"] == "done"
     assert f"{path} is no cell of this version (" in said[0]
-    assert f"set aside as {path.name}.damaged-1, and done again" in said[0]
+    assert f"set aside as {path.name}.damaged, and done again" in said[0]
     assert without_times(path) == good
     assert [cell.name for cell in read_cells(tmp_path)[0]] == [path.stem]
 

@@ -464,6 +464,7 @@ LOST = {
     "cut": (lambda path: path.write_text(path.read_text()[:40]), "cannot be read"),
     "another tool's": (lambda path: path.write_text('{"id": 7}'), "it has no config"),
     "no facts": (lambda path: path.write_text(path.read_text().replace('"facts"', '"fact"')), "it has no facts"),
+    "no kind of ours": (lambda path: path.write_text(path.read_text().replace('"dynamics"', '"foo"')), "kind is 'foo'"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
     "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read"),
 }
@@ -557,6 +558,7 @@ def deep(levels: int) -> list:
     [
         (lambda said: said.update(more=deep(16)), "nested more than 16 deep"),
         (lambda said: said["facts"].update(more=[0] * 400_000), "more than 400000 values"),
+        (lambda said: said.update(command="\u20ac" * 1_500_000), "larger than 9 MB"),
         *[
             (lambda said, s=s: said["facts"].update(init_from=s), "init_from is no path")
             for s in (5, True, ["a"], {}, "a\0")
@@ -570,11 +572,12 @@ def test_a_run_json_that_a_state_has_no_room_for_or_that_names_no_path_is_damage
         RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE).go_on(print)
 
 
-def test_the_largest_run_json_that_is_taken_has_room_in_a_state(tmp_path):
+@pytest.mark.parametrize("more", [[deep(14), [0] * 399_000], ["\u20ac" * 1_499_000]], ids=["values", "bytes"])
+def test_the_largest_run_json_that_is_taken_has_room_in_a_state(tmp_path, more):
     run = begun(tmp_path / "run")
-    altered(tmp_path / "run", lambda said: said.update(more=[deep(14), [0] * 399_000]))
+    altered(tmp_path / "run", lambda said: said.update(more=more))
     assert run.go_on(print) is None
-    altered(tmp_path / "run", lambda said: said.update(more=[deep(14), [0] * 399_000]))
+    altered(tmp_path / "run", lambda said: said.update(more=more))
     run._said = json.loads((tmp_path / "run" / "run.json").read_text())
     run.save_state(3, {"a": torch.ones(2)}, {"step": 3, "total": 9})
     run.release()
@@ -620,6 +623,52 @@ def test_a_run_without_run_json_whose_states_have_no_copy_of_it_is_refused_and_s
         goes_on(tmp_path / "run", ASKED, FREE, resume, False)
     assert sorted(tmp_path.rglob("*")) == before
     assert not goes_on(tmp_path / "run", ASKED, FREE, False, True)
+
+
+def test_of_states_of_several_runs_the_copy_is_taken_that_is_asked_for(tmp_path):
+    begun(tmp_path / "run", 3, 5)
+    other = asked(config={**ASKED["config"], "lr": 0.2})
+    stranger = RunFolder(tmp_path / "other", other, "ahriuwu train", keep=2, free=FREE)
+    stranger.begin(False, print)
+    stranger.save_state(7, {"a": torch.ones(2)}, {"step": 7, "total": 9})
+    stranger.release()
+    shutil.move(tmp_path / "other" / "state" / "step-00000007", tmp_path / "run" / "state")
+    whole = (tmp_path / "run" / "run.json").read_bytes()
+    (tmp_path / "run" / "run.json").unlink()
+    changed = asked(config={**ASKED["config"], "keep": 5})  # as going on may
+    assert goes_on(tmp_path / "run", changed, FREE, False, False)
+    said = []
+    run = RunFolder(tmp_path / "run", changed, "ahriuwu train", keep=2, free=FREE)
+    assert run.go_on(said.append)[2]["step"] == 5
+    run.release()
+    assert "of another run" in said[0]
+    assert "made anew from the copy in" in said[1]
+    assert "step-00000005" in said[1]
+    assert (tmp_path / "run" / "run.json").read_bytes() == whole
+
+
+def test_a_copy_is_taken_from_a_state_that_is_there_when_all_is_done(tmp_path):
+    begun(tmp_path / "run", 3, 5)
+    (tmp_path / "run" / "run.json").unlink()
+    next((tmp_path / "run" / "state" / "step-00000005").glob("*.safetensors")).write_bytes(b"")
+    said = []
+    run = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+    assert run.go_on(said.append)[2]["step"] == 3
+    run.release()
+    assert "set aside as step-00000005.damaged" in said[0]
+    assert re.search(r"made anew from the copy in \S*step-00000003", said[1])
+
+
+def test_what_is_damaged_is_set_aside_beside_what_was_before(tmp_path):
+    path = tmp_path / "run" / "run.json"
+    begun(tmp_path / "run", 3)
+    for i in range(3):
+        path.write_text(f"[{i}")
+        run = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+        assert run.go_on(print)[2]["step"] == 3
+        run.release()
+    for i, name in enumerate(("run.json.damaged", "run.json.damaged-2", "run.json.damaged-3")):
+        assert (tmp_path / "run" / name).read_text() == f"[{i}"
 
 
 def test_a_run_json_of_another_tool_in_a_folder_without_states_is_in_use(tmp_path):

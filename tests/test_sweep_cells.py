@@ -171,8 +171,8 @@ def test_a_damaged_cell_is_named_set_aside_and_done_again(store, tiny, storage, 
     again = sweep(tiny, store, config, tiny.generation, storage=storage, complain=complaints.append)
     assert len(complaints) == 1
     assert f"{path} is damaged (" in complaints[0]
-    assert f"set aside as {path.name}.damaged-1, and done again" in complaints[0]
-    assert path.with_name(f"{path.name}.damaged-1").read_bytes() == broken
+    assert f"set aside as {path.name}.damaged, and done again" in complaints[0]
+    assert path.with_name(f"{path.name}.damaged").read_bytes() == broken
     assert len({c.tau_ctx for c in rolled}) == 1
     assert but_times(again.result) == but_times(whole.result)
 
@@ -246,7 +246,7 @@ def test_a_cell_whose_hash_fits_but_not_its_content_is_set_aside_as_well(store, 
     again = sweep(tiny, store, config, tiny.generation, storage=storage, complain=complaints.append)
     (said,) = complaints
     assert f"{path} is damaged (" in said
-    assert f"set aside as {path.name}.damaged-1, and done again" in said
+    assert f"set aside as {path.name}.damaged, and done again" in said
     assert len(rolled) == 2
     assert but_times(again.result) == but_times(whole.result)
 

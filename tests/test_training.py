@@ -39,13 +39,14 @@ from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_tok
 from ahriuwu_cli.training.clip_loss import denoiser
 from ahriuwu_cli.training.config_json import identity, seal
 from ahriuwu_cli.training.distributed import Group
+from ahriuwu_cli.training.finite import check_finite, not_finite
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.optimiser import rate
 from ahriuwu_cli.training.preview import choose_sampler, stands_still
 from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import read_document
-from ahriuwu_cli.training.states import SAVE_SECONDS
+from ahriuwu_cli.training.states import SAVE_SECONDS, States
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_hidden": 32, "window": 6, "time_every": 2, "k_max": 8}
 CONFIG = TrainConfig(size="test", steps=6, budget=None, batch=4, frames=6, log_every=1, preview_windows=2, warmup=2)
@@ -203,6 +204,7 @@ def given_another_tokenizer(world):
 LOSSES = [
     shutil.rmtree, replaced_by_a_file, left_with_its_tokenizer_alone, given_another_tokenizer,
     stating(lambda d: d["facts"]["train"].update(seed=7)), stating(lambda d: d["facts"].update(init_from="/a/world")),
+    *(stating(lambda d, start=start: d["facts"].update(init_from=start)) for start in (7, ["a"], {}, "a\0b")),
     stating(lambda d: d["facts"]["train"].update(muon_momentum=0.5)),
     stating(lambda d: d["facts"].update(averaged_with={})), stating(lambda d: d.update(fps=2 * d["fps"])),
     stating(lambda d: d["action_space"]["components"][0].update(labels=["A", "B"])),
@@ -423,6 +425,23 @@ def test_weights_to_start_from_are_the_same_by_whatever_path(data, tmp_path, mon
     assert run(data, tmp_path / "again", stop_at=3, init_from=tmp_path / "r" / "best").step == 3
     with pytest.raises(UserError, match="other settings"):
         run(data, tmp_path / "again", init_from=tmp_path / "r" / "last")
+
+
+def test_a_run_goes_on_where_a_link_leads_to_the_world_it_started_from_though_that_lies_elsewhere(data, tmp_path):
+    run(data, tmp_path / "a", stop_at=3)
+    start = tmp_path / "a" / "best"
+    run(data, tmp_path / "b", stop_at=2, init_from=start)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "a").rename(tmp_path / "big" / "a")
+    (tmp_path / "a").symlink_to(tmp_path / "big" / "a")
+    assert run(data, tmp_path / "b", stop_at=3, init_from=start).step == 3
+    assert run(data, tmp_path / "b", stop_at=4, init_from=tmp_path / "big" / "a" / "best").step == 4
+    shutil.rmtree(tmp_path / "big")
+    finished = run(data, tmp_path / "b", init_from=start)  # once a state is saved that world may be gone
+    assert finished.finished
+    assert run(data, tmp_path / "b", init_from=start).run.lacking == []
+    with pytest.raises(UserError, match="other settings"):
+        run(data, tmp_path / "b", init_from=tmp_path / "a" / "last")
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -783,8 +802,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_sentence(data, tmp_path,
     trainer = assemble(store, tokenizer, CONFIG, tmp_path / "r", "train", device=torch.device("cpu"))
     with torch.no_grad():
         trainer.model.head.bias[0] = math.nan
-    with pytest.raises(TrainingError, match="not finite at step 0"):
+    with pytest.raises(TrainingError, match=r"not finite at step 0.*none: try a lower --lr in another --out$"):
         trainer.train(lambda line: None, StopRequest())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", None])
+def test_what_is_not_finite_advises_another_precision_only_where_there_is_one(tmp_path, precision):
+    ends = (
+        "try a lower --lr or --precision float32 in another --out"
+        if precision == "bfloat16"
+        else ("none: try a lower --lr in another --out")
+    )
+    assert str(not_finite("loss nan", 3, ["a:0"], States(tmp_path, 2), precision)).endswith(ends)
+    with pytest.raises(TrainingError, match=f"{ends}$"):
+        check_finite({"w": torch.tensor(math.nan)}, 3, None, precision)
 
 
 def test_the_rate_warms_up_in_optimiser_steps_and_falls_to_zero():

@@ -64,9 +64,12 @@ def read_actions(path: Path) -> ActionTable:
     """Read a .csv or .jsonl file of actions. Raises DataError that names the line."""
     try:
         data = read_bytes(path, MAX_BYTES).removeprefix(b"\xef\xbb\xbf")  # spreadsheets write that mark
-        decode(data)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path} cannot be taken ({error}): give a smaller file of actions") from None
+    try:
+        decode(data)
     except ValueError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}): save it as CSV or JSON lines") from None
     read = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
@@ -249,8 +252,8 @@ def _row(path: Path, line: int, text: str, columns: tuple[str, ...] | None, widt
 def _value(path: Path, line: int, text: str) -> Any:
     try:
         return parse_json(text)
-    except ValueError:
-        raise DataError(f"{path}, line {line}: not JSON; give one object or array a line") from None
+    except ValueError as error:
+        raise DataError(f"{path}, line {line}: not JSON ({error}); give one object or array a line") from None
 
 
 def _neither(path: Path, line: int, text: str) -> DataError:

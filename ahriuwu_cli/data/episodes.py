@@ -17,7 +17,7 @@ from ahriuwu_cli.data.documents import document_hash
 from ahriuwu_cli.data.metadata import SPLITS, read_document
 from ahriuwu_cli.data.tensors import TensorInfo, read_header, read_rows
 from ahriuwu_cli.disk import file_hash
-from ahriuwu_cli.errors import DataError, UserError, did_you_mean
+from ahriuwu_cli.errors import DataError, ReplacedError, UserError, did_you_mean
 from ahriuwu_cli.folders import whole
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class EpisodeStore:
             if now == self._page:
                 return rows
             if now is None or EpisodeStore.open(self.path).fingerprint != self.fingerprint:
-                raise DataError(f"{self.path} was replaced by another dataset while it was read: start again")
+                raise ReplacedError(f"{self.path} was replaced by another dataset while it was read: start again")
             self._page = now  # touched, or the same dataset once more
 
     def _expected(self, episode: Episode) -> dict[str, tuple[str, tuple[int, ...]]]:

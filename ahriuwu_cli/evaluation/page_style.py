@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ahriuwu_cli.printing import printable
+
 VOID = ("meta", "img", "br")  # tags without content
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"  # no script, no network
 SIGNED = ("gain", "delta", "drift", "excess", "slope", "difference", "cosine")
@@ -39,7 +41,7 @@ def document(title: str, style: str, *body: Any) -> str:
 def tag(name: str, *children: Any, **attributes: Any) -> Html:
     """One element. children: text, Html, numbers, lists of them, or None for nothing. class_ becomes class, a_b a-b."""
     shown = "".join(
-        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(str(value))}"')
+        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{_text(value)}"')
         for key, value in attributes.items()
         if value is not None
     )
@@ -51,7 +53,11 @@ def _inside(child: Any) -> str:
         return child or ""
     if isinstance(child, list | tuple):
         return "".join(map(_inside, child))
-    return html.escape(str(child))
+    return _text(child)
+
+
+def _text(value: object) -> str:
+    return html.escape(printable(str(value)))
 
 
 def is_interval(value: Any) -> bool:

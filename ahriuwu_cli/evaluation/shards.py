@@ -7,13 +7,13 @@ belongs to the window, so the numbers are those of one process.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ahriuwu_cli import disk
 from ahriuwu_cli.errors import DataError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -161,15 +161,10 @@ def join_measured(parts: Sequence[Measured]) -> Measured:
 
 def set_aside(path: Path) -> Path | None:
     """Rename a damaged file to a free name beside it; None when another process was faster."""
-    for number in range(1, 1000):
-        new = path.with_name(f"{path.name}.damaged-{number}")
-        if not new.exists():
-            break
     try:
-        os.rename(path, new)
+        return disk.set_aside(path)
     except FileNotFoundError:
         return None
-    return new
 
 
 def _parse_shard(text: str) -> tuple[int, int]:

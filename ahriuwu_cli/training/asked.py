@@ -43,17 +43,22 @@ class Copied:
     why: str
 
 
-def known_run(folder: Path) -> tuple[dict[str, Any], Copied | None]:
+def known_run(
+    folder: Path, asked: Asked | None = None, free: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], Copied | None]:
     """The run.json of a folder; where that is lost or altered, the copy in its newest state that can be read, so said.
 
-    It is altered where all copies say one thing and it says another: they have hashes. CheckpointError when there is
-    no copy either, or the folder is no run.
+    asked: what is asked for now (free: but for these settings); of copies of several runs that one's is taken. It is
+    altered where all copies say one thing and it says another: they have hashes. CheckpointError when there is no copy
+    either, or the folder is no run.
     """
     path, states = folder / "run.json", States(folder / "state", keep=1)
     try:
         said = read_run(folder)
     except CheckpointError as error:
-        for state, copy in _copies(states):
+        copies = list(_copies(states))
+        wanted = [each for each in copies if asked is not None and not differences(each[1], plain(asked), free)]
+        for state, copy in wanted or copies:
             return copy, Copied(state, str(error))
         if states.newest() is None:
             raise

@@ -16,6 +16,7 @@ from ahriuwu_cli.errors import DataError
 from ahriuwu_cli.models.dynamics import Dynamics, count_parameters
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.sizes import SIZES
+from ahriuwu_cli.places import is_run
 from ahriuwu_cli.printing import one_line
 from ahriuwu_cli.training.asked import known_run
 from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world
@@ -33,7 +34,7 @@ def describe_sizes() -> dict[str, Any]:
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Facts of a world, tokenizer or run folder; DataError when it is none of them."""
-    if (path / "run.json").is_file() and not (path / "best" / "config.json").is_file():
+    if is_run(path) and not (path / "best" / "config.json").is_file():
         if known_run(path)[0]["kind"] != "tokenizer":
             raise DataError(f"{path} is a run that has not saved a world yet: wait for its first preview")
         if not (path / "tokenizer" / "config.json").is_file():

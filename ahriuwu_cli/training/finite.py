@@ -15,23 +15,30 @@ from ahriuwu_cli.training.states import States
 MOST_NAMED = 64  # windows in the sentence
 
 
-def not_finite(what: str, step: int, windows: Sequence[str], states: States) -> TrainingError:
+def not_finite(
+    what: str, step: int, windows: Sequence[str], states: States, precision: str | None = None
+) -> TrainingError:
     """The error for a step whose loss or gradient is not finite; windows as "episode:first frame"."""
     named = some_of(windows, MOST_NAMED)
     return TrainingError(
         f"loss or gradient is not finite at step {step} ({what}; windows {named}); the last good state is "
-        f"{states.newest() or 'none'}: try a lower --lr or --precision float32"
+        f"{states.newest() or 'none'}: {_remedy(precision)}"
     )
 
 
-def check_finite(tensors: Mapping[str, Tensor], step: int, newest: Path | None) -> None:
+def check_finite(tensors: Mapping[str, Tensor], step: int, newest: Path | None, precision: str | None = None) -> None:
     """TrainingError when a state that is about to be saved could only be gone on from to NaN."""
     bad = first_not_finite(tensors)
     if bad is not None:
         raise TrainingError(
             f"{bad} is not finite after step {step}, so this state is not saved; the last good state is "
-            f"{newest or 'none'}: try a lower --lr or --precision float32"
+            f"{newest or 'none'}: {_remedy(precision)}"
         )
+
+
+def _remedy(precision: str | None) -> str:
+    exact = " or --precision float32" if precision == "bfloat16" else ""
+    return f"try a lower --lr{exact} in another --out"
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

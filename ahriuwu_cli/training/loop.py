@@ -189,7 +189,7 @@ class DynamicsTrainer:
         if broken or not torch.isfinite(norm):
             windows = [window for batch, _ in results for window in batch.windows]
             what = f"loss {', '.join(f'{r.loss.item():.4g}' for _, r in results)}, gradient norm {norm.item():.4g}"
-            error = not_finite(what, self.step, windows, self.run.states)
+            error = not_finite(what, self.step, windows, self.run.states, self.config.precision)
             if torch.isfinite(norm):
                 raise error
             group.end_where(broken, error)  # gradients are averaged: all are here

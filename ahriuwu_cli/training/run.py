@@ -25,7 +25,7 @@ from ahriuwu_cli.training.config_json import identity
 from ahriuwu_cli.training.run_folder import WRITTEN, Announce, RunFolder, goes_on
 from ahriuwu_cli.training.sharding import gathered, placed_as, placed_for
 from ahriuwu_cli.training.state import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
-from ahriuwu_cli.training.state_check import Expected, Held, held
+from ahriuwu_cli.training.state_check import Expected, Held, held, is_path
 from ahriuwu_cli.training.states import States, step_of
 from ahriuwu_cli.training.versions import versions
 
@@ -140,9 +140,10 @@ class Run(RunFolder):
     def _starts_alike(self, start: object) -> bool:
         """Whether a world started from what this run started from: one path, typed in whatever way, or moved since."""
         mine = {self.asked["facts"].get("init_from"), self._said.get("facts", {}).get("init_from")}
-        if start in mine or not isinstance(start, str):
-            return start in mine
-        return os.path.realpath(start) in {os.path.realpath(path) for path in mine if path is not None}
+        if start is None:
+            return None in mine
+        mine.discard(None)
+        return is_path(start) and os.path.realpath(start) in set(map(os.path.realpath, mine))
 
     def keep_tokenizer(self, tokenizer: Tokenizer, announce: Announce) -> None:
         """Write the tokenizer that is this run's own, unless it is there, so that going on needs no second fit."""
@@ -221,13 +222,19 @@ def has_fitted(folder: Path) -> bool | None:
 
 
 def known_start(init_from: Path | None, out: Path, overwrite: bool) -> str | None:
-    """Path of the world that a run starts from, as the run in `out` knows it where both were moved together."""
+    """Path of the world that a run starts from, as the run in `out` knows it where both were moved together.
+
+    So where that path leads to the same place: a link stands where the world was.
+    """
     if init_from is None:
         return None
     before = {} if overwrite else _said_in(out)
     known = before.get("facts", {}).get("init_from")
-    moved = isinstance(known, str) and before.get("init_from_here") == from_here(init_from, out)
-    return known if moved else os.path.realpath(init_from)
+    start = os.path.realpath(init_from)
+    if known is None:
+        return start
+    moved = before.get("init_from_here") == from_here(init_from, out)
+    return known if moved or os.path.realpath(known) == start else start
 
 
 def from_here(init_from: Path | None, out: Path) -> str | None:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ahriuwu_cli import memory
 from ahriuwu_cli.data.documents import document_hash, to_json
-from ahriuwu_cli.disk import FULL, discard, mend, sync, visible, write_whole
-from ahriuwu_cli.errors import CheckpointError, DataError, TrainingError, UserError
+from ahriuwu_cli.disk import FULL, discard, mend, set_aside, sync, visible, write_whole
+from ahriuwu_cli.errors import CheckpointError, DataError, ReplacedError, TrainingError, UserError
 from ahriuwu_cli.folders import made
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
 from ahriuwu_cli.places import check_folder, refuse_other_kind, refuse_to_take_away
@@ -57,7 +57,7 @@ class RunFolder:
     def __init__(
         self, folder: Path, asked: Asked, command: str, keep: int, free: tuple[str, ...], writes: bool = True
     ) -> None:
-        self.folder, self.asked, self.command = Path(folder), plain(asked), command
+        self.folder, self.asked, self.command, self._free = Path(folder), plain(asked), command, free
         self.log_file, self.writes = self.folder / run_log.NAME, writes
         config = {name: value for name, value in self.asked["config"].items() if name not in free}
         self.states = States(
@@ -107,7 +107,7 @@ class RunFolder:
         expected: what the tensors of its states must be. Nothing is written when the run is finished. UserError when it
         is alive, CheckpointError when it is damaged or its states are gone.
         """
-        self._said, copied = known_run(self.folder)
+        self._said, copied = self._known()
         self.command = self._said["command"]
         _refuse_links(self.folder)
         glance = self.states.glance()
@@ -121,7 +121,6 @@ class RunFolder:
                 self._hold(announce)
                 mend(self.folder, WRITTEN)
                 self.states.clean()
-                self._said, copied = known_run(self.folder)
                 found = self.states.load(announce, expected=expected)
                 self.lacking = [] if found is None else self.lost(found[2])
                 if found is None:
@@ -129,6 +128,7 @@ class RunFolder:
                     self._clear(WRITTEN)  # whatever else lies here is the user's
                     self._begin(more)
                 else:
+                    self._said, copied = self._known()  # from a state that is there still
                     if copied is not None:
                         self._write_again(copied, announce)
                     self.states.prune()
@@ -192,7 +192,7 @@ class RunFolder:
 
     def save_state(self, step: int, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
         """Save all that the next step depends on; the log up to here is on the disk before it counts."""
-        check_finite(tensors, step, self.states.newest())
+        check_finite(tensors, step, self.states.newest(), self.asked["config"].get("precision"))
         with self.writing():
             if self.log_file.exists():
                 sync(self.log_file)
@@ -229,6 +229,9 @@ class RunFolder:
         """
         try:
             yield
+        except ReplacedError as error:
+            said = str(error).removesuffix(": start again")
+            raise ReplacedError(f"{said}: put the old one back; {self.where_it_stands()}") from error
         except DataError as error:
             raise DataError(f"{error}; {self.where_it_stands()}") from error
         except Exception as error:
@@ -285,15 +288,14 @@ class RunFolder:
         write_whole(self.folder / "run.json", to_json(document, 1) + "\n")
         self._said = document
 
+    def _known(self) -> tuple[dict[str, Any], Copied | None]:
+        return known_run(self.folder, self.asked, self._free)
+
     def _write_again(self, copied: Copied, announce: Announce) -> None:
         """Put the copy of run.json in its place."""
         path, done = self.folder / "run.json", ""
         if os.path.lexists(path):
-            aside = path.with_name("run.json.damaged")
-            if os.path.lexists(aside):
-                discard(aside)
-            path.rename(aside)
-            done = f", and set aside as {aside.name}"
+            done = f", and set aside as {set_aside(path).name}"
         self._say(self._said)
         announce(f"{copied.why}: made anew from the copy in {copied.state}{done}")
 
@@ -301,7 +303,7 @@ class RunFolder:
         """Make room for a folder where something else has its name."""
         path = self.folder / name
         if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-            path.rename(path.with_name(f"{name}.damaged"))
+            set_aside(path)
 
 
 def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, overwrite: bool) -> bool:
@@ -328,7 +330,7 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
             raise UserError(f"{folder} holds no run to resume but other files ({content[0]}): choose another --out")
         refuse_used(folder, overwrite)
     try:
-        before, _ = known_run(folder)
+        before, _ = known_run(folder, asked, free)
     except CheckpointError:
         if not resume and not started:
             refuse_used(folder, overwrite)

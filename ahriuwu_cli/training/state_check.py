@@ -6,6 +6,7 @@ is one table of what its document says and one of its tensors, for runs of every
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ LOUDEST = 1e4  # dB between two pictures
 STEEPEST = 4e38  # norm of a gradient, which is a number in float32
 WORDS = 40  # characters of a name
 DEEPEST, MOST_VALUES = 16, 400_000  # of a run.json: ours has 6, and as many values as its actions
+LARGEST = 9_000_000  # bytes of one: a document of ours has 10 MB at most
 COPY = "run_json"  # what a document calls the run.json of its run
 
 Check = Callable[[Any], bool]
@@ -50,14 +52,23 @@ def check_run(said: object) -> None:
     depth, values = extent(said)
     if depth > DEEPEST or values > MOST_VALUES:
         raise ValueError(f"it holds more than {MOST_VALUES} values, or is nested more than {DEEPEST} deep")
+    if len(json.dumps(said, indent=1)) > LARGEST:
+        raise ValueError(f"it is larger than {LARGEST / 1e6:g} MB as it would be written")
     for name, kind in (("kind", str), ("config", dict), ("facts", dict), ("command", str)):
         if name not in said:
             raise ValueError(f"it has no {name}")
         if type(said[name]) is not kind:
             raise ValueError(f"{name} is not a {kind.__name__}")
+    if said["kind"] not in ("dynamics", "tokenizer"):
+        raise ValueError(f"its kind is {said['kind'][:WORDS]!r}")
     start = said["facts"].get("init_from")
-    if start is not None and (type(start) is not str or "\0" in start):
+    if start is not None and not is_path(start):
         raise ValueError("init_from is no path")
+
+
+def is_path(value: object) -> bool:
+    """Whether a value that others may have written can be a path."""
+    return type(value) is str and "\0" not in value
 
 
 def _is_run(said: object) -> bool:

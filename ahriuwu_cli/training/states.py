@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ahriuwu_cli.disk import discard, exchange, remove, sync
+from ahriuwu_cli.disk import discard, exchange, remove, set_aside, sync
 from ahriuwu_cli.errors import CheckpointError
 from ahriuwu_cli.training.state import DOCUMENT, load_tensors, read_document, save_state
 
@@ -101,7 +101,7 @@ class States:
                 damaged.append((path, error))
                 continue
             for broken, error in damaged:
-                aside = self._set_aside(broken)
+                aside = set_aside(broken)
                 announce(f"{broken} is damaged ({error}): set aside as {aside.name}, going on from {path} instead")
             return path, tensors, document
         if damaged:
@@ -122,15 +122,6 @@ class States:
     def _found(self) -> list[Path]:
         found = (path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
         return sorted(found, key=step_of)  # beyond 8 digits too
-
-    def _set_aside(self, path: Path) -> Path:
-        aside, count = path.with_name(f"{path.name}.damaged"), 1
-        while aside.exists():
-            count += 1
-            aside = path.with_name(f"{path.name}.damaged-{count}")
-        path.rename(aside)
-        sync(self.folder)
-        return aside
 
     def _check(self, path: Path, document: dict[str, Any]) -> dict[str, Any]:
         """The document of a state, which says its folder's step, and what this run would say. CheckpointError."""
