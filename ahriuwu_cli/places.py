@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from ahriuwu_cli.errors import UserError
 
@@ -27,13 +28,13 @@ NAMES = {  # of what is a checkpoint or a run, for people
 }  # fmt: skip
 
 
-def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
+def check_folder(out: Path, overwrite: bool, holds: str = "results", own: tuple[str, ...] | None = None) -> None:
     """UserError when results cannot go to `out`: a file, no right to write, or results without --overwrite.
 
     Nothing goes among the files of a dataset, a checkpoint or a run, or takes one away that lies in `out` (a "run"
     and a "dataset" ask for that themselves). holds: "results" of looking at a world, a "rollout", and "pieces" of
     results that are written one by one, never take the place of one either; anything else that is written may
-    replace its own kind (`refuse_other_kind`). What is put in place as one folder (all but "pieces" and a "run")
+    replace its own kind (own: `refuse_other_kind`). What is put in place as one folder (all but "pieces" and a "run")
     cannot be the current one, which would be gone under the user's feet, nor one that cannot lose its name.
     """
     try:
@@ -54,9 +55,22 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results") -> None:
     if holds not in ("pieces", "run"):
         _refuse_irreplaceable(out, "results" if holds == "results" else f"a {holds}", exists=near == out)
     if near == out and not overwrite and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
+        refuse_used(out, own)
     if near == out and holds not in ("pieces", "run", "dataset"):
         refuse_to_take_away(out)
+    if own is not None:
+        refuse_other_kind(out, *own)
+
+
+def refuse_used(out: Path, own: tuple[str, ...] | None = None) -> NoReturn:
+    """UserError for a folder that is in use. --overwrite is advised where it would be taken alone. own: of NAMES."""
+    try:
+        refuse_to_take_away(out)
+        if own is not None:
+            refuse_other_kind(out, *own)
+    except UserError as error:
+        raise UserError(f"{out} is not empty, and {error}") from None
+    raise UserError(f"{out} is not empty: choose another --out, or give --overwrite to replace what is in it")
 
 
 def _refuse_linked_parts(out: Path) -> None:

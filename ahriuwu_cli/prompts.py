@@ -111,7 +111,7 @@ def read_prompts(world: World, request: Request) -> list[Prompt]:
     if request.prompt.is_dir():
         store = EpisodeStore.open(request.prompt)
         world.check_dataset(store)
-        window = _window(store, request, any(_from_data(store, source) for source in sources))
+        window = _window(world, store, request, any(_from_data(store, source) for source in sources))
         return [_checked(world, request, _from_dataset(world, store, request, window, s)) for s in sources]
     if request.pick != "random":
         raise UserError(f"--pick {request.pick} chooses among windows of a dataset, and {request.prompt} is none")
@@ -121,9 +121,10 @@ def read_prompts(world: World, request: Request) -> list[Prompt]:
 def _checked(world: World, request: Request, prompt: Prompt) -> Prompt:
     past = prompt.known[: len(prompt.context) - 1]
     if world.action_space.width and not past.all() and not world.trained_unlabelled:
-        of = "from the first context frame on" if request.prompt.is_dir() else f"of {request.prompt}"
+        rows = (0 if request.prompt.is_dir() else request.start or 0) + len(prompt.context) + request.length - 1
         raise CheckpointError(
-            f"this model never saw video without actions: give --actions FILE with a row for every frame {of}, "
+            "this model never saw video without actions: give --actions FILE, whose first row leaves "
+            f"{'the first context frame' if request.prompt.is_dir() else 'the first frame'} and which has {rows} rows, "
             "or --context 1"
         )
     return prompt
@@ -147,11 +148,21 @@ def _from_data(store: EpisodeStore, source: str | None) -> bool:
     return source in (None, "data") and store.action_space.width > 0
 
 
-def _window(store: EpisodeStore, request: Request, data_actions: bool) -> tuple[str, int]:
+def _without_data(world: World, request: Request) -> str:
+    """Which actions can be given where none were recorded."""
+    if request.context > 1 and not world.trained_unlabelled:
+        return "give --actions FILE, or --context 1 with --actions random"
+    return "give --actions random or FILE"
+
+
+def _window(world: World, store: EpisodeStore, request: Request, data_actions: bool) -> tuple[str, int]:
     """(episode, first context frame); with recorded actions it must be long enough for all of the rollout."""
     wanted = request.context + (request.length if data_actions else 0)
     if request.episode is None:
         lengths = {e.id: e.frames for e in store.episodes(request.split) if e.labelled or not data_actions}
+        if not lengths and store.episodes(request.split):
+            other = _without_data(world, request)
+            raise DataError(f"no episode of the {request.split} split has actions: {other}, or another --split")
         room = sum(max(0, frames - wanted + 1) for frames in lengths.values())
         count = 1 if request.pick == "random" else max(1, min(CANDIDATES, room))
         windows = draw_windows(lengths, wanted, count, request.seed)
@@ -285,19 +296,19 @@ def _chosen_actions(
     known = np.ones(steps, bool)
     if not space.width and source not in ("none", "data"):
         raise UserError(f"--actions {source} says nothing to this world, which has no actions: leave it out")
+    labelled = recorded is not None and len(recorded) > 0
     if source == "none" or not space.width:
         if space.width and not world.trained_unlabelled:
             raise CheckpointError(
                 "--actions none asks for the embedding of video without actions, which this model never trained: "
-                "use random, repeat:NAME or a file"
+                f"{'use random, repeat:NAME or a file' if labelled else _without_data(world, request)}"
             )
         return np.zeros((steps, space.width), np.float32), ~known
     if source == "data":
         if recorded is None:
             raise UserError("--actions data needs a dataset as the prompt: use random, repeat:NAME or a file")
-        if not len(recorded):
-            before = "" if world.trained_unlabelled else ", or --context 1 with other actions"
-            raise DataError(f"the episode has no actions: give --actions random or FILE{before}")
+        if not labelled:
+            raise DataError(f"the episode has no actions: {_without_data(world, request)}")
         if len(recorded) < steps:
             raise DataError(f"the episode has {len(recorded)} of the {steps} actions that are needed: use random")
         return recorded[:steps].copy(), known

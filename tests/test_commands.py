@@ -113,10 +113,20 @@ def test_an_episode_without_actions_takes_them_from_a_file_for_its_context_too(r
     words = ("rollout", place / "world", place / "silent", "--episode", "000001", "--length", 3, "--context")
     code, _, err = run(*words, 4, "--out", place / "x")
     assert code == 3
-    assert "has no actions: give --actions random or FILE, or --context 1 with other actions" in err
-    code, _, err = run(*words, 4, "--out", place / "x", "--actions", "random")
-    assert code == 4
-    assert "give --actions FILE with a row for every frame from the first context frame on, or --context 1" in err
+    assert "has no actions: give --actions FILE, or --context 1 with --actions random" in err
+    for source, advice in {
+        "random": "give --actions FILE, whose first row leaves the first context frame and which has 6 rows, or",
+        "none": "give --actions FILE, or --context 1 with --actions random",
+    }.items():
+        code, _, err = run(*words, 4, "--out", place / "x", "--actions", source)
+        assert code == 4
+        assert advice in err
+    of_split = ("rollout", place / "world", place / "silent", "--length", 3, "--out", place / "x")
+    code, _, err = run(*of_split)
+    assert code == 3
+    assert "no episode of the test split has actions: give --actions FILE, or --context 1 with --actions random" in err
+    assert "give --actions random or FILE, or another --split" in run(*of_split, "--context", 1)[2]
+    assert run(*of_split, "--context", 1, "--actions", "random")[0] == 0
     made = []
     for name in "ab":
         code, out, err = run(*words, 4, "--out", place / name, "--actions", place / f"{name}.csv", "--json")
@@ -159,6 +169,17 @@ def test_an_action_file_that_cannot_be_taken_says_why(run, place, make, words):
     )
     assert code == 3
     assert re.search(words, err), err
+
+
+def test_a_film_says_how_many_rows_of_actions_a_rollout_of_it_needs(run, place):
+    write_mp4(place / "v.mp4", np.full((20, 16, 16, 3), 90, np.uint8), 10)
+    words = ("rollout", place / "world", place / "v.mp4", "--context", 4, "--length", 3, "--start", 5)
+    code, _, err = run(*words, "--out", place / "x")
+    assert code == 4
+    assert "give --actions FILE, whose first row leaves the first frame and which has 11 rows, or --context 1" in err
+    for rows, expected in ((10, 3), (11, 0)):
+        (place / "a.csv").write_text("LEFT,RIGHT\n" + "1,0\n" * rows)
+        assert run(*words, "--out", place / f"x{rows}", "--actions", place / "a.csv")[0] == expected
 
 
 def test_a_rollout_is_the_same_twice_and_changes_with_seed_actions_and_tau_ctx(run, place):

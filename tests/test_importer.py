@@ -108,11 +108,40 @@ def test_thinning_keeps_every_second_frame_and_is_refused_where_there_are_action
     whole = _load(tmp_path)[1][0][0]
     np.testing.assert_array_equal(frames, whole[::2])
     assert plan.fps == 5
-    with pytest.raises(DataError, match="lower --fps"):
+    with pytest.raises(DataError, match="below the 20 asked for: leave --fps away, or give one up to 10"):
         _load(tmp_path, fps=20)
     _csv(tmp_path / "a.csv")
     with pytest.raises(DataError, match="has actions"):
         _load(tmp_path, fps=5)
+
+
+@pytest.mark.parametrize(
+    ("rates", "labelled", "fps", "advice"),
+    [
+        ((30, 25), "", None, "give --fps 25, or import them apart"),
+        ((30, 25), "", 30, "give --fps 25, or import them apart"),
+        ((30, 25), "b", None, "give --fps 25, or import them apart"),
+        ((30, 25), "b", 20, "give --fps 25, or import them apart"),
+        ((30, 25), "a", None, "import them apart, or resample them beforehand"),
+        ((30, 25), "a", 25, "import them apart, or resample them beforehand"),
+        ((30, 25), "a", 30, "import them apart, or resample them beforehand"),
+        ((30, 25), "ab", None, "import them apart, or resample them beforehand"),
+        ((30, 30), "ab", 15, "leave --fps away, or resample video and actions together"),
+        ((30, 30), "a", 60, "leave --fps away, or resample video and actions together"),
+        ((30, 30), "", 60, "leave --fps away, or give one up to 30"),
+    ],
+)
+def test_what_brings_videos_to_one_rate_is_advised_only_where_it_does(tmp_path, rates, labelled, fps, advice):
+    for name, rate in zip("ab", rates, strict=True):
+        write_mp4(tmp_path / f"{name}.mp4", np.zeros((24, 16, 16, 3), np.uint8), rate)
+        if name in labelled:
+            _csv(tmp_path / f"{name}.csv", "gear", [(0,)] * 23)
+    with pytest.raises(DataError, match=f": {advice}"):
+        _load(tmp_path, fps=fps)
+    if advice.startswith("give --fps"):
+        assert _load(tmp_path, fps=25)[0].fps == 25
+    if advice.startswith("leave"):
+        assert _load(tmp_path)[0].fps == 30
 
 
 def test_a_wide_video_is_cropped_in_the_middle_not_squeezed(tmp_path):

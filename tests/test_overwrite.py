@@ -333,6 +333,13 @@ def test_overwrite_replaces_its_own_kind_alone(place, words, what, capsys):
     else:
         assert stop.value.code == 2
         assert f"--overwrite would take away the {what} x: choose another --out" in said
+        with pytest.raises(SystemExit) as stop:  # and it is not advised
+            cli.main([*words.split(), "--out", "x"])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert "choose another --out" in said
+        assert "give --overwrite" not in said
+        assert "or --overwrite" not in said
         assert contents(place / "x") == before
 
 

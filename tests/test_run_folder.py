@@ -152,7 +152,8 @@ def test_other_settings_are_refused_by_name(tmp_path, resume, changes, words):
     with pytest.raises(UserError) as caught:
         goes_on(tmp_path / "run", asked(**changes), FREE, resume, False)
     assert f"was started with other settings ({words})" in str(caught.value)
-    assert ("resume with the same" if resume else "--overwrite") in str(caught.value)
+    way = "resume with the same" if resume else "give the same to go on, another --out, or --overwrite"
+    assert str(caught.value).endswith("choose another --out" if "kind" in changes else way)
 
 
 FOREIGN = {

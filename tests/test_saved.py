@@ -279,13 +279,38 @@ def test_an_index_that_contradicts_itself_or_says_what_no_option_allows_is_refus
     score_rollouts(saved_once, store)
 
 
-def test_generating_again_into_an_index_that_contradicts_itself_is_refused(place, run, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: reseal(folder, {"generation.tau_ctx": 0.5}), "contradicts itself or its windows"),
+        (lambda folder: (folder / "saved.json").write_text("{"), "cannot be used"),
+        (lambda folder: (folder / "saved.json").write_text("{}"), "cannot be used"),
+    ],
+)
+def test_an_index_that_cannot_be_used_is_set_aside_by_who_generates_again_as_its_reader_advises(
+    place, run, tmp_path, damage, words
+):
     ask = ("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK)
     run(*ask)
-    reseal(tmp_path / "r", {"generation.tau_ctx": 0.5})
+    whole = (tmp_path / "r" / "saved.json").read_bytes()
+    damage(tmp_path / "r")
+    broken = (tmp_path / "r" / "saved.json").read_bytes()
+    code, _, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s")
+    assert code == 3
+    assert words in err
+    assert "run the same `ahriuwu eval generate` again" in err
+    code, out, err = run(*ask, "--json")
+    assert (code, err.count("\n")) == (0, 1), err
+    assert f"{words}" in err
+    assert "set aside as saved.json.damaged" in err
+    assert json.loads(out)["written"] == 0
+    assert (tmp_path / "r" / "saved.json").read_bytes() == whole
+    assert (tmp_path / "r" / "saved.json.damaged").read_bytes() == broken
+    assert run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s")[0] == 0
+    reseal(tmp_path / "r", {"identity.checkpoint_hash": "0" * 64})  # sound, and of another world
     code, _, err = run(*ask)
-    assert (code, err.count("\n")) == (3, 1)
-    assert "contradicts itself" in err
+    assert code == 2
+    assert "holds rollouts of other settings" in err
 
 
 @pytest.mark.parametrize("change", [{"seed": -1}, {"seed": 2**63}, {"context": 20_000}, {"horizon": 200_000}])

@@ -58,7 +58,7 @@ def generate(
     config, stored = ready(world, store, config, generation, stored)
     share = shard_windows(stored, *mine.cells)
     with bar("generate", "frame", quiet=as_json) as progress:
-        result = save_rollouts(world, store, config, generation, stored, out, progress, share)
+        result = save_rollouts(world, store, config, generation, stored, out, progress, share, options.say)
     result = {"kind": "eval-generate", "out": str(out), "windows": len(share)} | result
     typer.echo(
         json.dumps(result)

@@ -52,7 +52,7 @@ def export(
     from ahriuwu_cli.data.documents import decode, read_bytes
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.errors import UserError
-    from ahriuwu_cli.places import check_folder, refuse_other_kind
+    from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.checkpoint import load_world
     from ahriuwu_cli.training.export import averaged
@@ -60,8 +60,7 @@ def export(
 
     if prompts is None:
         options.only_for(ctx, "is about the prompts that --prompts takes", "clips", "frames", "split", "pick", "seed")
-    check_folder(out, overwrite, holds="world")
-    refuse_other_kind(out, "world")
+    check_folder(out, overwrite, holds="world", own=("world",))
     try:
         words = decode(read_bytes(notes, MOST_WORDS)) if notes else ""
     except (OSError, ValueError) as error:

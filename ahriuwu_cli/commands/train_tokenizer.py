@@ -103,14 +103,13 @@ def _linear(
     """(tokenizer, its quality, its folder): fitted in closed form and written."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
-    from ahriuwu_cli.places import check_folder, refuse_other_kind
+    from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.startup import complete
     from ahriuwu_cli.training.assemble import fit_linear_tokenizer
     from ahriuwu_cli.training.run_folder import OWN
     from ahriuwu_cli.training.tokenizer_quality import check_split
 
-    check_folder(out, overwrite, holds="tokenizer")
-    refuse_other_kind(out, *OWN["tokenizer"])
+    check_folder(out, overwrite, holds="tokenizer", own=OWN["tokenizer"])
     store = EpisodeStore.open(dataset)
     check_split(store, "val")
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:

@@ -163,19 +163,34 @@ def _common_rate(config: ImportConfig, videos: tuple[Path, ...], labelled: Conta
             continue
         if config.fps is None:
             raise DataError(
-                f"{video.name} runs at {rate:g} frames per second and {videos[0].name} at {target:g}: give --fps to "
-                "bring them to one rate, or import them apart"
+                f"{video.name} runs at {rate:g} frames per second and {videos[0].name} at {target:g}: "
+                f"{_to_one_rate(rates, labelled)}"
             )
         if video in labelled:
             raise DataError(
                 f"{video.name} runs at {rate:g} frames per second and has actions, so it cannot be brought to "
-                f"{target:g}: leave --fps away, or resample video and actions together beforehand"
+                f"{target:g}: {_to_one_rate(rates, labelled)}"
             )
         if rate < target:
             raise DataError(
-                f"{video.name} runs at {rate:g} frames per second, below the {target:g} asked for: give a lower --fps"
+                f"{video.name} runs at {rate:g} frames per second, below the {target:g} asked for: "
+                f"{_to_one_rate(rates, labelled)}"
             )
     return target
+
+
+def _to_one_rate(rates: dict[Path, float], labelled: Container[Path]) -> str:
+    """What brings videos to one rate: frames can be left out where no actions are between them."""
+    lowest = min(rates.values())
+    if all(math.isclose(rate, lowest, rel_tol=SAME_RATE) for rate in rates.values()):
+        return (
+            f"leave --fps away, or give one up to {lowest:g}"
+            if not any(v in labelled for v in rates)
+            else ("leave --fps away, or resample video and actions together beforehand")
+        )
+    if all(video not in labelled or math.isclose(rate, lowest, rel_tol=SAME_RATE) for video, rate in rates.items()):
+        return f"give --fps {lowest:g}, or import them apart"
+    return "import them apart, or resample them beforehand, actions together with their video"
 
 
 def _read_frames(video: Path, plan: ImportPlan) -> np.ndarray:

@@ -56,20 +56,27 @@ def save_rollouts(
     out: Path,
     progress: Progress | None = None,
     share: range | None = None,
+    announce: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
     """Roll out all that `evaluate` scores and write it; {"written", "skipped"} parts. `ready` must have been called.
 
-    UserError when the folder holds rollouts of other settings.
+    What is damaged there is set aside, which announce gets a sentence of. UserError when the folder holds rollouts of
+    other settings.
     """
     index = _index(world, store, config, generation, manifest)
     with made(out):
         clear_files(out, rf"{re.escape(INDEX)}|windows\.json|part-.+")
         began = write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False)
         if not began:
-            told = _read_index(out)
-            if told["identity"] != index["identity"]:
-                raise UserError(f"{out} holds rollouts of other settings: choose another --out")
-            _check_agreement(out, told, store, manifest)
+            try:
+                told = _read_index(out)
+                if told["identity"] != index["identity"]:
+                    raise UserError(f"{out} holds rollouts of other settings: choose another --out")
+                _check_agreement(out, told, store, manifest)
+            except DataError as error:
+                aside = set_aside(out / INDEX)
+                announce(f"{str(error).removesuffix(f': {AGAIN}')}: set aside as {aside.name if aside else INDEX}")
+                write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False)
         manifest.save(out / "windows.json")  # each time: who began may have been stopped before it
         share = range(len(manifest.windows)) if share is None else share
         horizons = pick_horizons(config.horizons, manifest.horizon)
@@ -167,7 +174,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{folder} holds no rollouts: give the --out of `ahriuwu eval generate`") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be used ({error}): generate the rollouts again") from None
+        raise DataError(f"{file} cannot be used ({error}): {AGAIN}") from None
     return document
 
 
@@ -184,7 +191,7 @@ def _check_agreement(
     if not differs and of_windows(config, manifest) != config:
         differs = "evaluation"
     if differs:
-        raise DataError(f"{folder / INDEX} contradicts itself or its windows ({differs} differs): generate again")
+        raise DataError(f"{folder / INDEX} contradicts itself or its windows ({differs} differs): {AGAIN}")
     return config, generation
 
 

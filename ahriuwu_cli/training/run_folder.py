@@ -27,7 +27,7 @@ from ahriuwu_cli.disk import FULL, discard, mend, set_aside, sync, visible, writ
 from ahriuwu_cli.errors import CheckpointError, DataError, ReplacedError, TrainingError, UserError
 from ahriuwu_cli.folders import made
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
-from ahriuwu_cli.places import check_folder, refuse_other_kind, refuse_to_take_away
+from ahriuwu_cli.places import check_folder, refuse_other_kind, refuse_to_take_away, refuse_used
 from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.asked import Asked, Copied, differences, known_run, plain, ways_out
 from ahriuwu_cli.training.finite import check_finite
@@ -328,25 +328,21 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
     if "run.json" not in content and not started:
         if resume:
             raise UserError(f"{folder} holds no run to resume but other files ({content[0]}): choose another --out")
-        refuse_used(folder, overwrite)
+        refuse_used(folder, OWN[asked["kind"]])
     try:
         before, _ = known_run(folder, asked, free)
     except CheckpointError:
         if not resume and not started:
-            refuse_used(folder, overwrite)
+            refuse_used(folder, OWN[asked["kind"]])
         raise
     _refuse_links(folder)
     changed = differences(before, plain(asked), free)
     if changed:
         ways = "resume with the same" if resume else "give the same to go on, another --out, or --overwrite"
+        if before["kind"] != asked["kind"]:
+            ways = "choose another --out"
         raise UserError(f"{folder} was started with other settings ({'; '.join(changed[:4])}): {ways}")
     return True
-
-
-def refuse_used(folder: Path, overwrite: bool) -> None:
-    """UserError when a folder to write already holds something and --overwrite was not given."""
-    if not overwrite and _content(folder):
-        raise UserError(f"{folder} is not empty: choose another --out, or give --overwrite")
 
 
 def _refuse_links(folder: Path) -> None:
