@@ -452,6 +452,8 @@ def explain(
     if kind in ("state", "tokenizer state"):
         if name.endswith("metrics.jsonl"):
             return "lines of the log that are not whole are dropped"
+        if "made anew from the copy in" in shown:
+            return "made anew from a state's copy, with a sentence"
         if name.endswith("run.json"):
             return "not read by this command" if kind == "tokenizer state" else said_of_a_run(before, now)
         if "set aside as" in shown:

@@ -86,6 +86,21 @@ def test_eval_prints_a_table_for_people(places, run, tmp_path):
     assert "Traceback" not in err
 
 
+def test_one_window_is_refused_with_a_way_that_is_open(places, run, tmp_path):
+    store = EpisodeStore.open(places / "data")
+    make_manifest(store, "test", 4, 5, 1, 0).save(tmp_path / "one.json")
+    given = ("--manifest", tmp_path / "one.json", "--looks", "none", "--out", tmp_path / "a")
+    for command, ask, way in (
+        ("eval", ("--windows", 1, "--looks", "none", "--out", tmp_path / "a"), ""),
+        ("eval", given, ""),
+        ("sweep-tau", ("--manifest", tmp_path / "one.json", "--out", tmp_path / "a"), ", or --no-delta"),
+    ):
+        code, _, err = run(command, places / "world", places / "data", *ask)
+        assert code == 2, err
+        advice = "give --windows 2 or more, or such a --manifest"
+        assert err == f"error: 1 window leaves nobody to borrow actions from: {advice}{way}\n"
+
+
 def test_a_stored_manifest_gives_the_same_numbers_again(places, run, tmp_path):
     _, first, _ = run("eval", places / "world", places / "data", "--out", tmp_path / "a", *QUICK, "--json")
     windows = tmp_path / "a" / "windows.json"

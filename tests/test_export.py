@@ -129,9 +129,16 @@ def test_scores_by_another_sampler_than_the_worlds_do_not_get_into_its_card(plac
     code, _, err = run(*export)
     assert code == 2
     assert "was measured by steps 3, sampler euler, and this world would go by steps 2, sampler shortcut: " in err
+    assert err.endswith("evaluate it as it is, or export it by --steps 3 --sampler euler\n")
     assert not (place / "small").exists()
     assert run(*export, "--sampler", "euler", "--steps", 3)[0] == 0
     assert "euler, K = 3" in (place / "small" / "README.md").read_text()
+    for option, said in {"--tau-ctx 0.3": "tau_ctx 0.3", "--ctx-mode renoise": "ctx_mode renoise"}.items():
+        assert run("eval", place / "world", place / "data", *asked, *option.split(), "--overwrite")[0] == 0
+        code, _, err = run(*export, "--overwrite")
+        assert code == 2
+        assert f"was measured by {said}, and this world would go by" in err
+        assert err.endswith(": evaluate it as it is\n")  # `export` has no such options
 
 
 def test_the_busiest_prompts_have_the_most_edges_and_come_from_different_episodes(place, run):

@@ -573,10 +573,10 @@ def test_two_cells_that_come_to_the_same_settings_are_refused(plan, tmp_path):
 @pytest.mark.parametrize(
     ("line", "code", "sentence"),
     [
-        ("steps = 3", 2, "--steps 3 does not fit the shortcut sampler"),
+        ("steps = 3", 2, ": steps 3 does not fit the shortcut sampler: use a power of two up to 8, or sampler euler"),
         ('sampler = "eular"', 2, "did you mean 'euler'?"),
         ("tau_ctx = 1.0", 2, "is not in [0, 1)"),
-        ("windows = 1", 2, "1 window leaves nobody"),
+        ("windows = 1", 2, "1 window leaves nobody to borrow actions from: give windows 2 or more, or such a manifest"),
         ('split = "tset"', 2, "did you mean 'test'?"),
         ("horizon = 500", 3, "no episode is long enough"),
         ('dataset = "a"', 3, "is not a dataset"),

@@ -24,7 +24,7 @@ from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.evaluation import shards
 from ahriuwu_cli.evaluation.evaluate import measure_share, ready, summarise
 from ahriuwu_cli.evaluation.measure import CONTROLS, Measured, Progress, table_shapes
-from ahriuwu_cli.evaluation.plan import GENERATION, WINDOWS, Cell
+from ahriuwu_cli.evaluation.plan import GENERATION, WINDOWS, Cell, as_keys
 from ahriuwu_cli.evaluation.prepare import INTERVAL_BEFORE, EvaluationConfig, settings
 from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.score_files import Shapes
@@ -113,7 +113,7 @@ def prepare_cell(files: _Files, cell: Cell, batch: int = 32) -> Prepared:
         stored = cell.manifest and WindowManifest.load(cell.manifest, store, "leave out `manifest` to make new windows")
         config, manifest = ready(world, store, config, generation, stored)
     except UserError as error:
-        raise type(error)(f"{cell.where}: {error}") from None
+        raise type(error)(f"{cell.where}: {as_keys(str(error))}") from None
     everything = settings(world, store, config, generation, manifest)
     return Prepared(cell, config, generation, manifest, identity(everything, weights))
 

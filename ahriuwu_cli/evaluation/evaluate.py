@@ -63,7 +63,7 @@ def ready(
     """Every check that can be made before the first rollout; the windows, drawn unless they are given."""
     config, manifest = prepare(world, store, config, rollout_config, manifest)
     if world.action_space.width and len(manifest.windows) < 2:
-        raise UserError("1 window leaves nobody to borrow actions from: give --windows 2 or more")
+        raise UserError("1 window leaves nobody to borrow actions from: give --windows 2 or more, or such a --manifest")
     return config, manifest
 
 

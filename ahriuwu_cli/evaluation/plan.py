@@ -13,6 +13,7 @@ Paths are relative to the plan's folder. A setting that is left out has the defa
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -97,6 +98,13 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): give a plan in TOML or JSON lines") from None
     return _from_toml(path, text) if kind == "TOML" else _from_lines(path, text)
+
+
+def as_keys(sentence: str) -> str:
+    """A sentence about options of a command line as one about the keys of a plan."""
+    return re.sub(
+        r"--([a-z]+(?:-[a-z]+)*)", lambda m: key if (key := m[1].replace("-", "_")) in _KINDS else m[0], sentence
+    )
 
 
 def _from_toml(path: Path, text: str) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:

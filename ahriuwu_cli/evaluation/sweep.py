@@ -77,7 +77,9 @@ def ready(
         grid = with_default(grid, world.generation)
         world.check_generation(world.generation)
     if config.delta and store.action_space.width and len(manifest.windows) < 2:
-        raise UserError("1 window leaves nobody to borrow actions from: give --windows 2 or more, or --no-delta")
+        raise UserError(
+            "1 window leaves nobody to borrow actions from: give --windows 2 or more, or such a --manifest, or --no-delta"
+        )
     test = _test_windows(store, manifest, config.seed) if config.test and manifest.split != "test" else None
     if test:
         world.check_generation(world.generation)  # it is reported on test

@@ -251,9 +251,11 @@ def _scores(folder: Path, *measured: World) -> dict[str, Any]:
         raise DataError(f"{file} was measured with another world, or by an older version: evaluate this one")
     ours, theirs = asdict(measured[0].generation), scores["settings"]["generation"]
     if other := [name for name in ("steps", "sampler", "tau_ctx", "ctx_mode") if ours[name] != theirs.get(name)]:
+        way = "evaluate it as it is"
+        if set(other) <= {"steps", "sampler"}:  # the other two a world has from its training and from sweep-tau
+            way += f", or export it by {' '.join(f'--{name} {theirs.get(name)}' for name in other)}"
         raise UserError(
-            f"{file} was measured by {_said(theirs, other)}, and this world would go by {_said(ours, other)}: "
-            "export it by what was measured (--sampler, --steps), or evaluate it as it is"
+            f"{file} was measured by {_said(theirs, other)}, and this world would go by {_said(ours, other)}: {way}"
         )
     return scores
 
