@@ -20,6 +20,7 @@ from pathlib import Path
 from ahriuwu_cli.stopping import undoing
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LARGER = "raise the limit on the size of files (`ulimit -f`)"
 REFUSALS = FULL | {errno.EROFS, errno.EIO}  # of a disk, whoever asks and whatever for
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})  # what a file system without says
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -179,6 +180,8 @@ def check_room(path: Path, size: int) -> None:
 
 def refusal(error: OSError, place: str) -> str:
     """One sentence on a disk that refused `place`, with what to do."""
+    if error.errno == errno.EFBIG:
+        return f"{place} would be larger than files may be ({error.strerror}): {LARGER}, or choose another --out"
     if error.errno in FULL:
         return f"no room for {place} ({error.strerror}): make room there, or choose another --out"
     if error.errno == errno.EROFS:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ahriuwu_cli.data.episodes import EpisodeStore
+from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.evaluation.generate import generate
 from ahriuwu_cli.evaluation.metrics import gradient_energy, motion_per_frame
 from ahriuwu_cli.evaluation.protocol import make_manifest, read_windows
@@ -76,10 +77,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
+    if a.json and not a.json.absolute().parent.is_dir():
+        parser.error(f"there is no folder for --json {a.json}")
+    if a.prompts < 1 or a.context < 1:
+        parser.error("--prompts and --context must be at least 1")
     if a.frames < STRETCH or a.frames % STRETCH:
         parser.error(f"--frames {a.frames}: give a multiple of {STRETCH}, since stretches of {STRETCH} are looked at")
     return a
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -102,7 +102,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--longest", type=float, default=2.0, help="Seconds a life lasts at most.")
     parser.add_argument("--fresh", action="store_true", help="A fresh interpreter and the real sizes for every life.")
     parser.add_argument("--json", help="Write the table here.")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.kills < 1 or asked.steps < 1 or not asked.longest > 0:
+        parser.error("--kills, --steps and --longest must be above 0")
+    if asked.json and not Path(asked.json).absolute().parent.is_dir():
+        parser.error(f"there is no folder for --json {asked.json}")
+    return asked
 
 
 if __name__ == "__main__":

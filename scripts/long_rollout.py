@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from ahriuwu_cli.errors import UserError
 
 MARKS = (100, 500, 2_000, 5_000, 10_000)
 
@@ -56,4 +57,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -163,7 +163,10 @@ def test_a_disk_that_fills_stops_the_run_with_a_sentence_and_the_last_good_state
     code, said = end(start(COMMANDS[kind], cwd, largest_file=20_000))
     assert code == 1, said
     (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert "(File too large): make room; the last good state is run/state/" in sentence
+    assert (
+        "(File too large): raise the limit on the size of files (`ulimit -f`); the last good state is run/state/"
+        in sentence
+    )
     assert sentence.endswith(f"go on with: ahriuwu {COMMANDS[kind]} --resume")
     assert newest in sentence
     assert not [p.name for p in (cwd / "run" / "state").iterdir() if p.name.startswith(".")]

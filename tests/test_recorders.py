@@ -419,7 +419,7 @@ def test_pictures_of_an_environment_need_no_screen_and_a_choice_of_the_user_stay
     ("free", "limit", "words"),
     [
         (11_999_999, -1, "12 MB in /dev/shm, which has 12.0 MB free: make room there"),
-        (12_000_000, 11_999_999, "12 MB in one file of /dev/shm, and files are limited to 12.0 MB"),
+        (12_000_000, 11_999_999, "12 MB in one file of /dev/shm, and files are limited to 12 MB"),
         (12_000_000, 12_000_000, None),
         (12_000_000, -1, None),
     ],

@@ -71,9 +71,10 @@ def test_a_full_disk_is_one_sentence_that_names_what_was_asked_for_and_the_comma
     life = start(words.format(place), tmp_path, largest_file=largest)
     assert life.ends() == 1, life.said()
     (sentence,) = [line for line in life.said().splitlines() if line.startswith("error: ")]
-    told = sentence.removeprefix("error: no room for ").removesuffix(
-        " (File too large): make room there, or choose another --out"
-    )
+    told, _, rest = sentence.removeprefix("error: ").partition(" would be larger than files may be (File too large): ")
+    advice = "raise the limit on the size of files (`ulimit -f`), or choose another --out"
+    assert rest[: len(advice)] == advice[: len(rest)]  # its output goes to a file that is limited as well
+    assert rest.startswith("raise the limit")
     assert Path(told).match(named), sentence
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
     if left is not None:
@@ -105,7 +106,7 @@ def test_an_error_names_what_people_call_a_file_and_not_a_hidden_name(tmp_path):
 REFUSED = {
     errno.ENOSPC: "no room for its output (",
     errno.EDQUOT: "no room for its output (",
-    errno.EFBIG: "no room for its output (",
+    errno.EFBIG: "its output would be larger than files may be (",
     errno.EROFS: "its output is on a disk that cannot be written to (",
     errno.EIO: "the disk of its output fails (",
 }

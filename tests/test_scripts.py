@@ -42,6 +42,9 @@ def test_the_demo_replaces_nothing_but_a_demos_results(tmp_path):
 def test_the_demo_reads_its_budget_before_the_work(tmp_path):
     code, err = _run(SCRIPTS / "demo.sh", tmp_path, BUDGET="5 minutes", OUT="new")
     assert (code, err) == (2, "error: BUDGET '5 minutes' is not a time: write 90s, 4m or 2h\n")
+    for budget in ("0s", "0.0", "0m", "99999h"):  # which the program itself would refuse in the third stage
+        code, err = _run(SCRIPTS / "demo.sh", tmp_path, BUDGET=budget, OUT="new")
+        assert (code, err) == (2, f"error: BUDGET '{budget}' is not a time: write 90s, 4m or 2h\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,3 +161,23 @@ def test_times_are_told_and_count_neither_as_right_nor_as_wrong(monkeypatch, cap
     horizons, delta = {"4": {"gain_db": {"value": 4.0}}}, {"value": 3.0}
     summary = {"horizons": horizons, "action_delta_db": delta, "seconds": {"whole": 1e6}}
     assert expected.count(expected.demo({"gain_4": [4, 1], "minutes": [9, 4]}, summary)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "code", "words"),
+    [
+        ("collapse.py", ("nowhere", "nowhere"), 1, "error: there is no checkpoint at nowhere"),
+        ("collapse.py", ("nowhere", "nowhere", "--prompts", "0"), 2, "--prompts and --context must be at least 1"),
+        ("collapse.py", ("nowhere", "nowhere", "--json", "no/where.json"), 2, "there is no folder for --json"),
+        ("long_rollout.py", ("nowhere",), 1, "error: there is no checkpoint at nowhere"),
+        ("kill_test.py", ("--kills", "0"), 2, "must be above 0"),
+        ("kill_test.py", ("--json", "no/where.json"), 2, "there is no folder for --json"),
+    ],
+)
+def test_scripts_refuse_what_they_cannot_do_in_a_sentence_before_they_begin(tmp_path, script, arguments, code, words):
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / script, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

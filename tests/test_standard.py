@@ -377,6 +377,11 @@ def test_n_backbone_and_hash_stand_beside_every_number(package, i3d, tmp_path, m
         full.setattr(distances, "_gaps", lambda *_: [])
         with pytest.raises(DataError, match=r"scored windows leave nothing of .*'train'"):
             check_fits({"fvd": None}, store, manifest, 0)
+    with monkeypatch.context() as short_gaps:
+        short_gaps.setattr(distances, "_gaps", lambda *_: [(0, 3), (9, 14)])
+        words = r"leave no 16 frames in a row of .*'train', 5 at most: ask for fewer --windows, or record more"
+        with pytest.raises(DataError, match=words):
+            check_fits({"fvd": None}, store, manifest, 0)
     monkeypatch.setattr(standard, "LPIPS_SIDE", 32)
     with pytest.raises(UserError, match="LPIPS needs frames of 32 pixels a side, not 16x16"):
         check_fits({"lpips": None}, store, manifest, 0)

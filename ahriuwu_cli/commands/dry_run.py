@@ -42,6 +42,7 @@ def dry_run(
     if not as_json:
         typer.echo(f"{config.size}, {config.precision}, {config.optimizer}, as on {where.type}; nothing is written")
         typer.echo(estimate.as_text(forecast))
+        typer.echo("what fits on cards: every size is traced, a minute or two", err=True)
     with bar("what fits", "size", quiet=as_json) as progress:
         fits = cards.what_fits(config, architectures, progress)
     if as_json:

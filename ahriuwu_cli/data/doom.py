@@ -181,5 +181,5 @@ def _check_shared() -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if 0 <= limit < SHARES:
         raise DiskError(
-            f"{needed} in one file of {SHARED}, and files are limited to {limit / 1e6:.1f} MB: raise ulimit -f"
+            f"{needed} in one file of {SHARED}, and files are limited to {limit / 1e6:.3g} MB: raise ulimit -f"
         )

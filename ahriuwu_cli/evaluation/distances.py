@@ -155,6 +155,12 @@ def reference_windows(
     free = {f"{e}:{a}": (e, a, b) for e, n in usable.items() for a, b in _gaps(e, n, avoid)}
     if usable and not free:
         raise DataError(f"the scored windows leave nothing of {store.path}'s split {split!r}: ask for fewer")
+    left = max((b - a for _, a, b in free.values()), default=frames)
+    if left < frames <= max(usable.values(), default=0):
+        raise DataError(
+            f"the scored windows leave no {frames} frames in a row of {store.path}'s split {split!r}, {left} at most: "
+            "ask for fewer --windows, or record more episodes"
+        )
     drawn = draw_windows({key: b - a for key, (_, a, b) in free.items()}, frames, count, seed)
     return [(free[key][0], free[key][1] + start) for key, start in drawn]
 

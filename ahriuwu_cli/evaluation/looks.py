@@ -102,7 +102,8 @@ def optional_looks(
 ) -> dict[str, Look]:
     """The looks that need networks: `features` of a weights file, `lpips` and `fvd` of (weights file, its sha256).
 
-    Every file is read once now: a wrong one is refused before anything is generated. UserError, CheckpointError.
+    Every file is read once now: a wrong one is refused before anything is generated, but for sound weights whose
+    features of these frames are not finite. UserError, CheckpointError.
     """
     from functools import partial
 

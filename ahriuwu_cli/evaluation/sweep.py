@@ -78,7 +78,8 @@ def ready(
         world.check_generation(world.generation)
     if config.delta and store.action_space.width and len(manifest.windows) < 2:
         raise UserError(
-            "1 window leaves nobody to borrow actions from: give --windows 2 or more, or such a --manifest, or --no-delta"
+            "1 window leaves nobody to borrow actions from: give --windows 2 or more, or such a --manifest, "
+            "or --no-delta"
         )
     test = _test_windows(store, manifest, config.seed) if config.test and manifest.split != "test" else None
     if test:

@@ -22,8 +22,8 @@ def preview_manifest(store: EpisodeStore, windows: int, seed: int) -> WindowMani
     lengths = [e.frames for e in store.episodes("val") if e.labelled or not store.action_space.width]
     if not lengths or max(lengths) < CONTEXT + 1:
         raise DataError(
-            f"{store.path} has no val episode of at least {CONTEXT + 1} frames with actions: previews need one; "
-            f"record more episodes"
+            f"{store.path} has no val episode of at least {CONTEXT + 1} frames"
+            f"{' with actions' if store.action_space.width else ''}: previews need one; record more episodes"
         )
     horizon = min(16, max(lengths) - CONTEXT)
     available = sum(max(0, n - CONTEXT - horizon + 1) for n in lengths)
