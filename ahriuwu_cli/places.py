@@ -14,6 +14,7 @@ from ahriuwu_cli.errors import UserError
 KINDS = {  # by what lies in them; many a project has a config.json
     "dataset": ("dataset.json",), "checkpoint": ("config.json", "model.safetensors"), "run": ("run.json",),
 }  # fmt: skip
+MOST_FOLDERS = 1000  # that are looked into for the sake of a sentence
 PARTS = {  # of our folders, by what they are
     "dataset": ("episodes", "latents"),
     "checkpoint": ("tokenizer", "prompt"),
@@ -65,7 +66,7 @@ def check_folder(out: Path, overwrite: bool, holds: str = "results", own: tuple[
 def refuse_used(out: Path, own: tuple[str, ...] | None = None) -> NoReturn:
     """UserError for a folder that is in use. --overwrite is advised where it would be taken alone. own: of NAMES."""
     try:
-        refuse_to_take_away(out)
+        refuse_to_take_away(out, most=MOST_FOLDERS)
         if own is not None:
             refuse_other_kind(out, *own)
     except UserError as error:
@@ -93,15 +94,18 @@ def refuse_among_others(out: Path, itself: bool = True) -> None:
             raise UserError(f"{out} lies among the files of the {kind} {folder}: choose another --out")
 
 
-def refuse_to_take_away(out: Path) -> None:
+def refuse_to_take_away(out: Path, most: int | None = None) -> None:
     """UserError when a dataset, a checkpoint or a run lies anywhere in the folder `out`, which is to be replaced.
 
-    `out` itself may be one, with its own parts and what a killed process left of them under hidden names.
+    most: folders that are looked into; more than these are refused as well. `out` itself may be one, with its own
+    parts and what a killed process left of them under hidden names.
     """
     target = _real(out)
     in_run = _kind(target.parent) == "run" and target.name in PARTS["run"]  # a world, whatever it has lost
     own = "|".join(PARTS.get(_kind(target) or ("checkpoint" if in_run else None), ()))
-    for place, folders, _ in os.walk(out):
+    for i, (place, folders, _) in enumerate(os.walk(out)):
+        if i == most:
+            raise UserError(f"holds more than {most} folders: choose another --out")
         if place == str(out):
             folders[:] = [name for name in folders if not re.fullmatch(rf"{own}|\.({own})\.\d+\.(tmp|old)", name)]
         elif kind := _kind(Path(place)):
@@ -146,7 +150,12 @@ def _kind(folder: Path) -> str | None:
     lie = {kind: [name for name in names if os.path.lexists(folder / name)] for kind, names in KINDS.items()}
     whole = (kind for kind, names in lie.items() if len(names) == len(KINDS[kind]))
     kind = next(whole, "checkpoint" if any(_is_ours(folder / name) for name in lie["checkpoint"]) else None)
-    return kind or ("run" if any(map(_is_ours, _documents(folder))) else None)
+    return kind or ("run" if has_states(folder) else None)
+
+
+def has_states(folder: Path) -> bool:
+    """Whether a run's states lie in a folder, sound or not, whatever else does."""
+    return any(map(_is_ours, _documents(folder)))
 
 
 def _documents(folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from ahriuwu_cli.data.windows import draw_windows
 from ahriuwu_cli.errors import CheckpointError, DataError, UserError, did_you_mean
 from ahriuwu_cli.evaluation.metrics import gradient_energy
 from ahriuwu_cli.evaluation.prepare import of_rates, trained_at
+from ahriuwu_cli.places import is_run
 
 if TYPE_CHECKING:
     from ahriuwu_cli.world import World
@@ -97,7 +98,8 @@ def shipped_prompt(checkpoint: Path) -> Path:
     """The prompts inside a world that was exported with some. UserError where there are none."""
     if not checkpoint.exists():
         raise CheckpointError(f"there is no checkpoint at {checkpoint}")
-    if not any((checkpoint / name).is_file() for name in ("config.json", "run.json", "best/config.json")):
+    worlds = [checkpoint / name for name in ("config.json", "best/config.json")]
+    if not is_run(checkpoint) and not any(path.is_file() for path in worlds):
         raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no config.json")
     folder = checkpoint / "prompt"
     if not (folder / "dataset.json").is_file():
@@ -131,7 +133,7 @@ def _checked(world: World, request: Request, prompt: Prompt) -> Prompt:
 
 
 def _from_file(world: World, request: Request, source: str | None) -> Prompt:
-    read = _from_image if request.prompt.suffix.lower() in IMAGES else _from_video
+    read = _from_image if _is_image(request.prompt) else _from_video
     name, context, truth, said = read(world, request)
     steps, before = len(context) + request.length - 1, request.start or 0  # an image has no start
     from_file = source is not None and _is_file(source)
@@ -150,7 +152,7 @@ def _from_data(store: EpisodeStore, source: str | None) -> bool:
 
 def _without_data(world: World, request: Request) -> str:
     """Which actions can be given where none were recorded."""
-    if request.context > 1 and not world.trained_unlabelled:
+    if request.context > 1 and not world.trained_unlabelled and not _is_image(request.prompt):
         return "give --actions FILE, or --context 1 with --actions random"
     return "give --actions random or FILE"
 
@@ -175,7 +177,10 @@ def _window(world: World, store: EpisodeStore, request: Request, data_actions: b
         if data_actions and start + request.context <= frames:
             more = "ask for fewer, or use --actions random"
         else:
-            more = "start earlier" if request.context <= frames else f"give --context {frames} at most"
+            fits = f"give --context {frames - request.length if data_actions else frames} at most"
+            more = "start earlier" if request.context <= frames else fits
+            if data_actions and request.length >= frames:
+                more = "ask for fewer"
         raise DataError(
             f"episode {episode} has {frames} frames, but {wanted} are needed from frame {start} "
             f"(--context {request.context}, --length {request.length}): {more}"
@@ -282,6 +287,10 @@ def _check_scans(path: Path) -> None:
         raise ValueError(f"more than {MOST_BYTES >> 20} MB")
     if data.startswith(b"\xff\xd8") and data.count(SCAN) > MOST_SCANS:
         raise ValueError(f"more than {MOST_SCANS} scans")
+
+
+def _is_image(prompt: Path) -> bool:
+    return prompt.suffix.lower() in IMAGES and not prompt.is_dir()
 
 
 def _is_file(source: str) -> bool:

@@ -7,7 +7,7 @@ began=$(date +%s)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 budget=${BUDGET:-330s} out=${OUT:-$root/runs/demo}
 case $out in /*) ;; *) out=$PWD/$out ;; esac
-[[ $budget =~ ^[0-9]{1,4}(\.[0-9]{1,6})?[smh]?$ && $budget =~ [1-9] ]] || { echo "error: BUDGET '$budget' is not a time: write 90s, 4m or 2h" >&2; exit 2; }
+[[ $budget =~ ^([0-9]{1,7}(\.[0-9]{1,6})?s?|[0-9]{1,4}(\.[0-9]{1,6})?[mh])$ && $budget =~ [1-9] ]] || { echo "error: BUDGET '$budget' is not a time: write 90s, 4m or 2h" >&2; exit 2; }
 if [ -e "$out" ] && [ ! -f "$out/stages.tsv" ] && [ -n "$(ls -A -- "$out")" ]; then
   echo "error: $out holds something else than a demo's results: choose another OUT" >&2
   exit 2

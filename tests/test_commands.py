@@ -171,6 +171,16 @@ def test_an_action_file_that_cannot_be_taken_says_why(run, place, make, words):
     assert re.search(words, err), err
 
 
+def test_an_image_is_never_advised_a_context(run, place):
+    iio.imwrite(place / "p.png", np.full((16, 16, 3), 90, np.uint8))
+    words = ("rollout", place / "world", place / "p.png", "--length", 3, "--out", place / "x")
+    code, _, err = run(*words, "--actions", "none")
+    assert code == 4
+    assert "give --actions random or FILE" in err
+    assert "--context" not in err
+    assert run(*words, "--actions", "random")[0] == 0
+
+
 def test_a_film_says_how_many_rows_of_actions_a_rollout_of_it_needs(run, place):
     write_mp4(place / "v.mp4", np.full((20, 16, 16, 3), 90, np.uint8), 10)
     words = ("rollout", place / "world", place / "v.mp4", "--context", 4, "--length", 3, "--start", 5)
@@ -418,6 +428,8 @@ BAD = [
     ((*ROLLOUT, "--episode", "000000", "--context", "9", "--start", "32", "--actions", "random"), 3, "start earlier"),
     ((*ROLLOUT, "--episode", "000000", "--context", "9", "--start", "32", "--length", "1"), 3, "start earlier"),
     ((*ROLLOUT, "--episode", "000000", "--context", "9", "--start", "31", "--length", "1"), 3, "ask for fewer, or use"),
+    ((*ROLLOUT, "--episode", "000000", "--context", "41", "--length", "4"), 3, "give --context 36 at most"),
+    ((*ROLLOUT, "--episode", "000000", "--context", "41", "--length", "40"), 3, "ask for fewer"),
     ((*ROLLOUT, "--episode", "zzz"), 3, "zzz"),
     ((*ROLLOUT, "--split", "tset"), 2, "test"),
     ((*ROLLOUT, "--actions", "repeat:UP"), 2, "UP"),

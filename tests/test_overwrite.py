@@ -11,7 +11,7 @@ import torch
 from small import small_dataset, small_world
 from typer.main import get_command
 
-from ahriuwu_cli import cli
+from ahriuwu_cli import cli, places
 from ahriuwu_cli.commands.guard import guarded
 from ahriuwu_cli.errors import DataError, UserError
 from ahriuwu_cli.folders import replacing
@@ -350,6 +350,18 @@ def test_what_does_not_say_what_it_is_of_is_replaced_by_either(tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "run.json").write_text("{")
     refuse_other_kind(tmp_path / "r", "tokenizer's run")
+
+
+def test_a_folder_of_many_folders_is_not_walked_for_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "MOST_FOLDERS", 3)
+    for name in "ab":
+        (tmp_path / "x" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="x is not empty: choose another --out, or give --overwrite"):
+        check_folder(tmp_path / "x", overwrite=False)
+    (tmp_path / "x" / "c").mkdir()
+    with pytest.raises(UserError, match=r"x is not empty, and holds more than 3 folders: choose another --out$"):
+        check_folder(tmp_path / "x", overwrite=False)
+    refuse_to_take_away(tmp_path / "x")
 
 
 @pytest.mark.parametrize("lost", ["gone", "cut"])

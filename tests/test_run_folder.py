@@ -508,12 +508,11 @@ def altered(folder, change) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda said: said["facts"].update(init_from="elsewhere"),
         lambda said: said["config"].update(lr=0.3),
         lambda said: said.update(kind="tokenizer"),
         lambda said: said["facts"].pop("dataset"),
     ],
-    ids=["start", "setting", "kind", "fact"],
+    ids=["setting", "kind", "fact"],
 )
 def test_a_run_json_that_all_states_deny_was_altered_and_is_made_anew(tmp_path, change):
     begun(tmp_path / "run", 3, 5)
@@ -658,6 +657,47 @@ def test_a_copy_is_taken_from_a_state_that_is_there_when_all_is_done(tmp_path):
     run.release()
     assert "set aside as step-00000005.damaged" in said[0]
     assert re.search(r"made anew from the copy in \S*step-00000003", said[1])
+
+
+def test_the_only_copy_is_taken_from_a_state_whose_tensors_are_damaged_where_the_one_before_has_none(tmp_path):
+    begun(tmp_path / "run", 5)
+    older = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+    older.save_state(3, {"a": torch.ones(2)}, {"step": 3, "total": 9})  # as a version before copies
+    older.release()
+    whole = (tmp_path / "run" / "run.json").read_bytes()
+    (tmp_path / "run" / "run.json").unlink()
+    next((tmp_path / "run" / "state" / "step-00000005").glob("*.safetensors")).write_bytes(b"")
+    run = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+    assert run.go_on(print)[2]["step"] == 3
+    run.release()
+    assert (tmp_path / "run" / "run.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_whose_states_are_somebody_elses_is_no_run(tmp_path, resume):
+    (tmp_path / "x" / "state" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "x" / "state" / "step-00000001" / "state.json").write_text("{}")
+    words = "holds no run to resume but other files" if resume else "is not empty: choose another --out, or give"
+    with pytest.raises(UserError, match=words) as stop:
+        goes_on(tmp_path / "x", ASKED, FREE, resume, False)
+    assert stop.value.exit_code == 2
+
+
+def test_a_run_json_that_is_what_is_asked_for_is_believed_whatever_a_strangers_state_says(tmp_path):
+    begun(tmp_path / "run")
+    other = asked(config={**ASKED["config"], "lr": 0.2})
+    stranger = RunFolder(tmp_path / "other", other, "ahriuwu train", keep=2, free=FREE)
+    stranger.begin(False, print)
+    stranger.save_state(5, {"a": torch.ones(2)}, {"step": 5, "total": 9})
+    stranger.release()
+    shutil.move(tmp_path / "other" / "state", tmp_path / "run" / "state")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    assert goes_on(tmp_path / "run", ASKED, FREE, False, False)
+    run = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+    with pytest.raises(CheckpointError, match="is of another run"):
+        run.go_on(print)
+    run.release()
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
 def test_what_is_damaged_is_set_aside_beside_what_was_before(tmp_path):

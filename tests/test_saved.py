@@ -307,6 +307,13 @@ def test_an_index_that_cannot_be_used_is_set_aside_by_who_generates_again_as_its
     assert (tmp_path / "r" / "saved.json").read_bytes() == whole
     assert (tmp_path / "r" / "saved.json.damaged").read_bytes() == broken
     assert run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s")[0] == 0
+    before = sorted((tmp_path / "r").iterdir())
+    damage(tmp_path / "r")  # the parts beside it still say what they are of
+    code, _, err = run(*ask, "--steps", 1)
+    assert code == 2
+    assert "holds rollouts of other settings" in err
+    assert sorted((tmp_path / "r").iterdir()) == before
+    assert run(*ask)[0] == 0
     reseal(tmp_path / "r", {"identity.checkpoint_hash": "0" * 64})  # sound, and of another world
     code, _, err = run(*ask)
     assert code == 2

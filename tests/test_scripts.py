@@ -42,10 +42,16 @@ def test_the_demo_replaces_nothing_but_a_demos_results(tmp_path):
 def test_the_demo_reads_its_budget_before_the_work(tmp_path):
     code, err = _run(SCRIPTS / "demo.sh", tmp_path, BUDGET="5 minutes", OUT="new")
     assert (code, err) == (2, "error: BUDGET '5 minutes' is not a time: write 90s, 4m or 2h\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    there = [tmp_path / "mine"]
+    for budget in ("14400", "10000s", "90.5s", "240m", "4h", "0.5h"):
+        code, err = _run(SCRIPTS / "demo.sh", tmp_path, BUDGET=budget, OUT="mine")
+        assert "holds something else than a demo's results" in err, err
     for budget in ("0s", "0.0", "0m", "99999h"):  # which the program itself would refuse in the third stage
         code, err = _run(SCRIPTS / "demo.sh", tmp_path, BUDGET=budget, OUT="new")
         assert (code, err) == (2, f"error: BUDGET '{budget}' is not a time: write 90s, 4m or 2h\n")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == there
 
 
 def test_a_python_that_is_not_there_is_not_called_old(tmp_path):

@@ -183,6 +183,7 @@ OF_DYNAMICS = {
     "time below 0": field("elapsed", -1e300),
     "no time at all": field("elapsed", 0),
     "no sums of the line that is begun": lambda held, _: held.pop("log"),
+    "neither sums nor norms": lambda held, document: (held.pop("log"), document.pop("grad_norms")),
     "more time than there is": field("elapsed", 1e300),
     "a text for the time": field("elapsed", "x"),
     "a preview that took less than no time": field("looked", -1),

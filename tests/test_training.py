@@ -444,6 +444,18 @@ def test_a_run_goes_on_where_a_link_leads_to_the_world_it_started_from_though_th
         run(data, tmp_path / "b", init_from=tmp_path / "a" / "last")
 
 
+def test_a_run_whose_run_json_was_altered_to_name_another_start_goes_on_by_its_states(data, tmp_path):
+    run(data, tmp_path / "a", stop_at=3)
+    run(data, tmp_path / "b", stop_at=2, init_from=tmp_path / "a" / "best")
+    path = tmp_path / "b" / "run.json"
+    whole = path.read_bytes()
+    document = json.loads(whole)
+    document["facts"]["init_from"] = "elsewhere"
+    path.write_text(json.dumps(document))
+    assert run(data, tmp_path / "b", stop_at=3, init_from=tmp_path / "a" / "best").step == 3
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_run_goes_on_after_it_was_moved_together_with_the_world_it_starts_from(data, tmp_path, saved):
     project = tmp_path / "project"

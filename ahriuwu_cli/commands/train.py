@@ -154,10 +154,8 @@ def train_dynamics(
         options.only_for(ctx, f"says nothing to --optimizer {optimizer}", "muon_momentum", "adamw_lr_scale")
     if bootstrap_share == 0:
         options.only_for(ctx, "says nothing to --bootstrap-share 0, which trains no larger steps", "bootstrap_target")
-    if 0 < long_frames <= frames:
-        raise UserError(
-            f"--long-frames {long_frames} is not above --frames {frames}, so no clip would be longer: choose more"
-        )
+    if long_frames == frames:
+        raise UserError(f"--long-frames {long_frames} is --frames, so no clip would be longer: choose more of them")
     if steps is not None and long_every > steps:
         raise UserError(f"--long-every {long_every} is beyond --steps {steps}, so no clip would be long: choose fewer")
     if steps is not None and budget is not None:

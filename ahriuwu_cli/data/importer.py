@@ -183,11 +183,9 @@ def _to_one_rate(rates: dict[Path, float], labelled: Container[Path]) -> str:
     """What brings videos to one rate: frames can be left out where no actions are between them."""
     lowest = min(rates.values())
     if all(math.isclose(rate, lowest, rel_tol=SAME_RATE) for rate in rates.values()):
-        return (
-            f"leave --fps away, or give one up to {lowest:g}"
-            if not any(v in labelled for v in rates)
-            else ("leave --fps away, or resample video and actions together beforehand")
-        )
+        if any(video in labelled for video in rates):
+            return "leave --fps away, or resample video and actions together beforehand"
+        return f"leave --fps away, or give one up to {lowest:g}"
     if all(video not in labelled or math.isclose(rate, lowest, rel_tol=SAME_RATE) for video, rate in rates.items()):
         return f"give --fps {lowest:g}, or import them apart"
     return "import them apart, or resample them beforehand, actions together with their video"

@@ -102,9 +102,8 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]
 
 def as_keys(sentence: str) -> str:
     """A sentence about options of a command line as one about the keys of a plan."""
-    return re.sub(
-        r"--([a-z]+(?:-[a-z]+)*)", lambda m: key if (key := m[1].replace("-", "_")) in _KINDS else m[0], sentence
-    )
+    keys = {f"--{key.replace('_', '-')}": key for key in _KINDS}
+    return re.sub(r"`[^`]*`|(?<![^\s(])--[a-z]+(?:-[a-z]+)*", lambda found: keys.get(found[0], found[0]), sentence)
 
 
 def _from_toml(path: Path, text: str) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:

@@ -66,22 +66,12 @@ def save_rollouts(
     index = _index(world, store, config, generation, manifest)
     with made(out):
         clear_files(out, rf"{re.escape(INDEX)}|windows\.json|part-.+")
-        began = write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False)
-        if not began:
-            try:
-                told = _read_index(out)
-                if told["identity"] != index["identity"]:
-                    raise UserError(f"{out} holds rollouts of other settings: choose another --out")
-                _check_agreement(out, told, store, manifest)
-            except DataError as error:
-                aside = set_aside(out / INDEX)
-                announce(f"{str(error).removesuffix(f': {AGAIN}')}: set aside as {aside.name if aside else INDEX}")
-                write_whole(out / INDEX, to_json(index, 1) + "\n", replace=False)
+        _write_index(out, index, store, manifest, announce)
         manifest.save(out / "windows.json")  # each time: who began may have been stopped before it
         share = range(len(manifest.windows)) if share is None else share
         horizons = pick_horizons(config.horizons, manifest.horizon)
         todo = [range(i, min(i + config.batch, share.stop)) for i in range(share.start, share.stop, config.batch)]
-        missing = [part for part in todo if not _is_there(out, index, part)]
+        missing = [part for part in todo if not _is_there(out, index, part, announce)]
         windows = sum(len(part) for part in missing)
         maker = Maker(world, store, config, generation, manifest, horizons, windows, progress)
         for part in missing:
@@ -161,6 +151,26 @@ def _stand_in(about: dict[str, Any], store: EpisodeStore) -> Any:
     )  # fmt: skip
 
 
+def _write_index(
+    folder: Path, index: dict[str, Any], store: EpisodeStore, manifest: WindowManifest, announce: Callable[[str], None]
+) -> None:
+    """Write the index, or see that the one that is there is the same. One that cannot be used is set aside, unless
+    parts beside it are of other rollouts. UserError when the folder holds such."""
+    while not write_whole(folder / INDEX, to_json(index, 1) + "\n", replace=False):
+        try:
+            told = _read_index(folder)
+            if told["identity"] != index["identity"]:
+                raise UserError(f"{folder} holds rollouts of other settings: choose another --out")
+            _check_agreement(folder, told, store, manifest)
+            return
+        except DataError as error:
+            for part in _found(folder):
+                if _says_of(folder, part) not in (None, _part_of(index, part)):
+                    raise UserError(f"{folder} holds rollouts of other settings: choose another --out") from None
+            if aside := set_aside(folder / INDEX):
+                announce(f"{str(error).removesuffix(f': {AGAIN}')}: set aside as {aside.name}")
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     file = folder / INDEX
     try:
@@ -204,9 +214,21 @@ def _part_of(index: dict[str, Any], part: range) -> str:
     return document_hash({"identity": index["identity"], "windows": [part.start, part.stop]})
 
 
+def _found(folder: Path) -> list[range]:
+    return [range(int(m[1]), int(m[2])) for m in map(_PART.fullmatch, os.listdir(folder)) if m]
+
+
+def _says_of(folder: Path, part: range) -> str | None:
+    """What a part says of itself; None where it cannot be read."""
+    try:
+        return read_header_and_metadata(_part_file(folder, part))[1].get("of")
+    except (DataError, OSError):
+        return None
+
+
 def _parts(folder: Path, windows: int) -> list[range]:
     """Parts that cover all windows, in order. DataError when some are missing."""
-    found = [range(int(m[1]), int(m[2])) for m in map(_PART.fullmatch, os.listdir(folder)) if m]
+    found = _found(folder)
     reached: dict[int, range | None] = {0: None}  # by which part; --batch may have changed, so not every one leads on
     for part in sorted(found, key=lambda part: (part.start, part.stop)):
         if part.start in reached and part.start < part.stop <= windows:
@@ -238,18 +260,15 @@ def _write_part(path: Path, made: Made, of: str) -> None:
     write_whole(path, save(tensors, metadata))
 
 
-def _is_there(folder: Path, index: dict[str, Any], part: range) -> bool:
-    """Whether a part is there and whole; a damaged one, or one of other rollouts, is set aside."""
+def _is_there(folder: Path, index: dict[str, Any], part: range, announce: Callable[[str], None]) -> bool:
+    """Whether a part is there and whole; a damaged one, or one of other rollouts, is set aside, which is said."""
     path = _part_file(folder, part)
     if not path.exists():
         return False
-    try:
-        of = read_header_and_metadata(path)[1].get("of")
-    except DataError:
-        of = None
-    if of == _part_of(index, part):
+    if _says_of(folder, part) == _part_of(index, part):
         return True
-    set_aside(path)
+    if aside := set_aside(path):
+        announce(f"{path} is damaged, or of other rollouts: set aside as {aside.name}")
     return False
 
 

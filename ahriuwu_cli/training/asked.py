@@ -48,21 +48,27 @@ def known_run(
 ) -> tuple[dict[str, Any], Copied | None]:
     """The run.json of a folder; where that is lost or altered, the copy in its newest state that can be read, so said.
 
-    asked: what is asked for now (free: but for these settings); of copies of several runs that one's is taken. It is
+    asked: what is asked for now (free: but for these settings); what says the same is believed first. Else run.json is
     altered where all copies say one thing and it says another: they have hashes. CheckpointError when there is no copy
     either, or the folder is no run.
     """
     path, states = folder / "run.json", States(folder / "state", keep=1)
+
+    def is_asked(said: dict[str, Any]) -> bool:
+        return asked is not None and not differences(said, plain(asked), free)
+
     try:
         said = read_run(folder)
     except CheckpointError as error:
         copies = list(_copies(states))
-        wanted = [each for each in copies if asked is not None and not differences(each[1], plain(asked), free)]
-        for state, copy in wanted or copies:
-            return copy, Copied(state, str(error))
+        best = next((each for each in copies if is_asked(each[1])), copies[0] if copies else None)
+        if best is not None:
+            return best[1], Copied(best[0], str(error))
         if states.newest() is None:
             raise
         raise CheckpointError(f"{error}, and no state beside it has a copy of it: {ways_out(folder, path)}") from None
+    if is_asked(said):
+        return said, None
     newest = None
     for state, copy in _copies(states):
         newest = newest or (state, copy)

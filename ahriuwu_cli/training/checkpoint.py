@@ -31,6 +31,7 @@ from ahriuwu_cli.errors import CheckpointError, DataError, UserError
 from ahriuwu_cli.folders import holding, replacing, whole
 from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.tokenizer import Tokenizer, tokenizer_class
+from ahriuwu_cli.places import is_run
 from ahriuwu_cli.printing import some_of
 from ahriuwu_cli.training.config_json import (
     FORMAT,
@@ -329,5 +330,5 @@ def _say(sentence: str) -> None:
 
 def _resolve(path: Path) -> Path:
     """The world that a path means: its own folder, or a run's `best`, even in the instant in which that is replaced."""
-    in_run = (path / "best" / "config.json").is_file() or (path / "run.json").is_file()
+    in_run = (path / "best" / "config.json").is_file() or is_run(path)
     return path / "best" if in_run and not (path / "config.json").is_file() else path

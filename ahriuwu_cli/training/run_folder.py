@@ -16,7 +16,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +28,7 @@ from ahriuwu_cli.disk import FULL, LARGER, discard, mend, set_aside, sync, visib
 from ahriuwu_cli.errors import CheckpointError, DataError, ReplacedError, TrainingError, UserError
 from ahriuwu_cli.folders import made
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
-from ahriuwu_cli.places import check_folder, refuse_other_kind, refuse_to_take_away, refuse_used
+from ahriuwu_cli.places import check_folder, has_states, refuse_other_kind, refuse_to_take_away, refuse_used
 from ahriuwu_cli.training import run_log
 from ahriuwu_cli.training.asked import Asked, Copied, differences, known_run, plain, ways_out
 from ahriuwu_cli.training.finite import check_finite
@@ -129,7 +129,8 @@ class RunFolder:
                     self._clear(WRITTEN)  # whatever else lies here is the user's
                     self._begin(more)
                 else:
-                    self._said, copied = self._known()  # from a state that is there still
+                    with suppress(CheckpointError):  # the only copy may have been the damaged state's
+                        self._said, copied = self._known()  # from a state that is there still
                     if copied is not None:
                         self._write_again(copied, announce)
                     self.states.prune()
@@ -326,7 +327,7 @@ def goes_on(folder: Path, asked: Asked, free: tuple[str, ...], resume: bool, ove
         if resume:
             raise UserError(f"{folder} holds no run to resume: start it without --resume")
         return False
-    started = States(folder / "state", keep=1).newest() is not None
+    started = has_states(folder)
     if "run.json" not in content and not started:
         if resume:
             raise UserError(f"{folder} holds no run to resume but other files ({content[0]}): choose another --out")

@@ -6,7 +6,6 @@ is one table of what its document says and one of its tensors, for runs of every
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ahriuwu_cli.data.documents import extent, is_hash
+from ahriuwu_cli.data.documents import extent, is_hash, to_json
 from ahriuwu_cli.data.tensors import TORCH, TensorInfo
 from ahriuwu_cli.training.finite import first_not_finite
 from ahriuwu_cli.training.state import describe_optimizer, with_prefix
@@ -52,8 +51,7 @@ def check_run(said: object) -> None:
     depth, values = extent(said)
     if depth > DEEPEST or values > MOST_VALUES:
         raise ValueError(f"it holds more than {MOST_VALUES} values, or is nested more than {DEEPEST} deep")
-    if len(json.dumps(said, indent=1)) > LARGEST:
-        raise ValueError(f"it is larger than {LARGEST / 1e6:g} MB as it would be written")
+    to_json(said, 1, LARGEST)
     for name, kind in (("kind", str), ("config", dict), ("facts", dict), ("command", str)):
         if name not in said:
             raise ValueError(f"it has no {name}")
@@ -163,7 +161,7 @@ class Expected:
         there = {name.rpartition(".")[0] for name in header}
         for name in self.tensors.keys() - header.keys():
             never_stepped = name in self.of_optimizers and name.rpartition(".")[0] not in there
-            of_older = name in self.optional and self.optional[name] not in document
+            of_older = name in self.optional and not {self.optional[name], COPY} & document.keys()
             if not (never_stepped or of_older):
                 raise ValueError(f"it has no tensor {name}")
         for name, info in header.items():
