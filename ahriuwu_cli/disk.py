@@ -178,6 +178,11 @@ def check_room(path: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, why, str(path))
 
 
+def more_room(error: OSError) -> str:
+    """What to do about one of FULL: files may be limited where the disk has room."""
+    return LARGER if error.errno == errno.EFBIG else "make room"
+
+
 def refusal(error: OSError, place: str) -> str:
     """One sentence on a disk that refused `place`, with what to do."""
     if error.errno == errno.EFBIG:

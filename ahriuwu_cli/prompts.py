@@ -174,13 +174,15 @@ def _window(world: World, store: EpisodeStore, request: Request, data_actions: b
         episode, start = request.episode, request.start or 0
     frames = store.episode(episode).frames
     if start + wanted > frames:
-        if data_actions and start + request.context <= frames:
+        room = frames - (request.length if data_actions else 0)  # for the context
+        if start + request.context <= frames:
             more = "ask for fewer, or use --actions random"
+        elif room <= 0:
+            more = "ask for fewer"
+        elif request.context <= frames:
+            more = "start earlier"
         else:
-            fits = f"give --context {frames - request.length if data_actions else frames} at most"
-            more = "start earlier" if request.context <= frames else fits
-            if data_actions and request.length >= frames:
-                more = "ask for fewer"
+            more = f"give --context {room} at most"
         raise DataError(
             f"episode {episode} has {frames} frames, but {wanted} are needed from frame {start} "
             f"(--context {request.context}, --length {request.length}): {more}"

@@ -498,6 +498,18 @@ def test_a_run_that_lost_its_run_json_has_it_again_from_its_newest_state(tmp_pat
     assert len(said) == 1
 
 
+def a_strangers_state_came(folder, step: int) -> dict:
+    """A state of a run with other settings lies among the folder's own. What that run was asked for."""
+    other = asked(config={**ASKED["config"], "lr": 0.2})
+    run = RunFolder(folder.with_name("other"), other, "ahriuwu train", keep=2, free=FREE)
+    run.begin(False, print)
+    run.save_state(step, {"a": torch.ones(2)}, {"step": step, "total": 9})
+    run.release()
+    (folder / "state").mkdir(exist_ok=True)
+    shutil.move(run.states.newest(), folder / "state")
+    return other
+
+
 def altered(folder, change) -> None:
     path = folder / "run.json"
     document = json.loads(path.read_text())
@@ -530,12 +542,7 @@ def test_a_run_json_that_all_states_deny_was_altered_and_is_made_anew(tmp_path, 
 
 def test_a_run_json_that_a_state_agrees_with_is_the_folder_s_own_and_the_other_state_is_set_aside(tmp_path):
     begun(tmp_path / "run", 3)
-    other = asked(config={**ASKED["config"], "lr": 0.2})
-    stranger = RunFolder(tmp_path / "other", other, "ahriuwu train", keep=2, free=FREE)
-    stranger.begin(False, print)
-    stranger.save_state(5, {"a": torch.ones(2)}, {"step": 5, "total": 9})
-    stranger.release()
-    shutil.move(tmp_path / "other" / "state" / "step-00000005", tmp_path / "run" / "state")
+    other = a_strangers_state_came(tmp_path / "run", 5)
     whole = (tmp_path / "run" / "run.json").read_bytes()
     assert goes_on(tmp_path / "run", ASKED, FREE, False, False)
     with pytest.raises(UserError, match="with other settings"):
@@ -627,12 +634,7 @@ def test_a_run_without_run_json_whose_states_have_no_copy_of_it_is_refused_and_s
 
 def test_of_states_of_several_runs_the_copy_is_taken_that_is_asked_for(tmp_path):
     begun(tmp_path / "run", 3, 5)
-    other = asked(config={**ASKED["config"], "lr": 0.2})
-    stranger = RunFolder(tmp_path / "other", other, "ahriuwu train", keep=2, free=FREE)
-    stranger.begin(False, print)
-    stranger.save_state(7, {"a": torch.ones(2)}, {"step": 7, "total": 9})
-    stranger.release()
-    shutil.move(tmp_path / "other" / "state" / "step-00000007", tmp_path / "run" / "state")
+    a_strangers_state_came(tmp_path / "run", 7)
     whole = (tmp_path / "run" / "run.json").read_bytes()
     (tmp_path / "run" / "run.json").unlink()
     changed = asked(config={**ASKED["config"], "keep": 5})  # as going on may
@@ -685,12 +687,7 @@ def test_a_folder_whose_states_are_somebody_elses_is_no_run(tmp_path, resume):
 
 def test_a_run_json_that_is_what_is_asked_for_is_believed_whatever_a_strangers_state_says(tmp_path):
     begun(tmp_path / "run")
-    other = asked(config={**ASKED["config"], "lr": 0.2})
-    stranger = RunFolder(tmp_path / "other", other, "ahriuwu train", keep=2, free=FREE)
-    stranger.begin(False, print)
-    stranger.save_state(5, {"a": torch.ones(2)}, {"step": 5, "total": 9})
-    stranger.release()
-    shutil.move(tmp_path / "other" / "state", tmp_path / "run" / "state")
+    a_strangers_state_came(tmp_path / "run", 5)
     before = (tmp_path / "run" / "run.json").read_bytes()
     assert goes_on(tmp_path / "run", ASKED, FREE, False, False)
     run = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)

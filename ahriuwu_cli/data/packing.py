@@ -5,7 +5,6 @@ lock -> partial file and journal of what is finished -> encode the rest -> heade
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -23,7 +22,7 @@ from ahriuwu_cli.data.pack_format import (
     parts_of,
 )
 from ahriuwu_cli.data.pack_journal import Journal, Workplace, locked, read_journal, write_all
-from ahriuwu_cli.disk import FULL, LARGER, REFUSALS, sync
+from ahriuwu_cli.disk import FULL, REFUSALS, more_room, sync
 from ahriuwu_cli.errors import CheckpointError, DataError, DiskError
 
 if TYPE_CHECKING:
@@ -163,8 +162,7 @@ def _sentence(error: OSError, path: Path, layout: Layout) -> str:
     if error.errno in FULL:
         return (
             f"no room for {path}, which needs {layout.size / 1e6:.1f} MB ({error.strerror}): "
-            f"{LARGER if error.errno == errno.EFBIG else 'make room'} and run the same command again; "
-            "what was finished is kept"
+            f"{more_room(error)} and run the same command again; what was finished is kept"
         )
     return (
         f"cannot write {path} ({error.strerror}): latents are kept in the dataset's folder, so make it writable, or "

@@ -11,7 +11,6 @@ The same command again goes on with a run; other settings are refused by name; w
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import weakref
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ahriuwu_cli import memory
 from ahriuwu_cli.data.documents import document_hash, to_json
-from ahriuwu_cli.disk import FULL, LARGER, discard, mend, set_aside, sync, visible, write_whole
+from ahriuwu_cli.disk import FULL, discard, mend, more_room, set_aside, sync, visible, write_whole
 from ahriuwu_cli.errors import CheckpointError, DataError, ReplacedError, TrainingError, UserError
 from ahriuwu_cli.folders import made
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
@@ -216,8 +215,7 @@ class RunFolder:
             yield
         except OSError as error:
             self._check_ours()
-            remedy = "make room" if error.errno in FULL else "make it writable or choose another --out"
-            remedy = LARGER if error.errno == errno.EFBIG else remedy
+            remedy = more_room(error) if error.errno in FULL else "make it writable or choose another --out"
             raise TrainingError(
                 f"cannot write {visible(error.filename) or self.folder} ({error.strerror}): {remedy}; "
                 f"{otherwise or self.where_it_stands()}"
