@@ -172,6 +172,8 @@ def _window(world: World, store: EpisodeStore, request: Request, data_actions: b
         start = start if request.start is None else request.start
     else:
         episode, start = request.episode, request.start or 0
+    if data_actions and not store.episode(episode).labelled:
+        raise DataError(f"the episode has no actions: {_without_data(world, request)}")
     frames = store.episode(episode).frames
     if start + wanted > frames:
         room = frames - (request.length if data_actions else 0)  # for the context
@@ -317,7 +319,7 @@ def _chosen_actions(
         return np.zeros((steps, space.width), np.float32), ~known
     if source == "data":
         if recorded is None:
-            raise UserError("--actions data needs a dataset as the prompt: use random, repeat:NAME or a file")
+            raise UserError(f"--actions data needs a dataset as the prompt: {_without_data(world, request)}")
         if not labelled:
             raise DataError(f"the episode has no actions: {_without_data(world, request)}")
         if len(recorded) < steps:

@@ -158,6 +158,7 @@ CONTRADICTIONS = [
     ([*TOKENIZER, "--device", "cpu"], "--device is for --kind transformer"),
     (["eval", "merge", "{full}", "--overwrite"], "--overwrite is for --out"),
     ([*TOKENIZER, "--kind", "transformer", "--whitening", "0.5"], "--whitening is for --kind linear"),
+    ([*TOKENIZER, "--kind", "transformer", "--gradient-weight", "1"], "--gradient-weight is for --kind linear"),
     ([*TOKENIZER, "--kind", "transformer", "--resume", "--overwrite"], "contradicts --resume"),
     ([*TOKENIZER, "--kind", "transformer", "--patch", "8x16"], "not square"),
     ([*DYNAMICS, "--steps", "5", "--budget", "5m"], "not both"),

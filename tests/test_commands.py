@@ -114,6 +114,10 @@ def test_an_episode_without_actions_takes_them_from_a_file_for_its_context_too(r
     code, _, err = run(*words, 4, "--out", place / "x")
     assert code == 3
     assert "has no actions: give --actions FILE, or --context 1 with --actions random" in err
+    for window in (("--start", 36), ("--start", 39), ("--context", 40)):  # before anything that a file would mend too
+        code, _, err = run(*words, 4, *window, "--out", place / "x")
+        assert code == 3
+        assert "has no actions: give --actions FILE, or --context 1 with --actions random" in err
     for source, advice in {
         "random": "give --actions FILE, whose first row leaves the first context frame and which has 6 rows, or",
         "none": "give --actions FILE, or --context 1 with --actions random",

@@ -523,8 +523,10 @@ def altered(folder, change) -> None:
         lambda said: said["config"].update(lr=0.3),
         lambda said: said.update(kind="tokenizer"),
         lambda said: said["facts"].pop("dataset"),
+        lambda said: said.update(command="HELLO"),
+        lambda said: said.pop("versions"),
     ],
-    ids=["setting", "kind", "fact"],
+    ids=["setting", "kind", "fact", "command", "versions"],
 )
 def test_a_run_json_that_all_states_deny_was_altered_and_is_made_anew(tmp_path, change):
     begun(tmp_path / "run", 3, 5)
@@ -538,6 +540,22 @@ def test_a_run_json_that_all_states_deny_was_altered_and_is_made_anew(tmp_path, 
     run.release()
     assert re.search(r"run\.json was altered: made anew from the copy in \S*step-00000005", said[0])
     assert path.read_bytes() == whole
+
+
+def test_a_run_json_that_was_altered_is_made_anew_from_the_states_that_are_asked_for_among_others(tmp_path):
+    begun(tmp_path / "run", 3)
+    whole = (tmp_path / "run" / "run.json").read_bytes()
+    other = a_strangers_state_came(tmp_path / "run", 5)
+    altered(tmp_path / "run", lambda said: said["config"].update(lr=0.3))
+    said = []
+    run = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
+    assert goes_on(tmp_path / "run", ASKED, FREE, False, False)
+    assert run.go_on(said.append)[2]["step"] == 3
+    run.release()
+    assert (tmp_path / "run" / "run.json").read_bytes() == whole
+    assert "run.json was altered: made anew from the copy in" in said[-1]
+    with pytest.raises(UserError, match="with other settings"):
+        goes_on(tmp_path / "run", other, FREE, False, False)
 
 
 def test_a_run_json_that_a_state_agrees_with_is_the_folder_s_own_and_the_other_state_is_set_aside(tmp_path):
@@ -892,9 +910,13 @@ def test_a_part_of_a_run_that_is_a_link_is_refused_and_nothing_is_written_or_del
         (outside / "step-00000000").mkdir()
     before = sorted(outside.rglob("*"))
     for ask in (lambda: goes_on(tmp_path / "run", ASKED, FREE, True, False), lambda: run.go_on(print)):
-        with pytest.raises(CheckpointError, match=f"{name} is a link"):
+        with pytest.raises(CheckpointError, match=f"{name} is a link: put what it leads to in its place"):
             ask()
     assert sorted(outside.rglob("*")) == before
+    outside.rename(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=f"{name} is a link: it leads to nothing, so remove it"):
+        run.go_on(print)
+    (tmp_path / "gone").rename(outside)
     assert not goes_on(tmp_path / "run", ASKED, FREE, False, True)
     again = RunFolder(tmp_path / "run", ASKED, "ahriuwu train", keep=2, free=FREE)
     again.begin(True, print)  # starting over takes the link away, not what it leads to

@@ -171,12 +171,12 @@ def _index(text):
 
 DAMAGE = [
     (_truncate, "part-000003"), (_misshape, "model.0.frames differs"),
-    (_lose, "windows 3..6"), (_no_metadata, "part-000000-000003.safetensors holds other rollouts than saved.json says"),
+    (_lose, "windows 3..5"), (_no_metadata, "part-000000-000003.safetensors holds other rollouts than saved.json says"),
     (_index("{"), "cannot be used"), (_index("[" * 5000), "cannot be used"), (_index('{"format": 1}'), "format"),
     (lambda folder: (folder / "windows.json").unlink(), "windows.json does not exist: run the same `ahriuwu eval gene"),
     (lambda folder: (folder / "windows.json").write_text("{}"), "run the same `ahriuwu eval generate` again"),
     *((_seconds(value), "is no number of seconds") for value in ("nan", "5", -1, True, None, 1e308)),
-    (_seconds([]), "damaged"), (_rename, "windows 0..6"),
+    (_seconds([]), "damaged"), (_rename, "windows 0..2"),
     (lambda folder: (folder / "saved.json").unlink(), "holds no rollouts"),
 ]  # fmt: skip
 
@@ -314,10 +314,44 @@ def test_an_index_that_cannot_be_used_is_set_aside_by_who_generates_again_as_its
     assert "holds rollouts of other settings" in err
     assert sorted((tmp_path / "r").iterdir()) == before
     assert run(*ask)[0] == 0
-    reseal(tmp_path / "r", {"identity.checkpoint_hash": "0" * 64})  # sound, and of another world
+    reseal(tmp_path / "r", {"identity.checkpoint_hash": "0" * 64})  # sound, and of another world than all parts
+    assert "lists other windows" not in run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "t")[2]
     code, _, err = run(*ask)
+    assert code == 0
+    assert "saved.json is of other rollouts than the parts beside it: set aside as saved.json.damaged-3" in err
+    assert run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "t")[0] == 0
+    reseal(tmp_path / "r", {"identity.checkpoint_hash": "0" * 64})
+    for part in (tmp_path / "r").glob("part-*"):
+        part.unlink()
+    code, _, err = run(*ask)  # nothing says whose the folder is but its index
     assert code == 2
     assert "holds rollouts of other settings" in err
+
+
+def test_parts_that_lost_their_index_are_not_another_world_s_to_set_aside(place, run, tmp_path):
+    ask = ("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK)
+    run(*ask)
+    (tmp_path / "r" / "saved.json").unlink()
+    before = sorted((tmp_path / "r").iterdir())
+    code, _, err = run(*ask, "--steps", 1)
+    assert code == 2
+    assert "holds rollouts of other settings" in err
+    assert sorted((tmp_path / "r").iterdir()) == before
+    (tmp_path / "r" / "windows.json").unlink()
+    (tmp_path / "r" / "windows.json").mkdir()
+    code, out, err = run(*ask, "--json")
+    assert code == 0
+    assert json.loads(out)["written"] == 0
+    assert "windows.json is a folder: set aside as windows.json.damaged" in err
+
+
+def test_which_windows_are_missing_is_said_and_no_others(place, run, tmp_path):
+    run("eval", "generate", place / "world", place / "data", "--out", tmp_path / "r", *QUICK[:-1], 1)
+    parts = sorted((tmp_path / "r").glob("part-*"))
+    parts[1].unlink()
+    code, _, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "s")
+    assert code == 3
+    assert "lacks the rollouts of windows 1..1:" in err
 
 
 @pytest.mark.parametrize("change", [{"seed": -1}, {"seed": 2**63}, {"context": 20_000}, {"horizon": 200_000}])

@@ -28,6 +28,7 @@ from ahriuwu_cli.data.latents import open_pack
 from ahriuwu_cli.errors import CheckpointError, DataError, Interrupted, TrainingError, UserError
 from ahriuwu_cli.evaluation.cells import weights_hash
 from ahriuwu_cli.lock import refuse_alive
+from ahriuwu_cli.models.dynamics import Dynamics
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.training import assemble as assemble_module
 from ahriuwu_cli.training import loop
@@ -394,6 +395,34 @@ def test_a_signal_in_the_last_preview_ends_the_run_and_only_the_preview_is_done_
     again = run(data, tmp_path / "r", config, resume=True)
     assert lost or again.run.found.endswith("after step 6 of 6: its last preview is left")
     assert (updates, differing_bytes(tmp_path / "whole", tmp_path / "r")) == ([], {})
+
+
+@pytest.mark.parametrize(("compiled", "step", "ends"), [(True, 0, True), (True, 1, False), (False, 0, False)])
+def test_a_signal_while_the_first_step_is_compiled_does_not_wait_for_it(
+    data, tmp_path, monkeypatch, compiled, step, ends
+):
+    def ended(number, sentence):
+        raise Ended(sentence)
+
+    update = DynamicsTrainer._update
+
+    def signalled(trainer):
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return update(trainer)
+
+    monkeypatch.setattr(Dynamics, "compile_blocks", lambda self: None)  # seconds of a compiler are not what counts here
+    monkeypatch.setattr(DynamicsTrainer, "_update", signalled)
+    monkeypatch.setattr(stopping, "end", ended)
+    store, tokenizer = data
+    with StopRequest(at_once="start again with: this") as stop:
+        config = replace(CONFIG, compile=compiled)
+        trainer = assemble(store, tokenizer, config, tmp_path / "r", "train", device=torch.device("cpu"))
+        with pytest.raises((Interrupted, Ended)) as stopped:
+            trainer.train(lambda line: None, stop)
+    assert isinstance(stopped.value, Ended) == ends
+    assert ("start again with: this" in str(stopped.value)) == ends
+    assert (trainer.run.states.newest() is None) == ends
 
 
 def test_a_signal_once_all_is_written_says_that_the_run_is_complete(data, tmp_path, monkeypatch):

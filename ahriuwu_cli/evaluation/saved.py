@@ -67,6 +67,8 @@ def save_rollouts(
     with made(out):
         clear_files(out, rf"{re.escape(INDEX)}|windows\.json|part-.+")
         _write_index(out, index, store, manifest, announce)
+        if (out / "windows.json").is_dir() and (aside := set_aside(out / "windows.json")):
+            announce(f"{out / 'windows.json'} is a folder: set aside as {aside.name}")
         manifest.save(out / "windows.json")  # each time: who began may have been stopped before it
         share = range(len(manifest.windows)) if share is None else share
         horizons = pick_horizons(config.horizons, manifest.horizon)
@@ -154,21 +156,35 @@ def _stand_in(about: dict[str, Any], store: EpisodeStore) -> Any:
 def _write_index(
     folder: Path, index: dict[str, Any], store: EpisodeStore, manifest: WindowManifest, announce: Callable[[str], None]
 ) -> None:
-    """Write the index, or see that the one that is there is the same. One that cannot be used is set aside, unless
-    parts beside it are of other rollouts. UserError when the folder holds such."""
-    while not write_whole(folder / INDEX, to_json(index, 1) + "\n", replace=False):
+    """Write the index, or see that the one that is there is the same. One that cannot be used, or fits none of the
+    parts where all are ours, is set aside. UserError when the folder holds other rollouts."""
+    other = UserError(f"{folder} holds rollouts of other settings: choose another --out")
+    while True:
+        says = [(said, _part_of(index, part)) for part in _found(folder) if (said := _says_of(folder, part))]
+        if any(said != mine for said, mine in says) and not _is_index_of(folder, index):
+            raise other
         try:
-            told = _read_index(folder)
-            if told["identity"] != index["identity"]:
-                raise UserError(f"{folder} holds rollouts of other settings: choose another --out")
-            _check_agreement(folder, told, store, manifest)
-            return
+            if os.path.lexists(folder / INDEX):
+                told = _read_index(folder)
+                if told["identity"] != index["identity"]:
+                    if not says:
+                        raise other
+                    raise DataError(f"{folder / INDEX} is of other rollouts than the parts beside it")
+                _check_agreement(folder, told, store, manifest)
+                return
         except DataError as error:
-            for part in _found(folder):
-                if _says_of(folder, part) not in (None, _part_of(index, part)):
-                    raise UserError(f"{folder} holds rollouts of other settings: choose another --out") from None
             if aside := set_aside(folder / INDEX):
                 announce(f"{str(error).removesuffix(f': {AGAIN}')}: set aside as {aside.name}")
+        if write_whole(folder / INDEX, to_json(index, 1) + "\n", replace=False):
+            return
+
+
+def _is_index_of(folder: Path, index: dict[str, Any]) -> bool:
+    """Whether the index that is there is sound and of these very rollouts, so that other parts came from elsewhere."""
+    try:
+        return _read_index(folder)["identity"] == index["identity"]
+    except DataError:
+        return False
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -234,7 +250,8 @@ def _parts(folder: Path, windows: int) -> list[range]:
         if part.start in reached and part.start < part.stop <= windows:
             reached.setdefault(part.stop, part)
     if windows not in reached:
-        raise DataError(f"{folder} lacks the rollouts of windows {max(reached)}..{windows - 1}: {AGAIN}")
+        until = min((part.start for part in found if part.start > max(reached)), default=windows)
+        raise DataError(f"{folder} lacks the rollouts of windows {max(reached)}..{min(until, windows) - 1}: {AGAIN}")
     parts, at = [], windows
     while part := reached[at]:
         parts.append(part)

@@ -17,6 +17,7 @@ from ahriuwu_cli.places import KINDS
 from ahriuwu_cli.training.state_check import COPY, check_run
 from ahriuwu_cli.training.states import States
 
+SAVED = "state_saved"  # what a run.json says once a state is; nothing else of it ever changes
 Asked = dict[str, Any]  # {"kind": "dynamics" or "tokenizer", "config": {...}, "facts": {...}}
 
 
@@ -48,7 +49,7 @@ def known_run(
 ) -> tuple[dict[str, Any], Copied | None]:
     """The run.json of a folder; where that is lost or altered, the copy in its newest state that can be read, so said.
 
-    asked: what is asked for now (free: but for these settings); what says the same is believed first. Else run.json is
+    asked: what is asked for now (free: but for these settings); what says the same is believed first. run.json is
     altered where all copies say one thing and it says another: they have hashes. CheckpointError when there is no copy
     either, or the folder is no run.
     """
@@ -67,14 +68,14 @@ def known_run(
         if states.newest() is None:
             raise
         raise CheckpointError(f"{error}, and no state beside it has a copy of it: {ways_out(folder, path)}") from None
-    if is_asked(said):
+    copies = list(_copies(states))
+    mine = [each for each in copies if is_asked(each[1])]
+    same = _same_to_the_letter if is_asked(said) else _same
+    denied = mine or ([] if is_asked(said) else copies)
+    several = any(not same(copy, denied[0][1]) for _, copy in denied)  # runs: the file tells which is its own
+    if not denied or several or any(same(copy, said) for _, copy in copies):
         return said, None
-    newest = None
-    for state, copy in _copies(states):
-        newest = newest or (state, copy)
-        if _same(copy, said) or not _same(copy, newest[1]):  # states of several runs: the file tells which is its own
-            return said, None
-    return (said, None) if newest is None else (newest[1], Copied(newest[0], f"{path} was altered"))
+    return denied[0][1], Copied(denied[0][0], f"{path} was altered")
 
 
 def _copies(states: States) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -87,6 +88,11 @@ def _copies(states: States) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[name] == other[name] for name in ("kind", "config", "facts"))
+
+
+def _same_to_the_letter(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether all is the same that a run.json says for good."""
+    return {**one, SAVED: None} == {**other, SAVED: None}
 
 
 def ways_out(folder: Path, lost: Path) -> str:

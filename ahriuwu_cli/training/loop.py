@@ -86,10 +86,12 @@ class DynamicsTrainer:
         """Train to the end (or to step `stop_at`, for tests) and return the world with its averaged weights.
 
         Raises TrainingError on a loss or gradient that is not finite or a disk that is full, DataError where the data
-        went away under the run, Interrupted after a signal; in the last preview one ends the program where it stands.
+        went away under the run, Interrupted after a signal; in the last preview, and while the first step is compiled,
+        one ends the program where it stands.
         The run's folder is free for others afterwards.
         """
-        stop.wait_for_step(self.run.asked_twice)
+        if not self.config.compile:  # which takes longer than a cluster waits, with no step to save meanwhile
+            stop.wait_for_step(self.run.asked_twice)
         with self.run.training(), Watch() as watch:
             self._train(report, stop, stop_at, watch)
         return self.world
@@ -110,6 +112,7 @@ class DynamicsTrainer:
             self.log.add(losses, norm, frames)  # waits for a GPU
             self.log.seconds += time.monotonic() - began
             self.step += 1
+            stop.wait_for_step(self.run.asked_twice)
             _, signal = self._agree(clock, stop, report)
             before, third = third, self._third()
             self.crossed = third > before

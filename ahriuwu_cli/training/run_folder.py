@@ -29,7 +29,7 @@ from ahriuwu_cli.folders import made
 from ahriuwu_cli.lock import LOCK, refuse_alive, still_held, take
 from ahriuwu_cli.places import check_folder, has_states, refuse_other_kind, refuse_to_take_away, refuse_used
 from ahriuwu_cli.training import run_log
-from ahriuwu_cli.training.asked import Asked, Copied, differences, known_run, plain, ways_out
+from ahriuwu_cli.training.asked import SAVED, Asked, Copied, differences, known_run, plain, ways_out
 from ahriuwu_cli.training.finite import check_finite
 from ahriuwu_cli.training.restart import resuming
 from ahriuwu_cli.training.state_check import COPY, Expected, check_document
@@ -37,7 +37,6 @@ from ahriuwu_cli.training.states import States
 from ahriuwu_cli.training.versions import versions
 
 WRITTEN = ("run.json", run_log.NAME, "best", "last", "tokenizer", "state")  # under hidden names first
-_SAVED = "state_saved"  # of run.json
 OWN = {"dynamics": ("run",), "tokenizer": ("tokenizer", "tokenizer's run")}  # what --overwrite may replace
 _HIDDEN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.\d+\.(tmp|old)")
 
@@ -163,7 +162,7 @@ class RunFolder:
     def _refuse_lost_states(self) -> None:
         """CheckpointError where a state was saved, of a run without any: only who asks for it loses what came of it."""
         # before it was said in run.json, nothing but its last work tells
-        if self._said.get(_SAVED) is not True and not (self.product and os.path.lexists(self.folder / self.product)):
+        if self._said.get(SAVED) is not True and not (self.product and os.path.lexists(self.folder / self.product)):
             return
         ways = ways_out(self.folder, self.states.folder)
         raise CheckpointError(f"the states of {self.folder} are gone, so this run cannot go on: {ways}")
@@ -197,12 +196,12 @@ class RunFolder:
         with self.writing():
             if self.log_file.exists():
                 sync(self.log_file)
-            copy = {COPY: {**self._said, _SAVED: True}} if self._said else {}
+            copy = {COPY: {**self._said, SAVED: True}} if self._said else {}
             saved = self.states.save(step, tensors, {**copy, **document, "logged": self._logged})
             if not self._is_ours():  # it became another run's folder while this was written
                 discard(saved)
-            elif self._said and self._said.get(_SAVED) is not True:
-                self._say({**self._said, _SAVED: True})
+            elif self._said and self._said.get(SAVED) is not True:
+                self._say({**self._said, SAVED: True})
 
     @contextmanager
     def writing(self, otherwise: str | None = None) -> Iterator[None]:
@@ -350,7 +349,8 @@ def _refuse_links(folder: Path) -> None:
     """CheckpointError where a part of a run is a link: what it leads to is not the run's to write or to delete."""
     for path in (*(folder / name for name in WRITTEN), *(folder / "state").glob("step-*")):
         if path.is_symlink():
-            raise CheckpointError(f"{path} is a link: put what it leads to in its place (only {folder} may be a link)")
+            way = "put what it leads to in its place" if path.exists() else "it leads to nothing, so remove it"
+            raise CheckpointError(f"{path} is a link: {way} (only {folder} may be a link)")
 
 
 def _content(folder: Path) -> list[str]:
