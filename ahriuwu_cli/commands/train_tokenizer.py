@@ -33,6 +33,9 @@ def train_tokenizer(
     whitening: float = options.number(
         0.5, "--whitening", 0, 1, "linear: 0 keeps pixel distances, 1 equalises the components."
     ),
+    gradient_weight: float = options.number(
+        0.0, "--gradient-weight", 0, 1000, "linear: weight of gradients beside pixels: 0 plain, 1 or 2 sharper edges."
+    ),
     tokens: int = options.whole(16, "--tokens", 1, 4096, "transformer: latent tokens N of a frame."),
     steps: int = options.whole(2000, "--steps", 1, options.MANY, "transformer: optimiser steps."),
     batch: int = options.whole(8, "--batch", 1, 65536, "transformer: clips a step."),
@@ -56,7 +59,7 @@ def train_tokenizer(
     if kind == "linear":
         options.only_for(ctx, "is for --kind transformer", *TRANSFORMER)
     else:
-        options.only_for(ctx, "is for --kind linear", "whitening")
+        options.only_for(ctx, "is for --kind linear", "whitening", "gradient_weight")
     if resume:
         options.only_for(ctx, "contradicts --resume, which keeps what is in --out", "overwrite")
     settings = {
@@ -70,7 +73,7 @@ def train_tokenizer(
     refuse_several("train tokenizer")
     if kind == "linear":
         tokenizer, quality, folder = _linear(
-            dataset, out, patch or "16", latent_dim or 64, whitening, overwrite, quiet=as_json
+            dataset, out, patch or "16", latent_dim or 64, (whitening, gradient_weight), overwrite, quiet=as_json
         )
     else:
         with stoppable() as stop:
@@ -98,9 +101,9 @@ def train_tokenizer(
 
 
 def _linear(
-    dataset: Path, out: Path, patch: str, latent_dim: int, whitening: float, overwrite: bool, quiet: bool
+    dataset: Path, out: Path, patch: str, latent_dim: int, weights: tuple[float, float], overwrite: bool, quiet: bool
 ) -> tuple:
-    """(tokenizer, its quality, its folder): fitted in closed form and written."""
+    """(tokenizer, its quality, its folder): fitted in closed form and written. weights: whitening, gradient weight."""
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.places import check_folder
@@ -113,7 +116,8 @@ def _linear(
     store = EpisodeStore.open(dataset)
     check_split(store, "val")
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:
-        tokenizer = fit_linear_tokenizer(store, values.pair(patch), latent_dim, whitening, progress)
+        whitening, gradient_weight = weights
+        tokenizer = fit_linear_tokenizer(store, values.pair(patch), latent_dim, whitening, progress, gradient_weight)
     return tokenizer, _write_tokenizer(tokenizer, store, out, overwrite, lambda: complete(out), OWN["tokenizer"]), out
 
 

@@ -31,13 +31,19 @@ DEFAULT = (16, 16), 64  # patch and latent_dim of the tokenizer that a run witho
 FIT_FRAMES = 4096  # frames that principal components are fitted to, spread over all episodes
 FIT_BYTES = 1 << 20  # bytes of frames, uint8, taken into memory at a time; fitting needs some forty times as many
 FIT_COVARIANCE = 5 * 8  # bytes for each pair of values of a patch: matrices in float64 at the end of fitting
+FIT_WEIGHED = 9 * 8  # the same with a gradient weight
 
 
 def fit_linear_tokenizer(
-    store: EpisodeStore, patch: tuple[int, int], latent_dim: int, whitening: float, progress: Progress | None = None
+    store: EpisodeStore,
+    patch: tuple[int, int],
+    latent_dim: int,
+    whitening: float,
+    progress: Progress | None = None,
+    gradient_weight: float = 0.0,
 ) -> LinearTokenizer:
     """Fit the linear tokenizer to the train split. UserError for a patch or latent_dim that does not fit the frames."""
-    tokenizer = _unfitted(store, patch, latent_dim)
+    tokenizer = _unfitted(store, patch, latent_dim, gradient_weight)
     if not 0 <= whitening <= 1:
         raise UserError(f"--whitening must be in [0, 1], got {whitening}")
     episodes = store.episodes("train")
@@ -139,15 +145,18 @@ def _differences(start: World, store: EpisodeStore) -> Iterator[str]:
         yield f"imagines {start.fps:g} frames a second, and {store.path} has {store.fps:g}"
 
 
-def _unfitted(store: EpisodeStore, patch: tuple[int, int], latent_dim: int) -> LinearTokenizer:
-    sizes = (store.height, store.width, *patch, latent_dim)
+def _unfitted(
+    store: EpisodeStore, patch: tuple[int, int], latent_dim: int, gradient_weight: float = 0.0
+) -> LinearTokenizer:
+    sizes = (store.height, store.width, *patch, latent_dim, gradient_weight)
     try:
         check_sizes(*sizes)
         values = patch[0] * patch[1] * 3
-        if values**2 * FIT_COVARIANCE > memory.most():
+        need = values**2 * (FIT_WEIGHED if gradient_weight else FIT_COVARIANCE)
+        if need > memory.most():
             raise UserError(
                 f"to fit a tokenizer to patches of {patch[0]}x{patch[1]}, {values} values, takes "
-                f"{values**2 * FIT_COVARIANCE / 1e9:.4g} GB, and there are {memory.most() / 1e9:.4g}: choose a smaller "
+                f"{need / 1e9:.4g} GB, and there are {memory.most() / 1e9:.4g}: choose a smaller "
                 "--patch, or --kind transformer"
             )
         return LinearTokenizer(*sizes).eval()
