@@ -30,6 +30,7 @@ from ahriuwu_cli.evaluation.plan import read_plan
 from ahriuwu_cli.evaluation.protocol import make_manifest
 from ahriuwu_cli.evaluation.score_files import flat, write_scores
 from ahriuwu_cli.evaluation.shards import Shards, choose_device, find_shards, read_part, shard_windows
+from ahriuwu_cli.evaluation.sweep_cells import note_asked
 from ahriuwu_cli.ranges import as_number
 from ahriuwu_cli.training.checkpoint import load_world, save_world
 
@@ -257,6 +258,16 @@ def test_a_cell_holds_what_evaluate_finds(plan, places, tmp_path):
     for result in (found, wanted):
         result.pop("timing")
     assert found == wanted
+
+
+def test_the_folder_of_a_sweep_is_no_plan_s_and_its_merge_does_not_call_it_damaged(plan, tmp_path):
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    note_asked(tmp_path / "out", {"grid": [0.1]})
+    with pytest.raises(UserError, match="out holds a sweep: choose another --out"):
+        run_plan(read_plan(plan(ONE)), tmp_path / "out", Shards(), device="cpu")
+    with pytest.raises(DataError, match=r"out holds a sweep, not cells of a plan: its results are in .*sweep\.csv"):
+        read_cells(tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").rglob("*")] == ["cells", "asked.json"]
 
 
 def test_processes_that_share_windows_write_the_cell_that_one_process_writes(plan, tmp_path):

@@ -384,6 +384,17 @@ def test_parents_that_were_made_for_a_folder_that_could_not_be_are_removed(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_is_bad_usage(tmp_path, monkeypatch):
+    """As in /proc, which says that it may be written to."""
+
+    def refused(path, *more, **named):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(UserError, match=r"cannot make .*run \(No such file or directory\): choose another --out"):
+        begun(tmp_path / "run")
+
+
 def test_a_line_for_which_there_is_no_room_leaves_no_half_of_itself(tmp_path):
     run = begun(tmp_path / "run", 3)
     file = tmp_path / "run" / "metrics.jsonl"

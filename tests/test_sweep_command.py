@@ -132,6 +132,31 @@ def test_the_same_command_goes_on_and_another_is_refused_unless_resumed(places, 
     assert len(rolled) >= 2 * 3  # with true and with shuffled actions
 
 
+@pytest.mark.parametrize("way", ["gone", "folder", "link", "text"])
+def test_a_sweep_that_lost_what_it_was_asked_for_keeps_its_cells_by_resume(places, run, rolled, tmp_path, way):
+    out, ask = tmp_path / "out", ("--taus", "0,.1", "--no-video")
+    assert run(places / "world", out, *ask)[0] == 0
+    path = out / "cells" / "asked.json"
+    whole = path.read_bytes()
+    path.unlink()
+    if way == "folder":
+        (path / "x").mkdir(parents=True)
+    elif way == "link":
+        path.symlink_to("nowhere")
+    elif way == "text":
+        path.write_text("{")
+    rolled.clear()
+    before = sorted(out.rglob("*"))
+    code, _, err = run(places / "world", out, *ask)
+    assert code == 2
+    assert "settings that cannot be read): choose another --out, or give --resume to keep those finished cells" in err
+    assert sorted(out.rglob("*")) == before
+    assert run(places / "world", out, *ask, "--resume")[0] == 0
+    assert rolled == []
+    assert path.read_bytes() == whole
+    assert run(places / "world", out, *ask)[0] == 0
+
+
 def test_a_sweep_that_goes_on_with_other_windows_and_fails_leaves_the_results_of_before(
     places, run, tmp_path, monkeypatch
 ):

@@ -30,6 +30,7 @@ from ahriuwu_cli.evaluation.protocol import WindowManifest
 from ahriuwu_cli.evaluation.score_files import Shapes
 from ahriuwu_cli.evaluation.shards import Shards
 from ahriuwu_cli.evaluation.summary import pick_horizons
+from ahriuwu_cli.evaluation.sweep_cells import is_sweep
 from ahriuwu_cli.folders import made
 from ahriuwu_cli.places import check_folder
 from ahriuwu_cli.rollout import RolloutConfig
@@ -76,6 +77,8 @@ def run_plan(
     folder = out / FOLDER
     for each in (out, folder):
         check_folder(each, overwrite=True, holds="pieces")
+    if is_sweep(out):
+        raise UserError(f"{out} holds a sweep: choose another --out")
     files = _Files(shards.choose_device(device, split))
     mine = _prepared(files, [cells[i] for i in split.of_cells(len(cells))], batch)
     found = {p.digest: _look(folder, p, split.leads, say) for p in mine}

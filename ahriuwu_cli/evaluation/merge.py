@@ -23,6 +23,7 @@ from ahriuwu_cli.evaluation.prepare import INTERVAL
 from ahriuwu_cli.evaluation.protocol import WindowManifest, paired_bootstrap
 from ahriuwu_cli.evaluation.report import Row
 from ahriuwu_cli.evaluation.summary import jsonable
+from ahriuwu_cli.evaluation.sweep_cells import is_sweep
 from ahriuwu_cli.printing import one_line, some_of
 
 NAMED = 8  # missing cells that are named in a note; JSON has all of them
@@ -67,6 +68,8 @@ def read_cells(out: Path) -> tuple[list[FinishedCell], list[str]]:
     DataError when there is none, or when one is damaged: leaving it out would change what is compared.
     """
     folder = out / FOLDER
+    if is_sweep(out):
+        raise DataError(f"{out} holds a sweep, not cells of a plan: its results are in {out / 'sweep.csv'}")
     paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
     if not paths:
         raise DataError(f"{out} holds no finished cell: run `ahriuwu eval plan PLAN --out {out}` first")

@@ -198,6 +198,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         hold(document, SAVED)
         check_rollouts(document["generation"], document["world"]["k_max"])
     except FileNotFoundError:
+        if file.is_symlink():
+            raise DataError(f"{file} is a link that leads to nothing: {AGAIN}") from None
         raise DataError(f"{folder} holds no rollouts: give the --out of `ahriuwu eval generate`") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be used ({error}): {AGAIN}") from None

@@ -102,7 +102,7 @@ def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: 
     path = out / FOLDER / ASKED
     if resume and overwrite:
         raise UserError("--resume keeps what is in --out and --overwrite replaces it: give one of them")
-    if overwrite or not path.is_file():
+    if overwrite or not (os.path.lexists(path) or any((out / FOLDER).glob(f"{'[0-9a-f]' * 16}.safetensors"))):
         check_folder(out, overwrite or _is_bare(out))
         return True
     if resume:
@@ -120,6 +120,11 @@ def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: 
     return False
 
 
+def is_sweep(out: Path) -> bool:
+    """Whether a folder holds a sweep; results of plans lie under the same name in theirs."""
+    return os.path.lexists(out / FOLDER / ASKED)
+
+
 def begin(out: Path, asked: dict[str, Any], overwrite: bool) -> None:
     """Put a folder in the place of `out` that holds nothing but what was asked for: a sweep that can be gone on with.
 
@@ -134,7 +139,10 @@ def begin(out: Path, asked: dict[str, Any], overwrite: bool) -> None:
 
 def note_asked(out: Path, asked: dict[str, Any]) -> None:
     """Remember beside the cells what was asked for, so that the same command can go on."""
-    write_whole(out / FOLDER / ASKED, to_json(asked, 1) + "\n")
+    path = out / FOLDER / ASKED
+    if os.path.lexists(path) and not path.is_file():
+        set_aside(path)
+    write_whole(path, to_json(asked, 1) + "\n")
 
 
 def _is_bare(out: Path) -> bool:

@@ -214,6 +214,8 @@ class RunFolder:
             yield
         except OSError as error:
             self._check_ours()
+            if error.errno not in FULL and not os.path.lexists(self.folder):  # such as one in /proc
+                raise UserError(f"cannot make {self.folder} ({error.strerror}): choose another --out") from error
             remedy = more_room(error) if error.errno in FULL else "make it writable or choose another --out"
             raise TrainingError(
                 f"cannot write {visible(error.filename) or self.folder} ({error.strerror}): {remedy}; "
