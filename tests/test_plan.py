@@ -263,11 +263,14 @@ def test_a_cell_holds_what_evaluate_finds(plan, places, tmp_path):
 def test_the_folder_of_a_sweep_is_no_plan_s_and_its_merge_does_not_call_it_damaged(plan, tmp_path):
     (tmp_path / "out" / "cells").mkdir(parents=True)
     note_asked(tmp_path / "out", {"grid": [0.1]})
-    with pytest.raises(UserError, match="out holds a sweep: choose another --out"):
-        run_plan(read_plan(plan(ONE)), tmp_path / "out", Shards(), device="cpu")
-    with pytest.raises(DataError, match=r"out holds a sweep, not cells of a plan: its results are in .*sweep\.csv"):
-        read_cells(tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").rglob("*")] == ["cells", "asked.json"]
+    for name in ("asked.json", "0123456789abcdef.safetensors"):
+        with pytest.raises(UserError, match="out holds a sweep: choose another --out"):
+            run_plan(read_plan(plan(ONE)), tmp_path / "out", Shards(), device="cpu")
+        with pytest.raises(DataError, match="out holds a sweep, not cells of a plan"):
+            read_cells(tmp_path / "out")
+        assert [p.name for p in (tmp_path / "out").rglob("*")] == ["cells", name]
+        (tmp_path / "out" / "cells" / name).unlink()
+        (tmp_path / "out" / "cells" / "0123456789abcdef.safetensors").write_bytes(b"")  # a cell alone tells as well
 
 
 def test_processes_that_share_windows_write_the_cell_that_one_process_writes(plan, tmp_path):

@@ -395,6 +395,23 @@ def test_a_folder_that_cannot_be_made_is_bad_usage(tmp_path, monkeypatch):
         begun(tmp_path / "run")
 
 
+def test_a_file_that_cannot_be_written_in_a_folder_that_was_made_is_named(tmp_path, monkeypatch):
+    def broken(path, *more, **named):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("ahriuwu_cli.training.run_folder.write_whole", broken)
+    with pytest.raises(TrainingError, match=r"cannot write .*run\.json \(Input/output error\)"):
+        begun(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_whose_name_leads_too_far_is_a_sentence(tmp_path):
+    run = begun(tmp_path / "run", 3)
+    (tmp_path / "run" / "best").symlink_to("a" * 300)
+    with pytest.raises(CheckpointError, match="best is a link: it leads to nothing, so remove it"):
+        run.go_on(print)
+
+
 def test_a_line_for_which_there_is_no_room_leaves_no_half_of_itself(tmp_path):
     run = begun(tmp_path / "run", 3)
     file = tmp_path / "run" / "metrics.jsonl"
@@ -925,7 +942,8 @@ def test_a_part_of_a_run_that_is_a_link_is_refused_and_nothing_is_written_or_del
             ask()
     assert sorted(outside.rglob("*")) == before
     outside.rename(tmp_path / "gone")
-    with pytest.raises(CheckpointError, match=f"{name} is a link: it leads to nothing, so remove it"):
+    way = "put what it led to in its place" if name == "state" or "/" in name else "remove it"
+    with pytest.raises(CheckpointError, match=f"{name} is a link: it leads to nothing, so {way}"):
         run.go_on(print)
     (tmp_path / "gone").rename(outside)
     assert not goes_on(tmp_path / "run", ASKED, FREE, False, True)

@@ -315,7 +315,9 @@ def test_an_index_that_cannot_be_used_is_set_aside_by_who_generates_again_as_its
     assert sorted((tmp_path / "r").iterdir()) == before
     assert run(*ask)[0] == 0
     reseal(tmp_path / "r", {"identity.checkpoint_hash": "0" * 64})  # sound, and of another world than all parts
-    assert "lists other windows" not in run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "t")[2]
+    code, _, err = run("eval", "score", tmp_path / "r", place / "data", "--out", tmp_path / "t")
+    assert code == 3
+    assert "holds other rollouts than saved.json says" in err
     code, _, err = run(*ask)
     assert code == 0
     assert "saved.json is of other rollouts than the parts beside it: set aside as saved.json.damaged-3" in err

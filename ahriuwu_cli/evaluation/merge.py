@@ -69,7 +69,7 @@ def read_cells(out: Path) -> tuple[list[FinishedCell], list[str]]:
     """
     folder = out / FOLDER
     if is_sweep(out):
-        raise DataError(f"{out} holds a sweep, not cells of a plan: its results are in {out / 'sweep.csv'}")
+        raise DataError(f"{out} holds a sweep, not cells of a plan: `ahriuwu sweep-tau` compares those itself")
     paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
     if not paths:
         raise DataError(f"{out} holds no finished cell: run `ahriuwu eval plan PLAN --out {out}` first")

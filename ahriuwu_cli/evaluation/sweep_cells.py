@@ -102,7 +102,7 @@ def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: 
     path = out / FOLDER / ASKED
     if resume and overwrite:
         raise UserError("--resume keeps what is in --out and --overwrite replaces it: give one of them")
-    if overwrite or not (os.path.lexists(path) or any((out / FOLDER).glob(f"{'[0-9a-f]' * 16}.safetensors"))):
+    if overwrite or not is_sweep(out):
         check_folder(out, overwrite or _is_bare(out))
         return True
     if resume:
@@ -121,8 +121,9 @@ def check_results(out: Path, asked: dict[str, Any], *, resume: bool, overwrite: 
 
 
 def is_sweep(out: Path) -> bool:
-    """Whether a folder holds a sweep; results of plans lie under the same name in theirs."""
-    return os.path.lexists(out / FOLDER / ASKED)
+    """Whether a folder holds a sweep: what was asked for, or a cell. Plans have a folder of that name too."""
+    folder = out / FOLDER
+    return os.path.lexists(folder / ASKED) or any(folder.glob(f"{'[0-9a-f]' * 16}.safetensors"))
 
 
 def begin(out: Path, asked: dict[str, Any], overwrite: bool) -> None:

@@ -7,7 +7,8 @@ that was killed just then half a file stays, which every later one with the same
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,19 +18,23 @@ from ahriuwu_cli.disk import lock
 from ahriuwu_cli.errors import UserError
 
 _ELF = b"\x7fELF\x02\x01"  # 64 bits, little-endian
+_LIBRARY = re.compile(r"[a-z2-7]{52}(\.main)?\.so")  # by a hash of its source; it lies below two of its letters
 
 
 def check_compile(device: torch.device | str) -> None:
     """UserError where torch.compile cannot make code for a device: no compiler, no headers, no place for its files."""
     try:
-        cache = cache_folder()
-        _remove(path for path in cache.glob("*/*.so") if cut_short(path))
+        for path in _cache().glob("??/*.so"):
+            if _LIBRARY.fullmatch(path.name) and path.parent.name == path.name[1:3]:
+                remove_if(path, path.parent.parent / "locks", cut_short)
         try:
             _compile_a_little(device)
         except Exception as error:
-            headers = list(cache.glob("precompiled_headers/*.gch"))  # nothing tells half of one but the compiler
-            if "PCH" not in str(error) or not _remove(headers):
+            if "PCH" not in str(error):
                 raise
+            headers = _headers()
+            for path in headers.glob("*.gch"):  # nothing tells half of one but the compiler
+                remove_if(path, headers / "locks", lambda _: True)
             _compile_a_little(device)
     except Exception as error:  # of torch's compiler, of Triton or of the system, all alike to who asked
         reason = str(error).strip().split("\n")[0][:300]
@@ -39,11 +44,22 @@ def check_compile(device: torch.device | str) -> None:
         ) from None
 
 
-def cache_folder() -> Path:
+def _cache() -> Path:
     """Where torch.compile keeps what it made: TORCHINDUCTOR_CACHE_DIR, or a temporary folder of the user's."""
     from torch._inductor.codecache import cache_dir
 
     return Path(cache_dir())
+
+
+def _headers() -> Path:
+    """Where it keeps headers that were compiled: always in the temporary folder."""
+    from torch._inductor import codecache
+
+    return Path(getattr(codecache, "_HEADER_DIR", _cache() / "precompiled_headers"))
+
+
+def _compile_a_little(device: torch.device | str) -> None:
+    torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(16, device=device))
 
 
 def cut_short(path: Path) -> bool:
@@ -59,21 +75,17 @@ def cut_short(path: Path) -> bool:
     return size < at + each * count
 
 
-def _compile_a_little(device: torch.device | str) -> None:
-    torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(16, device=device))
+def remove_if(path: Path, locks: Path, broken: Callable[[Path], bool]) -> None:
+    """Remove a broken file of the cache, unless somebody is making it, who holds a lock by its name.
 
-
-def _remove(files: Iterable[Path]) -> bool:
-    """Remove files of the cache that nobody is making: who does holds a lock by the name. Whether any is gone now."""
-    gone = False
-    for path in files:
-        place = path.parent if path.suffix == ".gch" else path.parent.parent
-        with suppress(OSError):
-            descriptor = os.open(place / "locks" / f"{path.name.split('.')[0]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                lock(descriptor)
+    What cannot be looked at or locked stays: it may not be ours, and another process may have been faster.
+    """
+    with suppress(OSError):
+        if not broken(path):
+            return
+        descriptor = os.open(locks / f"{path.name.split('.')[0]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if lock(descriptor) and broken(path):  # who held it may have finished meanwhile
                 path.unlink()
-                gone = True
-            finally:
-                os.close(descriptor)
-    return gone
+        finally:
+            os.close(descriptor)

@@ -214,7 +214,8 @@ class RunFolder:
             yield
         except OSError as error:
             self._check_ours()
-            if error.errno not in FULL and not os.path.lexists(self.folder):  # such as one in /proc
+            unmade = os.fsdecode(error.filename or "") in map(str, (self.folder, *self.folder.parents))
+            if unmade and error.errno not in FULL:  # such as one in /proc
                 raise UserError(f"cannot make {self.folder} ({error.strerror}): choose another --out") from error
             remedy = more_room(error) if error.errno in FULL else "make it writable or choose another --out"
             raise TrainingError(
@@ -351,7 +352,10 @@ def _refuse_links(folder: Path) -> None:
     """CheckpointError where a part of a run is a link: what it leads to is not the run's to write or to delete."""
     for path in (*(folder / name for name in WRITTEN), *(folder / "state").glob("step-*")):
         if path.is_symlink():
-            way = "put what it leads to in its place" if path.exists() else "it leads to nothing, so remove it"
+            way = "put what it leads to in its place"
+            if not os.path.exists(path):
+                states = path.name == "state" or path.parent.name == "state"  # which are nowhere else
+                way = "it leads to nothing, so " + ("put what it led to in its place" if states else "remove it")
             raise CheckpointError(f"{path} is a link: {way} (only {folder} may be a link)")
 
 
