@@ -5,6 +5,8 @@ import json
 import mmap
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,7 +308,8 @@ def test_an_engine_that_was_killed_is_a_sentence(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_shared_with_an_engine_that_is_gone_is_removed_and_that_of_another_stays(tmp_path):
+@pytest.mark.parametrize("looked", [True, False])
+def test_memory_shared_with_an_engine_that_is_gone_is_removed_and_that_of_another_stays(tmp_path, looked):
     from ahriuwu_cli.data.doom_guard import SHARED, Guard, instances
 
     if not SHARED.is_dir():
@@ -327,7 +330,7 @@ def test_memory_shared_with_an_engine_that_is_gone_is_removed_and_that_of_anothe
         with open(strange, "r+b") as opened:
             maps.append(mmap.mmap(opened.fileno(), 0))
         assert instances(os.getpid()) == {names["before"], names["mine"]}  # a path is of any bytes
-        time.sleep(1)  # it looks every 10 ms from when its interpreter has started
+        time.sleep(looked)  # it looks every 10 ms from when its interpreter has started
         guard.end()
         assert {kind for kind, file in files.items() if file.exists()} == {"before", "foreign"}
     finally:
@@ -335,6 +338,29 @@ def test_memory_shared_with_an_engine_that_is_gone_is_removed_and_that_of_anothe
             file.unlink(missing_ok=True)
         for each in maps:
             each.close()
+
+
+def test_memory_of_an_engine_is_known_from_its_command_line_where_nobody_saw_it_start(tmp_path):
+    """As on a machine so busy that recorder and engine are through before the guard's first look."""
+    from ahriuwu_cli.data.doom_guard import SHARED, clear_away
+
+    if not SHARED.is_dir():
+        pytest.skip("the system has no such folder")
+    (litter := tmp_path / "litter").mkdir()
+    file = SHARED / f"ViZDoomSMahriuwutest{os.getpid()}"
+    words = ["-c", "import time; time.sleep(99)", "+viz_instance_id", f"ahriuwutest{os.getpid()}"]
+    engine = subprocess.Popen([sys.executable, *words], cwd=litter)
+    try:
+        file.write_bytes(bytes(4096))
+        while b"+viz_instance_id" not in Path(f"/proc/{engine.pid}/cmdline").read_bytes():
+            time.sleep(0.01)
+        clear_away(str(litter), os.getpid(), set())
+        assert engine.wait(10) == -signal.SIGKILL
+        assert not file.exists()
+        assert not litter.exists()
+    finally:
+        engine.kill()
+        file.unlink(missing_ok=True)
 
 
 def _pan(a, b):

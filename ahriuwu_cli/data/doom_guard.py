@@ -8,6 +8,7 @@ engine may be gone already. On a system without /proc it finds neither and remov
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import select
@@ -67,12 +68,21 @@ def instances(recorder: int) -> set[str]:
     return set()
 
 
+def named(engine: int) -> set[str]:
+    """The name of an engine, from its own command line."""
+    with suppress(OSError):
+        words = os.fsdecode(Path(f"/proc/{engine}/cmdline").read_bytes()).split("\0")
+        pairs = itertools.pairwise(words)
+        return {name for option, name in pairs if option == "+viz_instance_id" and re.fullmatch(r"\w+", name)}
+    return set()
+
+
 def watch(recorder: int, others: set[str]) -> set[str]:
     """Sleep until the recorder lets go of the pipe, which its end does too; the names of its engines but for others."""
     names: set[str] = set()
     while not select.select([sys.stdin], [], [], None if names else LOOK)[0]:
         names = instances(recorder) - others
-    return names
+    return names or instances(recorder) - others  # it may wait for this one, which has not looked yet
 
 
 def clear_away(folder: str, recorder: int, names: set[str]) -> None:
@@ -81,6 +91,7 @@ def clear_away(folder: str, recorder: int, names: set[str]) -> None:
     recorder: a process that is spared: it works in the folder itself while it starts the engine.
     """
     for pid in (pid for pid in engines(folder) if pid != recorder):
+        names = names | named(pid)  # on a busy machine all may be over before the guard's first look
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
     for left in (left for name in names for left in SHARED.glob(f"ViZDoom*{name}")):
