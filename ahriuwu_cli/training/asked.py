@@ -50,8 +50,8 @@ def known_run(
     """The run.json of a folder; where that is lost or altered, the copy in its newest state that can be read, so said.
 
     asked: what is asked for now (free: but for these settings); what says the same is believed first. run.json is
-    altered where all copies say one thing and it says another: they have hashes. CheckpointError when there is no copy
-    either, or the folder is no run.
+    altered where all copies (those of what is asked for, where there are such) say one thing and it says another: they
+    have hashes. CheckpointError when there is no copy either, or the folder is no run.
     """
     path, states = folder / "run.json", States(folder / "state", keep=1)
 
