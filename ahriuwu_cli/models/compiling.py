@@ -35,6 +35,7 @@ def check_compile(device: torch.device | str) -> None:
             headers = _headers()
             for path in headers.glob("*.gch"):  # nothing tells half of one but the compiler
                 remove_if(path, headers / "locks", lambda _: True)
+            _forget()
             _compile_a_little(device)
     except Exception as error:  # of torch's compiler, of Triton or of the system, all alike to who asked
         reason = str(error).strip().split("\n")[0][:300]
@@ -56,6 +57,16 @@ def _headers() -> Path:
     from torch._inductor import codecache
 
     return Path(getattr(codecache, "_HEADER_DIR", _cache() / "precompiled_headers"))
+
+
+def _forget() -> None:
+    """Make torch's compiler forget, in this process, what it made and what it failed on."""
+    from torch._inductor import codecache, utils
+
+    torch._dynamo.reset()
+    for name in ("clear_caches", "clear_inductor_caches"):  # as its versions call it
+        getattr(utils, name, lambda: None)()
+    getattr(getattr(codecache, "_precompile_header", None), "cache_clear", lambda: None)()
 
 
 def _compile_a_little(device: torch.device | str) -> None:
