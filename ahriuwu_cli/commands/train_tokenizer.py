@@ -115,8 +115,8 @@ def _linear(
     check_folder(out, overwrite, holds="tokenizer", own=OWN["tokenizer"])
     store = EpisodeStore.open(dataset)
     check_split(store, "val")
+    whitening, gradient_weight = weights
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:
-        whitening, gradient_weight = weights
         tokenizer = fit_linear_tokenizer(store, values.pair(patch), latent_dim, whitening, progress, gradient_weight)
     return tokenizer, _write_tokenizer(tokenizer, store, out, overwrite, lambda: complete(out), OWN["tokenizer"]), out
 

@@ -160,8 +160,9 @@ def _write_index(
     parts where all are ours, is set aside. UserError when the folder holds other rollouts."""
     other = UserError(f"{folder} holds rollouts of other settings: choose another --out")
     while True:
-        says = [(said, _part_of(index, part)) for part in _found(folder) if (said := _says_of(folder, part))]
-        if any(said != mine for said, mine in says) and not _is_index_of(folder, index):
+        parts = [] if _is_index_of(folder, index) else _found(folder)  # which came from elsewhere where it is ours
+        says = [(said, _part_of(index, part)) for part in parts if (said := _says_of(folder, part))]
+        if any(said != mine for said, mine in says):
             raise other
         try:
             if os.path.lexists(folder / INDEX):
@@ -180,7 +181,7 @@ def _write_index(
 
 
 def _is_index_of(folder: Path, index: dict[str, Any]) -> bool:
-    """Whether the index that is there is sound and of these very rollouts, so that other parts came from elsewhere."""
+    """Whether the index that is there is sound and of these very rollouts."""
     try:
         return _read_index(folder)["identity"] == index["identity"]
     except DataError:
