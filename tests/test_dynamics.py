@@ -10,7 +10,7 @@ from conftest import SLOTS, make_clip, random_actions
 
 from ahriuwu_cli.models.block import TimeContext, time_tables
 from ahriuwu_cli.models.conditioning import ActionEmbedding, LevelEmbedding
-from ahriuwu_cli.models.dynamics import Dynamics, count_parameters, incoming_actions
+from ahriuwu_cli.models.dynamics import Dynamics, Past, count_parameters, incoming_actions
 from ahriuwu_cli.models.dynamics_config import CONDITIONINGS, DynamicsConfig
 from ahriuwu_cli.models.kernels import rotate
 from ahriuwu_cli.models.layers import Attention, as_bias, rotary, window_mask
@@ -56,6 +56,24 @@ def test_the_cache_gives_what_recomputation_gives_five_windows_long(make_dynamic
     whole = model(*clip.inputs)
     assert relative(by_cache(model, clip), whole) < 1e-4
     assert relative(by_cache(model, clip, prefill=model.config.window), whole) < 1e-4
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=named)
+def test_a_clip_behind_its_past_gives_what_a_rollout_gives_frame_by_frame(make_dynamics, fields):
+    model = make_dynamics(**fields)
+    frames = 2 * model.config.window + 3
+    clip, other = make_clip(frames=frames), make_clip(frames=frames, seed=1)
+    past = Past(other.z_tau, torch.full_like(clip.tau, 0.125), torch.full_like(clip.d, 0.125))
+    cache, by_frame = model.new_cache(clip.tau.shape[0]), []
+    for t in range(frames):
+        here = slice(t, t + 1)
+        shown = [x[:, here] for x in clip.inputs]
+        by_frame.append(model.extend(*shown, cache, keep=0))
+        model.extend(*(x[:, here] for x in past), *shown[3:], cache, keep=1)
+    whole = model(*clip.inputs, past)
+    assert whole.shape == clip.z_tau.shape
+    assert relative(whole, torch.cat(by_frame, dim=1)) < 1e-4
+    assert relative(whole, model(*clip.inputs)) > 1e-2  # where frames see one another
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=named)

@@ -72,6 +72,7 @@ VARIANTS = {
     "bfloat16": {"precision": "bfloat16"},
     "images": {"single_image_share": 0.25},
     "no bootstrap": {"bootstrap_share": 0.0},
+    "behind a past": {"forcing": "committed"},
 }
 
 

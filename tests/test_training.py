@@ -712,7 +712,7 @@ def test_the_run_saves_a_world_that_can_be_loaded_and_logs_its_gain(data, tmp_pa
 
 
 @pytest.mark.parametrize("ramp", ["paper", "inverted", "flat"])
-@pytest.mark.parametrize("forcing", ["independent", "prefix", "horizon"])
+@pytest.mark.parametrize("forcing", ["independent", "prefix", "horizon", "committed"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_bootstrap_stays_on_with_every_other_flag(data, tmp_path, ramp, forcing, batch):
     config = replace(CONFIG, ramp=ramp, forcing=forcing, batch=batch, steps=12, bootstrap_share=0.5)
@@ -747,6 +747,42 @@ def test_a_batch_lines_up_latents_and_actions(data, tmp_path):
         # incoming: the action beside frame t is the one that led to it
         assert np.array_equal(batch.actions[i, 1:].numpy(), store.actions(episode, start, start + 5))
         assert batch.known[i].tolist() == [False] + [True] * 5
+
+
+def test_the_past_of_committed_forcing_is_the_clip_at_tau_ctx_with_noise_of_its_own(data, tmp_path):
+    trainer = run(data, tmp_path / "r", stop_at=1)
+    config = replace(CONFIG, forcing="committed", tau_ctx=0.3, batch=64, bootstrap_share=0.25)
+    batch = draw_batch(trainer.pack, config, 8, 0)
+    assert draw_batch(trainer.pack, replace(config, forcing="context"), 8, 0).past is None
+    assert bool((batch.past.tau == torch.tensor(0.3)).all())
+    assert bool((batch.past.d == 1 / 8).all())
+    noise = (batch.past.z - 0.7 * batch.z_clean) / 0.3
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    corner = torch.corrcoef(torch.stack([noise.flatten(), batch.noise.flatten(), noise.roll(1, 0).flatten()]))
+    assert (corner - torch.eye(3)).abs().max() < 0.05
+    plain = draw_batch(trainer.pack, replace(config, forcing="independent"), 8, 0)
+    assert torch.equal(batch.tau, plain.tau)  # eq. 4 for what is trained, and all else as it is there
+    assert torch.equal(batch.noise, plain.noise)
+    halves = [draw_batch(trainer.pack, config, 8, 0, rank=rank, world=2) for rank in range(2)]
+    assert torch.equal(torch.stack([h.past.z for h in halves], dim=1).flatten(0, 1), batch.past.z)
+
+
+def test_under_committed_forcing_a_frame_is_denoised_behind_the_past_alone(data, tmp_path):
+    trainer = run(data, tmp_path / "r", stop_at=1)
+    batch = draw_batch(trainer.pack, replace(CONFIG, forcing="committed", bootstrap_share=0.0), 8, 0)
+    model = trainer.world.dynamics
+    denoise = denoiser(model, batch)
+    with torch.no_grad():
+        z_hat = denoise(batch.noise, batch.tau, batch.d)
+        moved = denoiser(model, replace(batch, past=batch.past._replace(z=batch.past.z + 1)))
+        unseen = moved(batch.noise, batch.tau, batch.d)
+        early = batch.noise.clone()
+        early[:, :-1] += 1
+        late = denoise(early, batch.tau, batch.d)
+    assert torch.equal(late[:, -1], z_hat[:, -1])  # frames of the clip itself are seen by no later one
+    assert not torch.allclose(late[:, :-1], z_hat[:, :-1])
+    assert torch.equal(unseen[:, 0], z_hat[:, 0])  # the first frame has no past
+    assert not torch.allclose(unseen[:, 1:], z_hat[:, 1:])
 
 
 def test_flow_rows_are_labelled_with_the_finest_step(data, tmp_path):

@@ -91,6 +91,18 @@ def context(
     return tau.masked_fill(committed, tau_ctx), d.masked_fill(committed, 1 / k_max)
 
 
+def committed(
+    batch: int, frames: int, k_max: int, tau_ctx: float = tau_.TAU_CTX, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """`independent`, for frames that look back at committed copies of those before them (BEHIND_COMMITTED).
+
+    A departure from the paper, "complete teacher forcing" (arXiv 2501.12389) with noise in the context: every frame is
+    trained as a rollout asks for it, noisy behind frames at tau_ctx, where of the draws of eq. 4 hardly any are. The
+    copies are made by training/batches.py; a step costs twice as much.
+    """
+    return independent(batch, frames, k_max, tau_ctx, generator)
+
+
 def finest(d: Tensor, k_max: int) -> Tensor:
     """The plain flow's step size 1/k_max for every frame of d (B, T): what a run without shortcut training uses."""
     return torch.full_like(d, 1 / k_max)
@@ -110,4 +122,6 @@ FORCINGS: dict[str, Forcing] = {
     "horizon": horizon,
     "prefix": prefix,
     "context": context,
+    "committed": committed,
 }
+BEHIND_COMMITTED = ("committed",)  # forcings whose frames see copies at tau_ctx of the frames before them

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,14 @@ from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.kernels import Tables
 from ahriuwu_cli.models.layers import RMSNorm, as_bias, window_mask
 from ahriuwu_cli.models.products import Linear, constant_weights
+
+
+class Past(NamedTuple):
+    """Frames that a rollout has committed: z (B, T, N, D) at the levels tau and d (B, T) of committed frames."""
+
+    z: Tensor
+    tau: Tensor
+    d: Tensor
 
 
 class Dynamics(nn.Module):
@@ -120,14 +129,26 @@ class Dynamics(nn.Module):
     def last_time_layer(self) -> int:
         return max(i for i, block in enumerate(self.blocks) if block.over_time)
 
-    def forward(self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor) -> Tensor:
-        """z_hat (B, T, N, D) for whole clips, causal in time, each frame within its window."""
-        c, device = self.config, z_tau.device
-        positions = torch.arange(z_tau.shape[1], device=device)
+    def forward(
+        self, z_tau: Tensor, tau: Tensor, d: Tensor, actions: Tensor, known: Tensor, past: Past | None = None
+    ) -> Tensor:
+        """z_hat (B, T, N, D) for whole clips, causal in time, each frame within its window.
+
+        past: the same clips as a rollout has them behind the frame that it denoises. Then a frame of z_tau sees itself
+        and the frames before it in `past`, as in `extend`, and no other frame of z_tau.
+        """
+        c, device, frames, unread = self.config, z_tau.device, z_tau.shape[1], 0
+        positions = torch.arange(frames, device=device)
+        mask = window_mask(frames, c.window, device)
+        if past is not None:
+            unread, itself = frames, torch.eye(frames, dtype=torch.bool, device=device)
+            mask = torch.cat([torch.cat([mask, mask & ~itself]), torch.cat([mask & False, itself])], dim=1)
+            z_tau, tau, d = (torch.cat(pair, dim=1) for pair in ((past.z, z_tau), (past.tau, tau), (past.d, d)))
+            actions, known, positions = actions.repeat(1, 2, 1), known.repeat(1, 2), positions.repeat(2)
         each = c.sequence // c.lines  # tokens of a frame in one line
-        mask = window_mask(len(positions), c.window, device).repeat_interleave(each, 0).repeat_interleave(each, 1)
+        mask = mask.repeat_interleave(each, 0).repeat_interleave(each, 1)
         time = TimeContext(c, time_tables(c, positions), as_bias(mask))
-        return self._run(z_tau, tau, d, actions, known, time)
+        return self._run(z_tau, tau, d, actions, known, time, unread)
 
     def new_cache(self, batch: int) -> ContextCache:
         """An empty context window for `batch` rollouts on this model's device, in the format of its activations.

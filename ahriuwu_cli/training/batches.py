@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.latents import LatentPack
-from ahriuwu_cli.diffusion.forcing import FORCINGS, finest
-from ahriuwu_cli.diffusion.tau import levels
+from ahriuwu_cli.diffusion.forcing import BEHIND_COMMITTED, FORCINGS, finest
+from ahriuwu_cli.diffusion.tau import add_noise, levels
 from ahriuwu_cli.errors import UserError
-from ahriuwu_cli.models.dynamics import incoming_actions
+from ahriuwu_cli.models.dynamics import Past, incoming_actions
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Batch:
     image_rows: int
     windows: tuple[str, ...]
     kinds: Kinds
+    past: Past | None = None  # what frames look back at instead of one another, under `committed` forcing
 
 
 def key(*parts: object) -> int:
@@ -83,6 +84,12 @@ def draw_batch(
     noise = torch.stack(
         [torch.randn(z_clean.shape[1:], generator=generator.manual_seed(key(seed, "noise", clip))) for clip in mine]
     )
+    past = None
+    if config.forcing in BEHIND_COMMITTED:
+        fresh = [torch.randn(z_clean.shape[1:], generator=generator.manual_seed(key(seed, "past", c))) for c in mine]
+        tau_past = torch.full((len(mine), frames), config.tau_ctx)
+        z_past = add_noise(z_clean, torch.stack(fresh), tau_past)
+        past = Past(*(t.to(device, non_blocking=True) for t in (z_past, tau_past, finest(tau_past, k_max))))
     incoming, known = incoming_actions(actions, labelled)
     image_rows = sum(clip >= count - images for clip in mine)
     if image_rows:
@@ -96,6 +103,7 @@ def draw_batch(
         image_rows=image_rows,
         windows=tuple(pack.name(w) for w in windows),
         kinds=kinds,
+        past=past,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ahriuwu_cli.diffusion.objective import Denoise, ShortcutLoss, shortcut_forcing_loss
+from ahriuwu_cli.models.dynamics import Past
 from ahriuwu_cli.training.batches import Batch
 
 
@@ -56,7 +57,8 @@ def denoiser(model: Callable[..., Tensor], batch: Batch, rows: int | None = None
     def denoise(z: Tensor, tau: Tensor, d: Tensor) -> Tensor:
         parts = []
         if video:
-            parts.append(model(z[:video], tau[:video], d[:video], batch.actions[:video], batch.known[:video]))
+            past = Past(*(t[:video] for t in batch.past)) if batch.past else None
+            parts.append(model(z[:video], tau[:video], d[:video], batch.actions[:video], batch.known[:video], past))
         if video < count:
             inputs = (z, tau, d, batch.actions, batch.known)
             alone = model(*(t[video:count].flatten(0, 1)[:, None] for t in inputs))

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from ahriuwu_cli.config import TrainConfig
+from ahriuwu_cli.diffusion.forcing import BEHIND_COMMITTED
 from ahriuwu_cli.models import kernels, products
-from ahriuwu_cli.models.dynamics import Dynamics
+from ahriuwu_cli.models.dynamics import Dynamics, Past
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.training.batches import Batch, Kinds
 from ahriuwu_cli.training.clip_loss import ClipLoss
@@ -206,7 +207,7 @@ class Shadow:
         micro, kept = min(config.accumulate, 2), 0  # the later ones are as the second
         for _ in range(micro):
             batch = _batch(config, self.architecture, clips, frames, ledger.fake, images)
-            ledger.own("batch", (batch.z_clean, batch.noise))
+            ledger.own("batch", (batch.z_clean, batch.noise, *(batch.past or ())[:1]))
             with ledger, formulas_of(self.device):
                 with ledger.during("forward"), self._autocast():
                     result = self.loss(batch)
@@ -297,7 +298,9 @@ def _batch(
     actions, known = torch.zeros(clips, frames, columns), torch.ones(clips, frames, dtype=torch.bool)
     with fake:
         z_clean, noise = (torch.empty(clips, frames, c.tokens, c.latent_dim) for _ in range(2))
-    return Batch(z_clean, noise, tau, d, actions, known, rows, images, (), Kinds(rows > 0, images < clips, images > 0))
+        past = Past(torch.empty_like(z_clean), tau, d) if config.forcing in BEHIND_COMMITTED else None
+    kinds = Kinds(rows > 0, images < clips, images > 0)
+    return Batch(z_clean, noise, tau, d, actions, known, rows, images, (), kinds, past)
 
 
 def _places(index: Tensor | None) -> Tensor | None:
