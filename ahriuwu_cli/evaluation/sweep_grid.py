@@ -157,7 +157,7 @@ def untrained_taus(world: World, taus: Sequence[float]) -> list[float] | None:
     k_max, generator = world.k_max, torch.Generator().manual_seed(0)
     context = tau_.TAU_CTX if trained_at is None else trained_at  # `independent` does not look at it
     if world.forcing in BEHIND_COMMITTED:  # whatever it draws for a frame, what is behind it stands at one level
-        return [tau for tau in taus if abs(tau - context) > 1e-6]
+        return [tau for tau in taus if round(tau, 6) != round(context, 6)]
     if world.forcing in ON_THE_WHOLE_GRID:  # of which so few draws need not touch every level
         least = min(1 / k_max, context) if world.forcing in WITH_CONTEXT else 1 / k_max
         return [tau for tau in taus if round(tau, 6) < round(least, 6)]
