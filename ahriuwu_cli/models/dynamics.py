@@ -142,7 +142,7 @@ class Dynamics(nn.Module):
         mask = window_mask(frames, c.window, device)
         if past is not None:
             unread, itself = frames, torch.eye(frames, dtype=torch.bool, device=device)
-            mask = torch.cat([torch.cat([mask, mask & ~itself]), torch.cat([mask & False, itself])], dim=1)
+            mask = torch.cat([torch.cat([mask, mask & ~itself]), torch.cat([torch.zeros_like(mask), itself])], dim=1)
             z_tau, tau, d = (torch.cat(pair, dim=1) for pair in ((past.z, z_tau), (past.tau, tau), (past.d, d)))
             actions, known, positions = actions.repeat(1, 2, 1), known.repeat(1, 2), positions.repeat(2)
         each = c.sequence // c.lines  # tokens of a frame in one line

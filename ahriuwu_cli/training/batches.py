@@ -81,14 +81,15 @@ def draw_batch(
     mine = dealt[rank]
     windows = [drawn[clip] for clip in mine]
     z_clean, actions, labelled = pack.read(windows, frames)
-    noise = torch.stack(
-        [torch.randn(z_clean.shape[1:], generator=generator.manual_seed(key(seed, "noise", clip))) for clip in mine]
-    )
-    past = None
+
+    def noise_of(name: str) -> Tensor:
+        each = (generator.manual_seed(key(seed, name, clip)) for clip in mine)
+        return torch.stack([torch.randn(z_clean.shape[1:], generator=g) for g in each])
+
+    noise, past = noise_of("noise"), None
     if config.forcing in BEHIND_COMMITTED:
-        fresh = [torch.randn(z_clean.shape[1:], generator=generator.manual_seed(key(seed, "past", c))) for c in mine]
         tau_past = torch.full((len(mine), frames), config.tau_ctx)
-        z_past = add_noise(z_clean, torch.stack(fresh), tau_past)
+        z_past = add_noise(z_clean, noise_of("past"), tau_past)
         past = Past(*(t.to(device, non_blocking=True) for t in (z_past, tau_past, finest(tau_past, k_max))))
     incoming, known = incoming_actions(actions, labelled)
     image_rows = sum(clip >= count - images for clip in mine)
