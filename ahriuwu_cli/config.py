@@ -12,6 +12,7 @@ PRECISIONS = ("float32", "bfloat16")
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 MOST_FRAMES = 1 << 22  # of a step: beyond it are slips of the finger, not clusters
 AT_TAU_CTX = ("horizon", "prefix", "context")  # forcings that draw tau_ctx itself
+SELF_MADE = ("resampled",)  # forcings whose frames look back at copies that the model itself walks to tau_ctx
 ONE_STEP_SIZE = ("uniform", "horizon")  # forcings that draw d = 1/k_max alone: they train no shortcut
 ADDED = {"muon_momentum": 0.95, "adamw_lr_scale": 1.0}  # what runs were trained with before there were such fields
 
@@ -112,6 +113,11 @@ class TrainConfig:
     def shortcut_share(self) -> float:
         """Share of a step's clips that aim at the bootstrap target, where the forcing draws larger steps at all."""
         return 0.0 if self.forcing in ONE_STEP_SIZE else self.bootstrap_share
+
+    @property
+    def walk_to(self) -> float | None:
+        """Where the model walks the past of every frame to; None where it is not of its own making."""
+        return self.tau_ctx if self.forcing in SELF_MADE else None
 
     @property
     def open_share(self) -> float:

@@ -37,6 +37,7 @@ STEPS = {
     "images": replace(CONFIG, single_image_share=0.5),
     "few of a kind": replace(CONFIG, batch=2, bootstrap_share=0.5, single_image_share=0.5),  # not on every process
     "long": replace(CONFIG, long_frames=12, long_every=1),
+    "behind a past of its own": replace(CONFIG, forcing="resampled", accumulate=2),
 }
 RUNS = {
     "muon": CONFIG,

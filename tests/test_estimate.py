@@ -73,6 +73,7 @@ VARIANTS = {
     "images": {"single_image_share": 0.25},
     "no bootstrap": {"bootstrap_share": 0.0},
     "behind a past": {"forcing": "committed"},
+    "behind a past of its own": {"forcing": "resampled"},
 }
 
 

@@ -120,6 +120,7 @@ def test_windows_of_one_episode_do_not_make_a_difference_in_sharpness_clear():
         ("prefix", 0.05, [0.0]),
         ("prefix", 0.0, []),
         ("context", 0.0, []),
+        ("resampled", 0.125, [0.0, 0.05, 0.2, 0.5, 0.9]),
         ("committed", 0.125, [0.0, 0.05, 0.2, 0.5, 0.9]),  # its context stands at one level, whatever it draws
     ],
 )

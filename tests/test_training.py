@@ -44,6 +44,7 @@ from ahriuwu_cli.training.finite import check_finite, not_finite
 from ahriuwu_cli.training.loop import DynamicsTrainer
 from ahriuwu_cli.training.optimiser import rate
 from ahriuwu_cli.training.preview import choose_sampler, stands_still
+from ahriuwu_cli.training.resampling import resampled
 from ahriuwu_cli.training.run import Run
 from ahriuwu_cli.training.signals import StopRequest
 from ahriuwu_cli.training.state import read_document
@@ -712,7 +713,7 @@ def test_the_run_saves_a_world_that_can_be_loaded_and_logs_its_gain(data, tmp_pa
 
 
 @pytest.mark.parametrize("ramp", ["paper", "inverted", "flat"])
-@pytest.mark.parametrize("forcing", ["independent", "prefix", "horizon", "committed"])
+@pytest.mark.parametrize("forcing", ["independent", "prefix", "horizon", "committed", "resampled"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_bootstrap_stays_on_with_every_other_flag(data, tmp_path, ramp, forcing, batch):
     config = replace(CONFIG, ramp=ramp, forcing=forcing, batch=batch, steps=12, bootstrap_share=0.5)
@@ -765,6 +766,30 @@ def test_the_past_of_committed_forcing_is_the_clip_at_tau_ctx_with_noise_of_its_
     assert torch.equal(batch.noise, plain.noise)
     halves = [draw_batch(trainer.pack, config, 8, 0, rank=rank, world=2) for rank in range(2)]
     assert torch.equal(torch.stack([h.past.z for h in halves], dim=1).flatten(0, 1), batch.past.z)
+
+
+def test_the_past_of_resampled_forcing_is_walked_by_the_model_before_anything_is_trained_behind_it(data, tmp_path):
+    config = replace(CONFIG, forcing="resampled", tau_ctx=0.25, batch=64, bootstrap_share=0.25)
+    trainer = run(data, tmp_path / "r", replace(config, batch=8), stop_at=1)
+    batch, plain = (draw_batch(trainer.pack, replace(config, forcing=f), 8, 0) for f in ("resampled", "independent"))
+    assert torch.equal(batch.tau, plain.tau)
+    assert torch.equal(batch.noise, plain.noise)
+    level = batch.past.tau[..., None, None]
+    noise = (batch.past.z - (1 - level) * batch.z_clean) / level
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    assert 0.1 < (batch.past.tau == 0.25).float().mean() < 0.9
+    halves = [draw_batch(trainer.pack, config, 8, 0, rank=rank, world=2) for rank in range(2)]
+    for name in ("z", "tau"):
+        both = torch.stack([getattr(h.past, name) for h in halves], dim=1).flatten(0, 1)
+        assert torch.equal(both, getattr(batch.past, name))
+    seen, walked = [], resampled(trainer.model, batch.past, batch.actions, batch.known, 0.25)
+    hook = trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[-1]))
+    trainer.loss(batch)
+    hook.remove()
+    assert len(seen) == 3  # two teachers and the student, all behind the same past
+    for past in seen:
+        assert torch.equal(past.z, walked.z[: len(past.z)])
+        assert bool((past.tau == 0.25).all())
 
 
 def test_under_committed_forcing_a_frame_is_denoised_behind_the_past_alone(data, tmp_path):

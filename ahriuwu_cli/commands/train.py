@@ -52,7 +52,7 @@ def train_dynamics(
         FORCING,
         "--forcing",
         listed("diffusion.forcing", "FORCINGS"),
-        "Draws of tau and d: independent, context, committed, uniform, horizon, prefix.",
+        "Draws of tau and d: independent, context, committed, resampled, uniform, horizon, prefix.",
     ),
     tau_ctx: float = options.tau_ctx(0.1),
     ramp: str = options.name(

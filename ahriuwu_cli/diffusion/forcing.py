@@ -94,13 +94,46 @@ def context(
 def committed(
     batch: int, frames: int, k_max: int, tau_ctx: float = tau_.TAU_CTX, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`independent`, for frames that look back at committed copies of those before them (BEHIND_COMMITTED).
+    """`independent`, for frames that look back at committed copies of those before them (BEHIND_COPIES).
 
     A departure from the paper, "complete teacher forcing" (arXiv 2501.12389) with noise in the context: every frame is
     trained as a rollout asks for it, noisy behind frames at tau_ctx, where of the draws of eq. 4 hardly any are. The
     copies are made by training/batches.py; a step costs twice as much.
     """
     return independent(batch, frames, k_max, tau_ctx, generator)
+
+
+def resampled(
+    batch: int, frames: int, k_max: int, tau_ctx: float = tau_.TAU_CTX, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """`independent`, for frames that look back at copies which the model itself made (BEHIND_COPIES).
+
+    A departure from the paper: Resampling Forcing (arXiv 2512.15702). As `committed`, but from a random frame on the
+    copies are walked to tau_ctx by the model, each behind the copies before it: what a rollout stands behind.
+    """
+    return independent(batch, frames, k_max, tau_ctx, generator)
+
+
+def true_copies(
+    batch: int, frames: int, k_max: int, tau_ctx: float = tau_.TAU_CTX, generator: Generator | None = None
+) -> Tensor:
+    """The level (B, T) that a copy is walked from, for `committed`: tau_ctx, where it ends as well."""
+    return torch.full((batch, frames), tau_ctx)
+
+
+def walked_copies(
+    batch: int, frames: int, k_max: int, tau_ctx: float = tau_.TAU_CTX, generator: Generator | None = None
+) -> Tensor:
+    """The level (B, T) that a copy is walked from, for `resampled`: tau_ctx before a random h in 1..T-1, the prompt.
+
+    From h on one level for the whole clip, uniform on the finest grid: at 1 the past is a rollout, below it keeps so
+    much of the true frames that their futures are still the true one. Never below tau_ctx. Needs frames >= 2.
+    """
+    if frames < 2:
+        raise ValueError(f"resampled forcing needs at least 2 frames, got {frames}")
+    h = torch.randint(1, frames, (batch, 1), generator=generator)
+    start = tau_.on_grid(torch.rand(batch, 1, generator=generator), torch.full((batch, 1), 1 / k_max))
+    return torch.where(torch.arange(frames)[None] < h, torch.tensor(tau_ctx), start.clamp(min=tau_ctx))
 
 
 def finest(d: Tensor, k_max: int) -> Tensor:
@@ -123,5 +156,6 @@ FORCINGS: dict[str, Forcing] = {
     "prefix": prefix,
     "context": context,
     "committed": committed,
+    "resampled": resampled,
 }
-BEHIND_COMMITTED = ("committed",)  # forcings whose frames see copies at tau_ctx of the frames before them
+BEHIND_COPIES = {"committed": true_copies, "resampled": walked_copies}  # frames see copies at tau_ctx of those before

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ahriuwu_cli.diffusion import tau as tau_
-from ahriuwu_cli.diffusion.forcing import BEHIND_COMMITTED, FORCINGS
+from ahriuwu_cli.diffusion.forcing import BEHIND_COPIES, FORCINGS
 from ahriuwu_cli.diffusion.samplers import SAMPLERS
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.evaluation.prepare import EvaluationConfig
@@ -156,7 +156,7 @@ def untrained_taus(world: World, taus: Sequence[float]) -> list[float] | None:
         return None
     k_max, generator = world.k_max, torch.Generator().manual_seed(0)
     context = tau_.TAU_CTX if trained_at is None else trained_at  # `independent` does not look at it
-    if world.forcing in BEHIND_COMMITTED:  # whatever it draws for a frame, what is behind it stands at one level
+    if world.forcing in BEHIND_COPIES:  # whatever it draws for a frame, what is behind it stands at one level
         return [tau for tau in taus if round(tau, 6) != round(context, 6)]
     if world.forcing in ON_THE_WHOLE_GRID:  # of which so few draws need not touch every level
         least = min(1 / k_max, context) if world.forcing in WITH_CONTEXT else 1 / k_max

@@ -26,6 +26,7 @@ Held = tuple[Tensor, Tensor, Tensor]  # keys and values of all layers, and the p
 def hold(held: Held, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Write the new frames' keys and values (rows, heads, count * each, head_dim); give all of the layer's."""
     keys, values, places = held
+    k, v = k.to(keys.dtype), v.to(values.dtype)  # under autocast projections have a format of their own
     return keys[layer].index_copy_(2, places, k), values[layer].index_copy_(2, places, v)
 
 

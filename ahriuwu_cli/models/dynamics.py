@@ -158,7 +158,11 @@ class Dynamics(nn.Module):
         c = self.config
         needs.refuse_beyond_machine(needs.to_roll_out(c, batch), self.places.device)
         shape = (batch, c.lines * c.kv_heads, c.sequence // c.lines, c.width // c.heads)
-        return ContextCache(c.window, self.time_layers, shape, partial(time_tables, c), self.places)
+        device, kind = self.places.device, self.places.dtype
+        if device.type != "cpu" and torch.is_autocast_enabled(device.type):
+            kind = torch.get_autocast_dtype(device.type)
+        like = torch.empty(0, device=device, dtype=kind)  # never a shard, as the places may be
+        return ContextCache(c.window, self.time_layers, shape, partial(time_tables, c), like)
 
     def extend(
         self,

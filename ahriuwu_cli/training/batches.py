@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.latents import LatentPack
-from ahriuwu_cli.diffusion.forcing import BEHIND_COMMITTED, FORCINGS, finest
+from ahriuwu_cli.diffusion.forcing import BEHIND_COPIES, FORCINGS, finest
 from ahriuwu_cli.diffusion.tau import add_noise, levels
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.models.dynamics import Past, incoming_actions
@@ -46,7 +46,7 @@ class Batch:
     image_rows: int
     windows: tuple[str, ...]
     kinds: Kinds
-    past: Past | None = None  # what frames look back at instead of one another, under `committed` forcing
+    past: Past | None = None  # where the copies that frames look back at, instead of one another, are walked from
 
 
 def key(*parts: object) -> int:
@@ -71,6 +71,8 @@ def draw_batch(
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     drawn = pack.draw(count, frames, rng)
     tau, d = FORCINGS[config.forcing](count, frames, k_max, config.tau_ctx, generator)
+    walked_from = BEHIND_COPIES.get(config.forcing)
+    tau_past = walked_from(count, frames, k_max, config.tau_ctx, generator) if walked_from else None
     rows = share_of(config.shortcut_share, count, step, config.seed)
     both = share_of(config.shortcut_share + config.single_image_share, count, step, config.seed)
     images = min(both, count) - rows  # by one draw, so that each share holds where both are rounded
@@ -87,8 +89,8 @@ def draw_batch(
         return torch.stack([torch.randn(z_clean.shape[1:], generator=g) for g in each])
 
     noise, past = noise_of("noise"), None
-    if config.forcing in BEHIND_COMMITTED:
-        tau_past = torch.full((len(mine), frames), config.tau_ctx)
+    if tau_past is not None:
+        tau_past = tau_past[mine.start :: shares]
         z_past = add_noise(z_clean, noise_of("past"), tau_past)
         past = Past(*(t.to(device, non_blocking=True) for t in (z_past, tau_past, finest(tau_past, k_max))))
     incoming, known = incoming_actions(actions, labelled)

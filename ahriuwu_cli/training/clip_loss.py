@@ -8,6 +8,7 @@ inside. A sharded model (FSDP2) gathers weights in every forward and every backw
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,30 @@ from torch import Tensor, nn
 from ahriuwu_cli.diffusion.objective import Denoise, ShortcutLoss, shortcut_forcing_loss
 from ahriuwu_cli.models.dynamics import Past
 from ahriuwu_cli.training.batches import Batch
+from ahriuwu_cli.training.resampling import resampled
 
 
 class ClipLoss(nn.Module):
     """Shortcut forcing (eq. 7, 8) on a batch, by a model that is its own teacher."""
 
-    def __init__(self, model: nn.Module, k_max: int, ramp: str, lockstep: bool = False, aim: str = "eq7") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        k_max: int,
+        ramp: str,
+        lockstep: bool = False,
+        aim: str = "eq7",
+        walk_to: float | None = None,
+    ) -> None:
+        """walk_to: the tau_ctx that the model itself walks a batch's past to; None where it stands there."""
         super().__init__()
+        self.walk_to = walk_to
         self.model, self.k_max, self.ramp, self.lockstep, self.aim = model, k_max, ramp, lockstep, aim
 
     def forward(self, batch: Batch) -> ShortcutLoss:
         """The loss of this batch, a mean over its frames."""
+        if self.walk_to is not None:
+            batch = replace(batch, past=resampled(self.model, batch.past, batch.actions, batch.known, self.walk_to))
         taught = batch.bootstrap_rows
         if self.lockstep and batch.kinds.bootstrap:
             taught = max(taught, 1)  # a clip at d_min runs along, and keeps its own target

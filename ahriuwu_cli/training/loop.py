@@ -67,7 +67,14 @@ class DynamicsTrainer:
                 world.dynamics.to("meta")  # never looked at here
         if self.config.compile:
             self.model.compile_blocks()
-        loss = ClipLoss(self.model, world.k_max, self.config.ramp, self.group.sharded, self.config.bootstrap_target)
+        loss = ClipLoss(
+            self.model,
+            world.k_max,
+            self.config.ramp,
+            self.group.sharded,
+            self.config.bootstrap_target,
+            self.config.walk_to,
+        )
         self.loss = synchronised(loss, self.group)
         self.optimizers = build_optimizers(self.model, self.config, self.config.muon_momentum)
         self.now = time.monotonic  # what a time budget counts; a study of equal work gives time.process_time

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from ahriuwu_cli.config import TrainConfig
-from ahriuwu_cli.diffusion.forcing import BEHIND_COMMITTED
+from ahriuwu_cli.diffusion.forcing import BEHIND_COPIES
 from ahriuwu_cli.models import kernels, products
 from ahriuwu_cli.models.dynamics import Dynamics, Past
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
@@ -181,7 +181,7 @@ class Shadow:
             self.optimizers = build_optimizers(self.model, config, config.muon_momentum)
             for p in trained:
                 p.grad = torch.empty_like(p)
-        self.loss = ClipLoss(self.model, architecture.k_max, config.ramp)
+        self.loss = ClipLoss(self.model, architecture.k_max, config.ramp, walk_to=config.walk_to)
         self._start_optimizers()
         own = self.ledger.own
         own("weights", self.model.state_dict().values())
@@ -298,7 +298,7 @@ def _batch(
     actions, known = torch.zeros(clips, frames, columns), torch.ones(clips, frames, dtype=torch.bool)
     with fake:
         z_clean, noise = (torch.empty(clips, frames, c.tokens, c.latent_dim) for _ in range(2))
-        past = Past(torch.empty_like(z_clean), tau, d) if config.forcing in BEHIND_COMMITTED else None
+        past = Past(torch.empty_like(z_clean), tau, d) if config.forcing in BEHIND_COPIES else None
     kinds = Kinds(rows > 0, images < clips, images > 0)
     return Batch(z_clean, noise, tau, d, actions, known, rows, images, (), kinds, past)
 

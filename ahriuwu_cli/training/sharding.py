@@ -39,13 +39,15 @@ def keeping_apart(loss: nn.Module, apart: bool) -> AbstractContextManager:
 def shard(model: Dynamics, group: Group) -> Dynamics:
     """Leave this process its share of every weight, on its device: each block by itself, then what is around them."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(group.device.type, (group.world,))
     empty = {p for p in model.parameters() if not p.numel()}
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh, ignored_params=empty)
+    sharded = fully_shard(model, mesh=mesh, ignored_params=empty)
+    register_fsdp_forward_method(sharded, "extend")
+    return sharded
 
 
 def is_sharded(tensor: Tensor) -> bool:
