@@ -126,14 +126,14 @@ def walked_copies(
 ) -> Tensor:
     """The level (B, T) that a copy is walked from, for `resampled`: tau_ctx before a random h in 1..T-1, the prompt.
 
-    From h on one level for the whole clip, uniform on the finest grid: at 1 the past is a rollout, below it keeps so
-    much of the true frames that their futures are still the true one. Never below tau_ctx. Needs frames >= 2.
+    From h on one level for the whole clip, uniform in k_max steps above tau_ctx: at 1 the past is a rollout, below it
+    keeps so much of the true frames that their futures are still the true one. Needs frames >= 2.
     """
     if frames < 2:
         raise ValueError(f"resampled forcing needs at least 2 frames, got {frames}")
     h = torch.randint(1, frames, (batch, 1), generator=generator)
-    start = tau_.on_grid(torch.rand(batch, 1, generator=generator), torch.full((batch, 1), 1 / k_max))
-    return torch.where(torch.arange(frames)[None] < h, torch.tensor(tau_ctx), start.clamp(min=tau_ctx))
+    above = tau_.on_grid(torch.rand(batch, 1, generator=generator), torch.full((batch, 1), 1 / k_max))
+    return torch.where(torch.arange(frames)[None] < h, torch.tensor(tau_ctx), tau_.between(tau_ctx, 1.0, above))
 
 
 def finest(d: Tensor, k_max: int) -> Tensor:
