@@ -33,7 +33,7 @@ def heard(monkeypatch, where, name, answer=None) -> list:
     ("look", "does"),
     [
         ("step_sizes", "step_size_curve"), ("consistency", "consistency"), ("spread", "sample_spread"),
-        ("levels", "error_by_level"),
+        ("levels", "error_by_level"), ("components", "error_by_component"),
     ],
 )  # fmt: skip
 def test_a_look_is_of_the_settings_seed_and_windows_that_were_asked_for(monkeypatch, asked, look, does):

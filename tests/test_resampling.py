@@ -91,7 +91,8 @@ def test_walks_begin_behind_a_prompt_of_any_length_from_any_level_above_tau_ctx(
     tau = walked_copies(20_000, FRAMES, 16, TAU_CTX, torch.Generator().manual_seed(0))
     prompt = tau == TAU_CTX
     assert bool(prompt[:, 0].all())  # the first frame has no past to be made from
-    assert bool((prompt[:, :-1] | ~prompt[:, 1:] | (tau[:, 1:] == tau[:, :-1])).all())  # a prompt is a beginning
+    assert not bool((prompt[:, 1:] & ~prompt[:, :-1]).any())  # a prompt is a beginning
+    assert bool((prompt[:, :-1] | (tau[:, 1:] == tau[:, :-1])).all())  # and the rest of a clip has one level
     last = tau[:, -1]  # never part of the prompt
     found, counts = last.unique(return_counts=True)
     assert found.tolist() == pytest.approx([TAU_CTX + (1 - TAU_CTX) * i / 16 for i in range(1, 17)])

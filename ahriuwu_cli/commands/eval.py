@@ -44,7 +44,8 @@ def evaluate(
     noise_seeds: int = options.noise_seeds(),
     batch: int = options.batch(),
     looks: str = typer.Option(
-        "all", help="Closer looks: all, none, or of step_sizes,consistency,spread,distances,levels by commas."
+        "all",
+        help="Closer looks: all, none, or of step_sizes,consistency,spread,distances,levels,components by commas.",
     ),
     features_weights: Path = typer.Option(None, help="EfficientNet-Lite0 (safetensors): adds the look `features`."),
     lpips_weights: Path = typer.Option(None, help="LPIPS v0.1, backbone and heads (safetensors): adds `lpips`."),

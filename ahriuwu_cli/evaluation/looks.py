@@ -13,6 +13,7 @@ from typing import Any
 
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import UserError, did_you_mean
+from ahriuwu_cli.evaluation.components import error_by_component
 from ahriuwu_cli.evaluation.distances import (
     CLIP_FRAMES,
     CLIPS_A_COMPONENT,
@@ -35,6 +36,7 @@ from ahriuwu_cli.world import World
 
 SPREAD_WINDOWS, SPREAD_SEEDS = 32, 4
 LEVEL_WINDOWS = 32
+COMPONENT_WINDOWS = 64
 DISTANCE_WINDOWS, MOST_BYTES = 512, 4 << 30  # clips are compared in pairs, a thousand times, and held together
 STEP_WINDOWS = 8  # 190 passes a frame: more windows would take longer than all the rest
 Look = Callable[[World, EpisodeStore, EvaluationConfig, RolloutConfig, WindowManifest], dict[str, Any]]
@@ -193,6 +195,13 @@ def _levels(world, store, config, rollout_config, manifest) -> dict[str, Any]:
     return error_by_level(asked, store, manifest, windows=LEVEL_WINDOWS, seed=config.seed, batch=config.batch)
 
 
+def _components(world, store, config, rollout_config, manifest) -> dict[str, Any]:
+    return error_by_component(
+        world, store, manifest, rollout_config,
+        seed=config.seed, horizons=config.horizons, windows=COMPONENT_WINDOWS, batch=config.batch,
+    )  # fmt: skip
+
+
 def _asked(world: World, rollout_config: RolloutConfig) -> World:
     """The world with what was asked for as its own way to roll out."""
     return replace(world, generation=rollout_config)
@@ -204,4 +213,5 @@ LOOKS: dict[str, Look] = {
     "spread": _spread,
     "distances": _distances,
     "levels": _levels,
+    "components": _components,
 }

@@ -67,6 +67,15 @@ def _levels(look: dict[str, Any]) -> Iterator[str]:
         yield f"hardly ever trained, but asked for by a rollout (position, tau): {some_of(starved, 6)}"
 
 
+def _components(look: dict[str, Any]) -> Iterator[str]:
+    windows = look["n"]["windows"]
+    for h, row in look["horizons"].items():
+        pairs = zip(row["error"], row["energy"], strict=True)
+        cells = [f"{number(error['value'])} ({number(energy['value'])})" for error, energy in pairs]
+        said = f"error over variance (energy) by component at {h}, strongest to finest, {windows} windows"
+        yield f"{said}: {', '.join(cells)}"
+
+
 def _features(look: dict[str, Any]) -> Iterator[str]:
     network = look["network"]
     for h, row in look[f"{network}_distance"].items():
@@ -98,6 +107,7 @@ DESCRIBE = {
     "spread": _spread,
     "distances": _distances,
     "levels": _levels,
+    "components": _components,
     "features": _features,
     "lpips": _lpips,
     "fvd": _fvd,

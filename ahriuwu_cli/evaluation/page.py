@@ -60,6 +60,9 @@ BLOCKS = {  # an optional part of the result -> its title, and what it is
                   "what the tokenizer allows. Compare only numbers of equally many clips."),
     "levels": ("Error by noise level", f"How well the world predicts the clean latents from noisy ones; {LABEL}. Where "
                "training has shown few noisy frames, the error is high."),
+    "components": ("Error by component", "Latent channels in groups, from the strongest of the picture to the finest. "
+                   "Error over variance: 0 is right, 1 what leaving it out gets, 2 another draw of the same kind. "
+                   "Energy: 1 is as much detail as there is; beside an error above 1 it is made up."),
     "features": ("Seen by EfficientNet-Lite0", "Distances where a small ImageNet network looks; lower is nearer. "
                  "Numbers on another network do not compare."),
     "lpips": ("LPIPS", "Perceptual distance of frames (Zhang 2018) on the weights whose hash stands here; lower is "

@@ -25,6 +25,7 @@ class LinearTokenizer(Tokenizer):
     """Patches of patch_height x patch_width pixels to latent_dim principal components: N = patches, D = latent_dim."""
 
     kind = "linear"
+    ordered = True
 
     def __init__(
         self,
