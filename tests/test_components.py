@@ -11,6 +11,7 @@ from worlds import breaks_at, noise, oracle, persistence, tiny_world
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.evaluation.components import GROUPS, error_by_component, grouped, sums_of
 from ahriuwu_cli.evaluation.protocol import make_manifest
+from ahriuwu_cli.evaluation.spread import ratio_bootstrap
 from ahriuwu_cli.rollout import RolloutConfig
 
 CONFIG = RolloutConfig(steps=1, tau_ctx=0.0)
@@ -124,6 +125,28 @@ def test_an_unordered_tokenizer_has_its_channels_by_variance(noisy):  # noqa: F8
     assert found["channels_ordered_by"] == "variance"
     each = np.array(found["share_of_variance"]) / np.array(found["channels"])
     assert (np.diff(each) < 1e-3).all()  # over other frames than the order is from: all there are
+
+
+def test_channels_that_never_change_have_no_ratio_whatever_their_value():
+    x = np.random.default_rng(0).standard_normal((64, 3, 4)).astype(np.float32)
+    x[..., 2:] = np.float32(0.3)
+    table = sums_of(x, x + np.float32(1e-3), x, [np.array([0, 1]), np.array([2, 3])])
+    assert table["variance"][:, 1].sum() == 0
+    assert np.isnan(ratio_bootstrap(table["error"][:, 1], table["variance"][:, 1], ["a", "b"] * 32).value)
+    assert ratio_bootstrap(table["error"][:, 0], table["variance"][:, 0], ["a", "b"] * 32).value < 1e-5
+
+
+def test_a_tokenizer_that_looks_back_sees_the_true_context_of_generated_frames(noisy, monkeypatch):  # noqa: F811
+    world = world_that(noisy, oracle)
+    encode, films = world.tokenizer.encode, []
+    monkeypatch.setattr(world.tokenizer, "encode", lambda frames: films.append(frames) or encode(frames))
+    look(world, noisy)
+    true, made, still = (f for f in films[-3:])
+    assert true.shape == made.shape == still.shape
+    assert true.shape[1] == CONTEXT + LENGTH
+    assert (true[:, :CONTEXT] == made[:, :CONTEXT]).all()
+    assert (true[:, :CONTEXT] == still[:, :CONTEXT]).all()
+    assert not (true == made).all()
 
 
 def test_one_window_is_refused(noisy):  # noqa: F811

@@ -19,6 +19,7 @@ from ahriuwu_cli import cli
 from ahriuwu_cli.config import TrainConfig
 from ahriuwu_cli.data.actions import ActionSpace
 from ahriuwu_cli.data.episode_writer import EpisodeWriter
+from ahriuwu_cli.models import needs
 from ahriuwu_cli.models.dynamics import Dynamics, count_parameters
 from ahriuwu_cli.models.dynamics_config import DynamicsConfig
 from ahriuwu_cli.models.kernels import swiglu
@@ -91,6 +92,11 @@ def test_forward_flops_agree_with_the_formula_of_the_benchmark(architecture):
         model = Dynamics(architecture)
     formula = script("bench").flops_per_frame(model, past=CONFIG.frames, cached=False)
     assert forecast.flops["forward"] / forecast.frames == pytest.approx(formula, rel=0.15)  # embeddings, unread tokens
+
+
+def test_a_forecast_asks_for_no_memory_of_this_machine(monkeypatch):
+    monkeypatch.setattr(needs, "refuse_beyond_machine", lambda *_: (_ for _ in ()).throw(MemoryError))
+    assert estimate(replace(CONFIG, forcing="resampled"), SMALL, "cuda").flops["forward"] > 0
 
 
 def test_the_teacher_costs_two_forward_passes_of_the_bootstrapped_clips():

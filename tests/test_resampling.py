@@ -30,13 +30,13 @@ class Perfect:
     """A model that knows the clean latents of the frame that it is asked for."""
 
     def __init__(self, clean):
-        self.clean, self.frame, self.levels = clean, 0, []
+        self.clean, self.frame, self.told = clean, 0, []
 
     def new_cache(self, batch):
         return None
 
     def extend(self, z_tau, tau, d, actions, known, cache, keep, unread=0):
-        self.levels.append(tau)
+        self.told.append((tau[:, -1], d[:, -1]))
         self.frame += keep
         return self.clean[:, self.frame : self.frame + 1]
 
@@ -45,10 +45,16 @@ def test_a_perfect_model_walks_every_copy_to_the_true_one(make_dynamics):
     model = make_dynamics()
     tau = levels(32)
     clean, noise, start = start_of(model, tau)
-    past = resampled(Perfect(clean), start, torch.zeros(32, FRAMES, 1), torch.ones(32, FRAMES), TAU_CTX)
+    perfect = Perfect(clean)
+    past = resampled(perfect, start, torch.zeros(32, FRAMES, 1), torch.ones(32, FRAMES), TAU_CTX)
     torch.testing.assert_close(past.z[:, :-1], add_noise(clean, noise, TAU_CTX)[:, :-1], atol=1e-5, rtol=1e-5)
     assert bool((past.tau == TAU_CTX).all())
     assert torch.equal(past.d, start.d)
+    assert len(perfect.told) == STEPS * (FRAMES - 2)
+    for i, (told, d) in enumerate(perfect.told):
+        t, step_ = divmod(i, STEPS)
+        torch.testing.assert_close(told, tau[:, t + 1] + (TAU_CTX - tau[:, t + 1]) * step_ / STEPS)
+        assert bool((d == 1 / model.config.k_max).all())
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=named)
@@ -102,3 +108,14 @@ def test_walks_begin_behind_a_prompt_of_any_length_from_any_level_above_tau_ctx(
     assert shares.tolist() == pytest.approx([1 / (FRAMES - 1)] * (FRAMES - 1), abs=0.01)
     with pytest.raises(ValueError, match="2 frames"):
         walked_copies(1, 1, 16)
+
+
+def test_under_autocast_the_walk_is_finite_and_near_that_of_float32(make_dynamics):
+    model, clip = make_dynamics(time_attention="frame"), make_clip(frames=FRAMES)
+    _, _, start = start_of(model, levels(len(clip.tau)))
+    whole = resampled(model, start, clip.actions, clip.known, TAU_CTX)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = resampled(model, start, clip.actions, clip.known, TAU_CTX)
+    assert half.z.dtype == torch.float32
+    assert not torch.equal(half.z, whole.z)
+    torch.testing.assert_close(half.z, whole.z, atol=0.1, rtol=0.1)

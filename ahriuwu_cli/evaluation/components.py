@@ -15,6 +15,7 @@ import torch
 from ahriuwu_cli.data.episodes import EpisodeStore
 from ahriuwu_cli.errors import UserError
 from ahriuwu_cli.evaluation.generate import Tick, generate, persist
+from ahriuwu_cli.evaluation.metrics import ratio
 from ahriuwu_cli.evaluation.protocol import WindowManifest, read_windows
 from ahriuwu_cli.evaluation.scores import Table
 from ahriuwu_cli.evaluation.spread import ratio_bootstrap
@@ -48,8 +49,9 @@ def error_by_component(
     - `energy`: var y / var x. 1 is as much as there is; with an error above 1 it is made up.
     - `floor_error`: the error of persistence, the last context frame.
 
-    Intervals are 95 %, bootstrapped over episodes. A frame that is not finite is counted and makes its horizon NaN
-    (null). UserError for fewer than 2 windows, which have no variance.
+    Intervals are 95 %, bootstrapped over episodes around fixed means. A frame of a reported horizon that is not finite
+    is counted and makes it NaN (null), as are ratios of channels that never change. UserError for fewer than 2
+    windows, which have no variance.
     """
     count = len(manifest.windows) if windows is None else min(windows, len(manifest.windows))
     if count < 2 or batch < 1:
@@ -80,7 +82,7 @@ def error_by_component(
             name: [ratio_bootstrap(table[of][:, g], table["variance"][:, g], episodes) for g in range(len(groups))]
             for name, of in (("error", "error"), ("energy", "energy"), ("floor_error", "floor"))
         }
-    power = np.square(x - x.mean(axis=(0, 1))).mean(axis=(0, 1, 2))
+    power = x.var(axis=(0, 1), dtype=np.float64).mean(axis=0)
     return jsonable(
         {
             "n": {"windows": count, "episodes": len(set(episodes))},
@@ -88,7 +90,7 @@ def error_by_component(
             "not_finite_frames": int((~finite).sum()),
             "channels_ordered_by": "the tokenizer" if world.tokenizer.ordered else "variance",
             "channels": [len(g) for g in groups],
-            "share_of_variance": [float(power[g].sum() / power.sum()) for g in groups],
+            "share_of_variance": [ratio(power[g].sum(), power.sum()) for g in groups],
             "horizons": rows,
         }
     )
@@ -108,6 +110,7 @@ def sums_of(x: np.ndarray, y: np.ndarray, floor: np.ndarray, groups: Sequence[np
 
     A window's part of a variance is its squared distance from the mean of all, times W / (W - 1).
     """
+    x, y, floor = (np.asarray(latents, np.float64) for latents in (x, y, floor))  # or a constant's variance is no 0
     unbiased = (len(x) / (len(x) - 1)) ** 0.5
     differences = {
         "error": y - x,
@@ -116,6 +119,6 @@ def sums_of(x: np.ndarray, y: np.ndarray, floor: np.ndarray, groups: Sequence[np
         "variance": unbiased * (x - x.mean(axis=0)),
     }
     return {
-        name: np.stack([np.square(d[..., g], dtype=np.float64).sum(axis=(1, 2)) for g in groups], axis=1)
+        name: np.stack([np.square(d[..., g]).sum(axis=(1, 2)) for g in groups], axis=1)
         for name, d in differences.items()
     }

@@ -39,7 +39,9 @@ class ClipLoss(nn.Module):
     def forward(self, batch: Batch) -> ShortcutLoss:
         """The loss of this batch, a mean over its frames."""
         if self.walk_to is not None:
-            batch = replace(batch, past=resampled(self.model, batch.past, batch.actions, batch.known, self.walk_to))
+            seen = max(1, len(batch.z_clean) - batch.image_rows)  # single images have no past; all processes walk one
+            start, *given = Past(*(t[:seen] for t in batch.past)), batch.actions[:seen], batch.known[:seen]
+            batch = replace(batch, past=resampled(self.model, start, *given, self.walk_to))
         taught = batch.bootstrap_rows
         if self.lockstep and batch.kinds.bootstrap:
             taught = max(taught, 1)  # a clip at d_min runs along, and keeps its own target
