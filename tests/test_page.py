@@ -476,3 +476,13 @@ def test_text_has_the_contrast_that_wcag_asks_for(palette):
     for ink, paper in [*pairs, ("ink", "panel"), ("warn", "warn-panel"), ("bad", "bad-panel"), ("ink", "bad-panel")]:
         dark, light = sorted((luminance(ink), luminance(paper)))
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, paper)
+
+
+def test_the_look_at_components_is_a_table_with_a_row_for_every_frame_and_group():
+    row = {name: [interval(0.25), interval(1.375)] for name in ("error", "energy", "floor_error")}
+    look = {"n": {"windows": 3}, "channels": [6, 6], "horizons": {"1": row, "16": row}}
+    text = page({"components": look})
+    section = text[text.index('id="components"') : text.index("</section>", text.index('id="components"'))]
+    assert "{" not in section  # no JSON
+    assert section.count("1.38") + section.count("1.375") == 6
+    assert page({"components": {"skipped": "too few windows"}}).count("too few windows") == 1
