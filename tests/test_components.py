@@ -24,8 +24,13 @@ def look(world, store, config=CONFIG, **changes):
     return error_by_component(world, store, manifest, config, **({"horizons": (1, 4), "batch": 32} | changes))
 
 
-def values(row, name):
-    return [each["value"] for each in row[name]]
+def by_frame(found):
+    frames = dict.fromkeys(row["frame"] for row in found["rows"])
+    return {str(t): [row for row in found["rows"] if row["frame"] == t] for t in frames}
+
+
+def values(rows, name):
+    return [row[name]["value"] for row in rows]
 
 
 def test_sums_are_those_of_slow_loops():
@@ -38,7 +43,9 @@ def test_sums_are_those_of_slow_loops():
         for i, g in enumerate(groups):
             cells = [(n, c) for n in range(3) for c in g]
             assert table["error"][w, i] == pytest.approx(sum((y[w, n, c] - x[w, n, c]) ** 2 for n, c in cells))
-            assert table["floor"][w, i] == pytest.approx(sum((floor[w, n, c] - x[w, n, c]) ** 2 for n, c in cells))
+            assert table["floor_error"][w, i] == pytest.approx(
+                sum((floor[w, n, c] - x[w, n, c]) ** 2 for n, c in cells)
+            )
             assert table["energy"][w, i] == pytest.approx(4 / 3 * sum(off_y[w, n, c] ** 2 for n, c in cells))
             assert table["variance"][w, i] == pytest.approx(4 / 3 * sum(off_x[w, n, c] ** 2 for n, c in cells))
 
@@ -55,10 +62,10 @@ def test_groups_are_all_channels_once_as_they_stand_or_by_variance():
 
 def test_the_truth_has_no_error_and_all_energy_in_every_group(noisy):  # noqa: F811
     found = look(world_that(noisy, oracle), noisy)
-    assert list(found["horizons"]) == ["1", "4", "6"]
+    assert list(by_frame(found)) == ["1", "4", "6"]
     assert (len(found["channels"]), sum(found["channels"])) == (GROUPS, 12)
     assert sum(found["share_of_variance"]) == pytest.approx(1, abs=1e-4)
-    for row in found["horizons"].values():
+    for row in by_frame(found).values():
         assert max(values(row, "error")) < 0.02  # of rounding to uint8 and back
         assert values(row, "energy") == pytest.approx([1] * GROUPS, abs=0.02)
 
@@ -66,10 +73,10 @@ def test_the_truth_has_no_error_and_all_energy_in_every_group(noisy):  # noqa: F
 @pytest.mark.parametrize(("width", "error"), [(0.0, 1.0), (0.5, 1.25), (1.0, 2.0)])
 def test_leaving_out_gets_1_and_another_draw_2(noisy, width, error):  # noqa: F811
     found = look(world_that(noisy, lambda scene: width * noise(scene)), noisy)
-    for row in found["horizons"].values():
+    for row in by_frame(found).values():
         assert np.mean(values(row, "error")) == pytest.approx(error, rel=0.12)
         assert np.mean(values(row, "energy")) == pytest.approx(width**2, abs=0.12)
-        assert all(each["lo"] < each["value"] < each["hi"] for each in row["error"])
+        assert all(each["error"]["lo"] < each["error"]["value"] < each["error"]["hi"] for each in row)
 
 
 def test_what_is_wrong_in_the_finest_channels_alone_is_seen_there_alone(noisy):  # noqa: F811
@@ -84,14 +91,14 @@ def test_what_is_wrong_in_the_finest_channels_alone_is_seen_there_alone(noisy): 
         return z
 
     for answer, error, energy in ((made_up, 2, 1), (left_out, 1, 0)):
-        row = look(world_that(noisy, answer), noisy)["horizons"]["4"]
+        row = by_frame(look(world_that(noisy, answer), noisy))["4"]
         assert max(values(row, "error")[:-2]) < 0.02
         assert np.mean(values(row, "error")[-2:]) == pytest.approx(error, rel=0.2)
         assert np.mean(values(row, "energy")[-2:]) == pytest.approx(energy, abs=0.2)
 
 
 def test_persistence_has_the_floor_s_error(noisy):  # noqa: F811
-    for row in look(world_that(noisy, persistence(CONTEXT)), noisy)["horizons"].values():
+    for row in by_frame(look(world_that(noisy, persistence(CONTEXT)), noisy)).values():
         assert values(row, "error") == pytest.approx(values(row, "floor_error"), abs=0.02)
         assert min(values(row, "error")) > 1  # the last frame tells nothing of these
 
@@ -99,17 +106,17 @@ def test_persistence_has_the_floor_s_error(noisy):  # noqa: F811
 def test_a_frame_that_is_not_finite_is_counted_and_makes_its_horizon_null(noisy):  # noqa: F811
     found = look(world_that(noisy, breaks_at(CONTEXT + 2)), noisy)
     assert found["not_finite_frames"] > 0
-    assert values(found["horizons"]["4"], "error") == values(found["horizons"]["4"], "energy") == [None] * GROUPS
-    assert None not in values(found["horizons"]["1"], "error") + values(found["horizons"]["4"], "floor_error")
+    assert values(by_frame(found)["4"], "error") == values(by_frame(found)["4"], "energy") == [None] * GROUPS
+    assert None not in values(by_frame(found)["1"], "error") + values(by_frame(found)["4"], "floor_error")
     json.dumps(found, allow_nan=False)
 
 
 def test_batches_change_nothing_seeds_do_and_fewer_windows_are_the_first(noisy):  # noqa: F811
     world, config = tiny_world(noisy), RolloutConfig(steps=2)
-    parts, whole = (look(world, noisy, config, batch=b)["horizons"] for b in (7, 32))
+    parts, whole = (by_frame(look(world, noisy, config, batch=b)) for b in (7, 32))
     for h in parts:
         assert values(parts[h], "error") == pytest.approx(values(whole[h], "error"), rel=1e-2)
-    assert look(world, noisy, config, seed=9)["horizons"] != whole
+    assert by_frame(look(world, noisy, config, seed=9)) != whole
     manifest = make_manifest(noisy, "test", CONTEXT, LENGTH, WINDOWS, 0)
     first = replace(manifest, windows=manifest.windows[:4])
     few = error_by_component(world, noisy, first, config, horizons=(1, 4), batch=32)

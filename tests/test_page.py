@@ -479,8 +479,9 @@ def test_text_has_the_contrast_that_wcag_asks_for(palette):
 
 
 def test_the_look_at_components_is_a_table_with_a_row_for_every_frame_and_group():
-    row = {name: [interval(0.25), interval(1.375)] for name in ("error", "energy", "floor_error")}
-    look = {"n": {"windows": 3}, "channels": [6, 6], "horizons": {"1": row, "16": row}}
+    names, pairs = ("error", "energy", "floor_error"), [(t, g) for t in (1, 16) for g in (1, 2)]
+    rows = [{"frame": t, "group": g, **{n: interval((0.25, 1.375)[g - 1]) for n in names}} for t, g in pairs]
+    look = {"n": {"windows": 3}, "channels": [6, 6], "rows": rows}
     text = page({"components": look})
     section = text[text.index('id="components"') : text.index("</section>", text.index('id="components"'))]
     assert "{" not in section  # no JSON

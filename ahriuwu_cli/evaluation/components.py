@@ -38,7 +38,7 @@ def error_by_component(
     batch: int = 32,
     tick: Tick | None = None,
 ) -> dict[str, Any]:
-    """Error and energy of generated frames by group of latent channels and by horizon.
+    """Error and energy of generated frames by group of latent channels and by horizon: `rows` of frame and group.
 
     windows: only so many, from the manifest's beginning. Frames are compared as they are shown, encoded again: x of the
     true frame, y of the generated one. Groups are GROUPS parts of the D channels: of an ordered tokenizer (principal
@@ -66,22 +66,21 @@ def error_by_component(
             world, frames, actions, manifest.keys[here], rollout_config,
             seed=seed, context=manifest.context, batch=batch, tick=tick,
         )  # fmt: skip
-        shown = np.where(made.finite[..., None, None, None], made.frames, 0)
-        films = [frames, *(np.concatenate([frames[:, : manifest.context], f], axis=1) for f in (
-            shown, persist(frames, manifest.context)))]  # fmt: skip
+        given, ends = frames[:, : manifest.context], (made.frames, persist(frames, manifest.context))
+        films = (frames, *(np.concatenate([given, end], axis=1) for end in ends))
         latents = [world.encode(torch.from_numpy(f))[:, manifest.context :][:, at].cpu().numpy() for f in films]
         parts.append((*latents, made.finite[:, at]))
     x, y, floor, finite = (np.concatenate(each) for each in zip(*parts, strict=True))
     groups = grouped(x, world.tokenizer.ordered)
     episodes = manifest.episodes[:count]
-    rows = {}
+    rows = []
     for i, t in enumerate(at):
         table = sums_of(x[:, i], y[:, i], floor[:, i], groups)
         table["error"][~finite[:, i]] = table["energy"][~finite[:, i]] = np.nan
-        rows[t + 1] = {
-            name: [ratio_bootstrap(table[of][:, g], table["variance"][:, g], episodes) for g in range(len(groups))]
-            for name, of in (("error", "error"), ("energy", "energy"), ("floor_error", "floor"))
-        }
+        variance = table.pop("variance")
+        for g in range(len(groups)):
+            ratios = {n: ratio_bootstrap(sums[:, g], variance[:, g], episodes) for n, sums in table.items()}
+            rows.append({"frame": t + 1, "group": g + 1, **ratios})
     power = x.var(axis=(0, 1), dtype=np.float64).mean(axis=0)
     return jsonable(
         {
@@ -91,7 +90,7 @@ def error_by_component(
             "channels_ordered_by": "the tokenizer" if world.tokenizer.ordered else "variance",
             "channels": [len(g) for g in groups],
             "share_of_variance": [ratio(power[g].sum(), power.sum()) for g in groups],
-            "horizons": rows,
+            "rows": rows,
         }
     )
 
@@ -115,7 +114,7 @@ def sums_of(x: np.ndarray, y: np.ndarray, floor: np.ndarray, groups: Sequence[np
     differences = {
         "error": y - x,
         "energy": unbiased * (y - y.mean(axis=0)),
-        "floor": floor - x,
+        "floor_error": floor - x,
         "variance": unbiased * (x - x.mean(axis=0)),
     }
     return {

@@ -69,9 +69,9 @@ def _levels(look: dict[str, Any]) -> Iterator[str]:
 
 def _components(look: dict[str, Any]) -> Iterator[str]:
     windows = look["n"]["windows"]
-    for h, row in look["horizons"].items():
-        pairs = zip(row["error"], row["energy"], strict=True)
-        cells = [f"{number(error['value'])} ({number(energy['value'])})" for error, energy in pairs]
+    for h in dict.fromkeys(row["frame"] for row in look["rows"]):
+        rows = [row for row in look["rows"] if row["frame"] == h]
+        cells = [f"{number(row['error']['value'])} ({number(row['energy']['value'])})" for row in rows]
         said = f"error over variance (energy) by component at {h}, strongest to finest, {windows} windows"
         yield f"{said}: {', '.join(cells)}"
 

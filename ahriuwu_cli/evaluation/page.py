@@ -126,8 +126,7 @@ def page(
     ]
     for key, (title, say) in BLOCKS.items():
         if result.get(key) is not None or key in figures:
-            part = _by_group(result.get(key)) if key == "components" else result.get(key)
-            sections.append((key, title, [tag("p", say), *block(part), *take(key)]))
+            sections.append((key, title, [tag("p", say), *block(result.get(key)), *take(key)]))
     if figures:
         sections.append(("figures", "Figures", [picture(figure) for figure in figures.values()]))
     sections.append(("settings", "Settings and how to repeat it", _settings(result, command)))
@@ -145,20 +144,6 @@ def page(
             parts = film_figures(films, MAX_BYTES - size - 60_000)
         body.append(tag("section", tag("h2", title, id=f"{key}-title"), parts, id=key, aria_labelledby=f"{key}-title"))
     return document(f"{name}: evaluation", PICTURE_STYLE, tag("main", body))
-
-
-def _by_group(look: Any) -> Any:
-    """The look at components with a row for every frame and group, its lists being one value a group."""
-    horizons = look.get("horizons") if isinstance(look, Mapping) else None
-    try:
-        rows = [
-            {"frame": h, "group": g + 1, **{name: values[g] for name, values in row.items()}}
-            for h, row in horizons.items()
-            for g in range(len(row["error"]))
-        ]
-    except (AttributeError, KeyError, IndexError, TypeError):  # no such look: shown as it is
-        return look
-    return {key: value for key, value in look.items() if key != "horizons"} | {"rows": rows}
 
 
 def _world_name(result: Mapping[str, Any]) -> str:
