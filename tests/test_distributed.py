@@ -392,6 +392,27 @@ def test_processes_that_found_other_states_end_with_a_sentence():
     assert other == (4, "")
 
 
+LAST_WORDS = """
+import sys
+import torch
+from ahriuwu_cli.training.distributed import join
+sys.setswitchinterval(100)  # gloo's threads get Python only where this one lets go of it
+with join("cpu", None) as group:
+    kept_as_ddp_does = torch.distributed.group.WORLD
+    for _ in range(50):
+        group.sum(torch.ones(1))
+    if sys.argv[1] == "agreed":
+        raise SystemExit(1)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("agreed", 1), ("plain", 0)])
+def test_threads_of_the_last_decision_are_waited_for(end, code):
+    """One that needs Python while Python ends makes it abort: in one of seven such ends before they were waited for."""
+    for _ in range(8):
+        assert finish(start(["-c", LAST_WORDS, end])) == [(code, "")] * 2
+
+
 BROKEN = """
 import math, sys
 sys.path.insert(0, sys.argv[4])
@@ -417,7 +438,7 @@ with join("cpu", None) as group:
 @pytest.mark.parametrize(("broken", "names"), [("1", [1]), ("gradient", [0, 1])])
 def test_clips_of_a_loss_that_is_not_finite_are_named_by_the_process_that_had_them(folder, tmp_path, broken, names):
     found = finish(start(["-c", BROKEN, folder, tmp_path / "run", broken, Path(__file__).parent]))
-    assert [code for code, _ in found] == [1, 1]
+    assert [code for code, _ in found] == [1, 1], found
     assert [rank for rank, (_, said) in enumerate(found) if said] == names
     for rank in names:
         assert found[rank][1].startswith(f"{rank} ['0")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Group:
     rank: int = 0
     world: int = 1
     parallel: str = "ddp"
-    control: Any = None  # torch's process group for decisions; None in a world of one
+    # Torch's process group for decisions, by a weak reference: see `join`. None in a world of one.
+    control: weakref.ref[torch.distributed.ProcessGroup] | None = None
 
     @property
     def leads(self) -> bool:
@@ -94,12 +96,12 @@ class Group:
     def copy_from_lead(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite these CPU tensors with the lead's."""
         for name in sorted(tensors) if self.world > 1 else ():
-            torch.distributed.broadcast(tensors[name], 0, group=self.control)
+            torch.distributed.broadcast(tensors[name], 0, group=self.control())
 
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:
-            torch.distributed.barrier(group=self.control)
+            torch.distributed.barrier(group=self.control())
 
     def check_same_step(self, step: int | None, folder: object) -> None:
         """CheckpointError when the processes found different states in a run's folder. step: None where no run is."""
@@ -142,7 +144,7 @@ class Group:
         return -ends[0], ends[1]
 
     def _reduce(self, tensor: Tensor, operation: str) -> None:
-        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=self.control)
+        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=self.control())
 
     def _end_if_any(self, error: UserError | None) -> None:
         """The first process that failed raises its error; the others end without a word, by the same exit code."""
@@ -160,6 +162,9 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
     """The group that torchrun put this process in, or a group of one. UserError for a mode or device that is not there.
 
     A process that loses the others ends with a TrainingError: which of them failed first says its own message.
+
+    A thread of gloo's that lets go of a tensor needs Python, and ends the process by SIGABRT where Python is ending.
+    Only torch owns the group for decisions, so that destroying it here waits for its threads, whoever holds the Group.
     """
     if parallel is not None and parallel not in PARALLEL:
         raise UserError(f"unknown --parallel {parallel!r}: {did_you_mean(parallel, PARALLEL)}")
@@ -178,7 +183,7 @@ def join(device: str, parallel: str | None) -> Iterator[Group]:
         torch.cuda.set_device(where)
     try:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=STEP_PATIENCE)
-        control = dist.new_group(backend="gloo", timeout=LEAD_PATIENCE)
+        control = weakref.ref(dist.new_group(backend="gloo", timeout=LEAD_PATIENCE))
     except (ValueError, dist.DistError) as error:
         raise UserError(
             f"RANK {rank} of WORLD_SIZE {world} finds no other processes ({_reason(error)}): unset both, or start with "
