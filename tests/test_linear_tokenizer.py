@@ -1,12 +1,19 @@
 """The linear tokenizer is exactly principal component analysis of patches, and its scales do what they say.
 
-With a gradient weight it is that of another metric, whose matrix is made here by going through pairs of pixels.
+With a gradient weight it is that of another metric, whose matrix is made here by going through pairs of pixels. A
+sharpened decoder is, of all linear ones with its gradient energy, that of the least error.
 """
+
+import json
 
 import pytest
 import torch
+from small import small_dataset, small_world
 
 from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
+from ahriuwu_cli.models.transformer_tokenizer import TransformerTokenizer, TransformerTokenizerConfig
+from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world, save_tokenizer, save_world
+from ahriuwu_cli.training.tokenizer_quality import reconstruction
 
 
 def clips(count=200, seed=0):
@@ -102,6 +109,89 @@ def test_gradient_weights_that_are_none_are_refused(weight):
         LinearTokenizer.stored({**fitted(5).to_json(), "gradient_weight": weight})
 
 
+def parts(tokenizer, frames):
+    """(patches, mean, coordinates before scaling), each (frames x places, values), in float64."""
+    patches = tokenizer._patches(frames[None].float() / 255)[0]
+    z = (tokenizer.encode(frames[None])[0] * tokenizer.scale).double()
+    mean = tokenizer.mean.expand_as(patches)
+    return [a.double().flatten(0, 1) for a in (patches, mean, z)]
+
+
+def energy(patches, side=(8, 8)):
+    """Sum of squared differences of neighbours within a patch, by pairs of pixels."""
+    laplacian = metric(*side, 1.0) - torch.eye(patches.shape[1], dtype=torch.float64)
+    return torch.einsum("np,pq,nq->", patches, laplacian, patches).item()
+
+
+@pytest.mark.parametrize("gradient_weight", [0.0, 2.0])
+@pytest.mark.parametrize("share", [0.95, 1.0])
+def test_a_sharpened_decoder_keeps_the_share_of_the_gradient_energy_that_was_asked_for(share, gradient_weight):
+    """Of frames of its own and of others, whose mean is another; the encoder is the same to the bit."""
+    tokenizer = fitted(3, gradient_weight=gradient_weight)
+    for frames in (clips(), clips()[clips()[:, 0, 0, 0] > 125]):
+        assert len(frames) > 20
+        sharp = tokenizer.sharpened(frames.chunk(3), share)
+        x, mean, z = parts(tokenizer, frames)
+        assert energy(mean + z @ tokenizer.components.double().T) < 0.9 * energy(x)
+        assert energy(mean + z @ sharp.decoder.double().T) == pytest.approx(share * energy(x), rel=1e-3)
+        shown = tokenizer._frames((mean + z @ sharp.decoder.double().T).reshape(1, len(frames), 4, 192))
+        assert torch.allclose(sharp.decode(sharp.encode(frames[None])).double(), shown.clamp(0, 1), atol=1e-5)
+        assert tokenizer.same_latents(sharp)
+        assert sharp.same_latents(tokenizer)
+        assert torch.equal(sharp.encode(frames[None]), tokenizer.encode(frames[None]))
+
+
+def test_no_linear_decoder_of_that_gradient_energy_has_less_error():
+    """Oracle: others nearby, each made to have the same energy by a factor. And a plain one times a factor is worse."""
+    tokenizer = fitted(2, gradient_weight=1.0)
+    sharp = tokenizer.sharpened([clips()], 0.98)
+    x, mean, z = parts(tokenizer, clips())
+    least, laplacian = sharp.decoder.double(), metric(8, 8, 1.0) - torch.eye(192, dtype=torch.float64)
+
+    def error(decoder):
+        return (mean + z @ decoder.T - x).square().sum().item()
+
+    def with_energy(decoder):  # the mean's own energy stays: solve a quadratic for the factor
+        moved = z @ decoder.T
+        a, b, c = (
+            torch.einsum("np,pq,nq->", u, laplacian, v).item() for u, v in ((moved, moved), (mean, moved), (mean, mean))
+        )
+        c -= 0.98 * energy(x)
+        return decoder * ((-b + (b * b - a * c) ** 0.5) / a)
+
+    assert error(with_energy(tokenizer.components.double())) > 1.001 * error(least)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-3, 1e-2, 1e-1):
+        for _ in range(20):
+            change = torch.randn(least.shape, generator=generator, dtype=torch.float64)
+            assert error(with_energy(least + size * change * least.abs().mean())) >= error(least) * (1 - 1e-6)
+    assert error(least) > error(tokenizer.components.double())  # likeness has its price
+
+
+def test_a_sharpened_tokenizer_is_another_by_its_hash_and_comes_back_from_a_file():
+    plain = fitted(5)
+    sharp = plain.sharpened([clips()], 1)
+    again = LinearTokenizer.from_json(sharp.to_json())
+    again.load_state_dict(sharp.state_dict())
+    assert again.fingerprint() == sharp.fingerprint() != plain.fingerprint()
+    assert sum(t.numel() for t in sharp.state_dict().values()) == LinearTokenizer.stored(sharp.to_json())
+    assert sum(t.numel() for t in plain.state_dict().values()) == LinearTokenizer.stored(plain.to_json())
+    assert not plain.same_latents(fitted(5, whitening=0.4))
+    assert not plain.same_latents(fitted(6))
+    assert "sharpness" not in plain.to_json()
+
+
+def test_what_cannot_be_sharpened_is_refused():
+    with pytest.raises(ValueError, match="already"):
+        fitted(192).sharpened([clips()], 0.9)
+    flat = torch.full((5, 16, 16, 3), 7, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="no gradients"):
+        fitted(3).sharpened([flat], 0.9)
+    for share in (-0.1, 1.1, float("nan"), "1", True, None):
+        with pytest.raises(ValueError, match="sharpness"):
+            LinearTokenizer.stored({**fitted(5).to_json(), "sharpness": share})
+
+
 @pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
 def test_latents_have_unit_spread_and_whitening_sets_their_shares(whitening):
     latents = fitted(4, whitening).encode(clips()[None])[0]
@@ -127,3 +217,53 @@ def test_two_fits_with_equal_shapes_have_different_hashes():
 def test_sizes_that_do_not_fit_are_refused(patch, latent_dim):
     with pytest.raises(ValueError, match=r"divide|latent_dim"):
         LinearTokenizer(16, 16, *patch, latent_dim)
+
+
+def test_a_decoder_is_fitted_by_the_command_and_goes_into_a_world_that_was_trained_without_it(tmp_path, run):
+    """As if the tokenizer had had it from the start: the same bytes, and a world that imagines the same latents."""
+    save_world(small_world(), tmp_path / "world")
+    store = small_dataset(tmp_path / "data")
+    own = load_world(tmp_path / "world").tokenizer
+    sizes = ("--patch", "8", "--latent-dim", "6", "--gradient-weight", "2")
+    words = ("train", "tokenizer", tmp_path / "data", "--json", "--out")
+    assert run(*words, tmp_path / "plain", *sizes)[0] == 0
+    assert run(*words, tmp_path / "at once", *sizes, "--sharpness", "1")[0] == 0
+    code, out, _ = run(*words, tmp_path / "later", "--encoder", tmp_path / "plain", "--sharpness", "1")
+    assert code == 0
+    assert json.loads(out)["hash"] == load_tokenizer(tmp_path / "at once").fingerprint()
+    plain = reconstruction(load_tokenizer(tmp_path / "plain"), store, "val")
+    assert json.loads(out)["val_sharpness_ratio"] > plain["sharpness_ratio"]
+
+    export = ("export", tmp_path / "world", "--out", tmp_path / "small", "--weights", "float32", "--overwrite")
+    code, _, err = run(*export, "--tokenizer", tmp_path / "later")
+    assert (code, err.count("\n")) == (4, 1)
+    assert "latents of another encoder" in err
+    assert run(*words, tmp_path / "its own", "--encoder", tmp_path / "world", "--sharpness", "1")[0] == 0
+    assert run(*export, "--tokenizer", tmp_path / "its own")[0] == 0
+    sharp = load_world(tmp_path / "small").tokenizer
+    assert own.same_latents(sharp)
+    assert sharp.sharpness == 1
+    assert "decoded with 1 of the gradient energy" in (tmp_path / "small" / "README.md").read_text()
+    assert run("verify", tmp_path / "small", "--no-metrics")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--patch", "8", "--latent-dim", "192", "--sharpness", "0.5"], "--sharpness 0.5: plain decoding keeps"),
+        (["--encoder", "{wide}", "--sharpness", "1"], "fit its decoder to frames of its own size"),
+        (["--encoder", "{transformer}", "--sharpness", "1"], "this is a transformer one"),
+    ],
+)
+def test_a_decoder_that_cannot_be_fitted_is_refused_in_a_sentence_and_nothing_is_written(tmp_path, run, options, words):
+    small_dataset(tmp_path / "data")
+    for name, tokenizer in (
+        ("wide", LinearTokenizer(32, 16, 8, 8, 4)),
+        ("transformer", TransformerTokenizer(TransformerTokenizerConfig(height=16, width=16, model_width=16))),
+    ):
+        save_tokenizer(tokenizer, tmp_path / name, {})
+    given = [o.format(wide=tmp_path / "wide", transformer=tmp_path / "transformer") for o in options]
+    code, _, err = run("train", "tokenizer", tmp_path / "data", "--out", tmp_path / "out", *given)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert words in err
+    assert not (tmp_path / "out").exists()

@@ -41,6 +41,9 @@ def export(
     average: Path = typer.Option(
         None, help="World trained on from this one, or this from it: the weights become the mean of both."
     ),
+    tokenizer: Path = typer.Option(
+        None, help="Another decoder: a tokenizer made by `train tokenizer --encoder` of this world's own."
+    ),
     evidence: Path = typer.Option(None, help="Folder of `ahriuwu eval`, whose scores go into the model card."),
     notes: Path = typer.Option(
         None, help="Text file with the first words of the model card: limits, licence of the art."
@@ -54,8 +57,8 @@ def export(
     from ahriuwu_cli.errors import UserError
     from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.startup import complete
-    from ahriuwu_cli.training.checkpoint import load_world
-    from ahriuwu_cli.training.export import averaged
+    from ahriuwu_cli.training.checkpoint import load_tokenizer, load_world
+    from ahriuwu_cli.training.export import averaged, with_decoder
     from ahriuwu_cli.training.export import export as write
 
     if prompts is None:
@@ -69,6 +72,8 @@ def export(
     world = load_world(checkpoint, "cpu")
     if average is not None:
         world = averaged(world, load_world(average, "cpu"))
+    if tokenizer is not None:
+        world = with_decoder(world, load_tokenizer(tokenizer))
     facts = write(
         world, out, weights=weights, prompts=store, clips=clips, frames=frames, split=split,
         pick=pick, seed=seed, generation={"steps": steps, "sampler": sampler}, evidence=evidence, notes=words,

@@ -36,6 +36,12 @@ def train_tokenizer(
     gradient_weight: float = options.number(
         0.0, "--gradient-weight", 0, 1000, "linear: weight of gradients beside pixels: 0 plain, 1 or 2 sharper edges."
     ),
+    sharpness: float = options.number(
+        0.0, "--sharpness", 0, 1, "linear: share of gradient energy that decoding keeps; 0: the least error."
+    ),
+    encoder: Path = typer.Option(
+        None, help="linear: keep this tokenizer's (or world's) encoder and fit only the decoder to --sharpness."
+    ),
     tokens: int = options.whole(16, "--tokens", 1, 4096, "transformer: latent tokens N of a frame."),
     steps: int = options.whole(2000, "--steps", 1, options.MANY, "transformer: optimiser steps."),
     batch: int = options.whole(8, "--batch", 1, 65536, "transformer: clips a step."),
@@ -59,7 +65,13 @@ def train_tokenizer(
     if kind == "linear":
         options.only_for(ctx, "is for --kind transformer", *TRANSFORMER)
     else:
-        options.only_for(ctx, "is for --kind linear", "whitening", "gradient_weight")
+        options.only_for(ctx, "is for --kind linear", "whitening", "gradient_weight", "sharpness", "encoder")
+    if encoder is not None:
+        options.only_for(
+            ctx, "is about the encoder, which --encoder gives", "patch", "latent_dim", "whitening", "gradient_weight"
+        )
+        if not sharpness:
+            raise UserError("--encoder keeps all but the decoder: give --sharpness, what it is fitted to")
     if resume:
         options.only_for(ctx, "contradicts --resume, which keeps what is in --out", "overwrite")
     settings = {
@@ -73,8 +85,9 @@ def train_tokenizer(
     refuse_several("train tokenizer")
     if kind == "linear":
         tokenizer, quality, folder = _linear(
-            dataset, out, patch or "16", latent_dim or 64, (whitening, gradient_weight), overwrite, quiet=as_json
-        )
+            dataset, out, patch or "16", latent_dim or 64, (whitening, gradient_weight, sharpness), encoder, overwrite,
+            quiet=as_json,
+        )  # fmt: skip
     else:
         with stoppable() as stop:
             tokenizer, quality, folder = _transformer(
@@ -101,23 +114,39 @@ def train_tokenizer(
 
 
 def _linear(
-    dataset: Path, out: Path, patch: str, latent_dim: int, weights: tuple[float, float], overwrite: bool, quiet: bool
+    dataset: Path,
+    out: Path,
+    patch: str,
+    latent_dim: int,
+    weights: tuple[float, float, float],
+    encoder: Path | None,
+    overwrite: bool,
+    quiet: bool,
 ) -> tuple:
-    """(tokenizer, its quality, its folder): fitted in closed form and written. weights: whitening, gradient weight."""
+    """(tokenizer, its quality, its folder): fitted in closed form and written.
+
+    weights: whitening, gradient weight, sharpness. encoder: the folder that gives all but the decoder.
+    """
     from ahriuwu_cli.commands.progress import bar
     from ahriuwu_cli.data.episodes import EpisodeStore
     from ahriuwu_cli.places import check_folder
     from ahriuwu_cli.startup import complete
-    from ahriuwu_cli.training.assemble import fit_linear_tokenizer
+    from ahriuwu_cli.training.assemble import fit_decoder, fit_linear_tokenizer
+    from ahriuwu_cli.training.checkpoint import load_tokenizer
     from ahriuwu_cli.training.run_folder import OWN
     from ahriuwu_cli.training.tokenizer_quality import check_split
 
     check_folder(out, overwrite, holds="tokenizer", own=OWN["tokenizer"])
     store = EpisodeStore.open(dataset)
     check_split(store, "val")
-    whitening, gradient_weight = weights
+    whitening, gradient_weight, sharpness = weights
+    start = None if encoder is None else load_tokenizer(encoder)
     with bar("fit tokenizer", "episode", quiet=quiet) as progress:
-        tokenizer = fit_linear_tokenizer(store, values.pair(patch), latent_dim, whitening, progress, gradient_weight)
+        if start is not None:
+            tokenizer = fit_decoder(store, start, sharpness, progress)
+        else:
+            size = values.pair(patch), latent_dim
+            tokenizer = fit_linear_tokenizer(store, *size, whitening, progress, gradient_weight, sharpness)
     return tokenizer, _write_tokenizer(tokenizer, store, out, overwrite, lambda: complete(out), OWN["tokenizer"]), out
 
 

@@ -41,11 +41,38 @@ def fit_linear_tokenizer(
     whitening: float,
     progress: Progress | None = None,
     gradient_weight: float = 0.0,
+    sharpness: float = 0.0,
 ) -> LinearTokenizer:
-    """Fit the linear tokenizer to the train split. UserError for a patch or latent_dim that does not fit the frames."""
+    """Fit the linear tokenizer to the train split. UserError for a patch or latent_dim that does not fit the frames.
+
+    sharpness: the gradient energy that decoded frames shall have, as a share; 0 for the least squared error.
+    """
     tokenizer = _unfitted(store, patch, latent_dim, gradient_weight)
     if not 0 <= whitening <= 1:
         raise UserError(f"--whitening must be in [0, 1], got {whitening}")
+    tokenizer.fit(_frames_to_fit(store, progress), whitening)
+    return (fit_decoder(store, tokenizer, sharpness, progress) if sharpness else tokenizer).eval()
+
+
+def fit_decoder(
+    store: EpisodeStore, tokenizer: Tokenizer, sharpness: float, progress: Progress | None = None
+) -> LinearTokenizer:
+    """The tokenizer with another decoder, fitted to the train split for this share of its gradient energy."""
+    if not isinstance(tokenizer, LinearTokenizer):
+        raise UserError(f"--sharpness is about decoders of linear tokenizers, this is a {tokenizer.kind} one")
+    if (tokenizer.height, tokenizer.width) != (store.height, store.width):
+        raise UserError(
+            f"the tokenizer is for frames of {tokenizer.height}x{tokenizer.width}, {store.path} has "
+            f"{store.height}x{store.width}: fit its decoder to frames of its own size"
+        )
+    try:
+        return tokenizer.sharpened(_frames_to_fit(store, progress), sharpness)
+    except ValueError as error:
+        raise UserError(f"--sharpness {sharpness}: {error}") from None
+
+
+def _frames_to_fit(store: EpisodeStore, progress: Progress | None) -> Iterator[torch.Tensor]:
+    """Some 4,096 frames of the train split, uint8 (F, H, W, 3), a few at a time. DataError where it is empty."""
     episodes = store.episodes("train")
     if not episodes:
         raise DataError(f"{store.path} has no episodes in its train split: record or import more episodes")
@@ -53,16 +80,12 @@ def fit_linear_tokenizer(
     every = max(1, sum(e.frames for e in episodes) // FIT_FRAMES)
     most = every * max(1, FIT_BYTES // (store.height * store.width * 3))  # frames of an episode looked at together
 
-    def batches():
-        for i, episode in enumerate(episodes):
-            for start in range(i % every, episode.frames, most):
-                chosen = store.frames(episode.id, start, min(start + most, episode.frames), every)
-                yield torch.from_numpy(chosen)
-            if progress is not None:
-                progress(i + 1, len(episodes))
-
-    tokenizer.fit(batches(), whitening)
-    return tokenizer.eval()
+    for i, episode in enumerate(episodes):
+        for start in range(i % every, episode.frames, most):
+            chosen = store.frames(episode.id, start, min(start + most, episode.frames), every)
+            yield torch.from_numpy(chosen)
+        if progress is not None:
+            progress(i + 1, len(episodes))
 
 
 def fit_for_all(group: Group, store: EpisodeStore, progress: Progress | None = None) -> LinearTokenizer:

@@ -27,6 +27,7 @@ from ahriuwu_cli.evaluation.metrics import gradient_energy
 from ahriuwu_cli.evaluation.report import in_markdown
 from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.models.dynamics import count_parameters
+from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.models.tokenizer import Tokenizer
 from ahriuwu_cli.prompts import CANDIDATES, PICKS
 from ahriuwu_cli.training.checkpoint import fill_with_world, load_world
@@ -104,6 +105,16 @@ def _shareable(facts: dict[str, Any]) -> dict[str, Any]:
     return facts | {"init_from": os.path.basename(start)} if isinstance(start, str) else facts
 
 
+def with_decoder(world: World, tokenizer: Tokenizer) -> World:
+    """The world with another decoder of the same latents. CheckpointError where the tokenizer encodes otherwise."""
+    if not (isinstance(tokenizer, LinearTokenizer) and tokenizer.same_latents(world.tokenizer)):
+        raise CheckpointError(
+            f"{world.path} was trained on latents of another encoder: give --tokenizer one that was made of its own by "
+            "`ahriuwu train tokenizer --encoder`"
+        )
+    return replace(world, tokenizer=tokenizer.to(world.device))
+
+
 def averaged(world: World, other: World) -> World:
     """A world with the mean of the weights of two that were trained one from the other (Wortsman et al. 2022).
 
@@ -165,11 +176,13 @@ def card(name: str, world: World, weights: str, scores: dict[str, Any] | None, n
     """The model card, Markdown. scores: an eval.json's object."""
     facts, train, tokenizer = world.facts, world.facts.get("train") or {}, world.tokenizer
     parameters = sum(p.numel() for p in world.dynamics.parameters())
+    share = getattr(tokenizer, "sharpness", 0)
+    sharp = f", decoded with {share:g} of the gradient energy" if share else ""
     threads, minutes = train.get("threads") or "all", (facts.get("train_seconds") or 0) / 60
     rows = {
         "frames": f"{tokenizer.height} x {tokenizer.width}, {world.fps:g} a second",
         "actions": ", ".join(world.action_space.column_names) or "none",
-        "tokenizer": f"{tokenizer.kind}, {tokenizer.tokens} tokens of {tokenizer.latent_dim} channels",
+        "tokenizer": f"{tokenizer.kind}, {tokenizer.tokens} tokens of {tokenizer.latent_dim} channels{sharp}",
         "dynamics": f"{parameters / 1e6:.2f}M parameters, weights in {weights}",
         "trained": f"{facts.get('step', '?')} steps in {minutes:.0f} minutes on {threads} thread(s)",
         "command": facts.get("command", "not recorded"),
