@@ -77,6 +77,7 @@ def test_without_a_train_split_there_is_no_mean_frame_which_is_said_and_held_to(
         assert {name for name, value in row.items() if value is None} == {n for n in row if n.startswith("mean_frame_")}
     check_result(found)
     assert NO_MEAN in evaluation_text(found)
+    assert "sharp of the ceiling" in evaluation_text(found)
     assert NO_MEAN in page(found)
     save_rollouts(world, store, config, world.generation, manifest, tmp_path / "saved")
     assert plain(score_rollouts(tmp_path / "saved", store)) == found | {"timing": ANY}

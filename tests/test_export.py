@@ -261,7 +261,16 @@ def test_scores_that_were_edited_into_a_text_or_a_contradiction_do_not_get_into_
 
 def test_facts_of_a_world_and_of_its_scores_are_text_in_its_card():
     def scores(text):
-        names = ("gain_db", "psnr", "floor", "ceiling", "ssim", "motion_ratio", "sharpness_ratio")
+        names = (
+            "gain_db",
+            "psnr",
+            "floor",
+            "ceiling",
+            "ssim",
+            "motion_ratio",
+            "sharpness_ratio",
+            "ceiling_sharpness_ratio",
+        )
         generation = dict.fromkeys(("sampler", "steps", "tau_ctx"), text)
         return {
             "settings": {"split": text, "evaluation": {"context": text}, "generation": generation},

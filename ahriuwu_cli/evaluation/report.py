@@ -155,8 +155,10 @@ def evaluation_text(result: Row) -> str:
         for h, r in result["horizons"].items()
     ]
     n, how = result["n"], result["settings"]["generation"]
+    kept = ", ".join(f"{number(r['ceiling_sharpness_ratio'])} at {h}" for h, r in result["horizons"].items())
     lines = [
         table(header, rows),
+        f"sharp of the ceiling, which is all that its tokenizer keeps: {kept}",
         "",
         f"{n['windows']} windows of {n['episodes']} episodes ({result['settings']['split']}), "
         f"{n['noise_seeds']} noise seed(s); sampler {how['sampler']}, K = {how['steps']}, "

@@ -222,6 +222,7 @@ def _table(scores: dict[str, Any]) -> list[str]:
         "SSIM": ("ssim", "{:.2f}"),
         "motion": ("motion_ratio", "{:.2f}"),
         "sharpness": ("sharpness_ratio", "{:.2f}"),
+        "the ceiling's": ("ceiling_sharpness_ratio", "{:.2f}"),
     }
     how = ", products in bfloat16" if s.get("precision") == "bfloat16" else ""
     label = ", its frames labelled clean" if g.get("ctx_label") == "clean" else ""
