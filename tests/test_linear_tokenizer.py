@@ -178,6 +178,9 @@ def test_a_sharpened_tokenizer_is_another_by_its_hash_and_comes_back_from_a_file
     assert sum(t.numel() for t in plain.state_dict().values()) == LinearTokenizer.stored(plain.to_json())
     assert not plain.same_latents(fitted(5, whitening=0.4))
     assert not plain.same_latents(fitted(6))
+    other_patches = LinearTokenizer(16, 16, 4, 16, 5)
+    other_patches.load_state_dict(plain.state_dict())
+    assert not plain.same_latents(other_patches)
     assert "sharpness" not in plain.to_json()
 
 
