@@ -138,8 +138,8 @@ class LinearTokenizer(Tokenizer):
             raise ValueError("the frames have no gradients to keep a share of")
         plain, mean = waves(self.components), waves(self.mean.T)
         of_mean = float(torch.einsum("icn,i->", mean.square(), power)) * count
-        cross = torch.einsum("icn,icd,nd->i", mean, plain, sums) * power * 2
-        own = torch.einsum("icd,ice,de->i", plain, plain, second) * power
+        cross = (mean * (plain @ sums.T)).sum((1, 2)) * power * 2
+        own = (plain * (plain @ second)).sum((1, 2)) * power
 
         def share(mu: float) -> float:
             gain = 1 / (1 - mu * power)
