@@ -26,6 +26,7 @@ class Tokenizer(nn.Module):
     width: int
     tokens: int  # N
     latent_dim: int  # D
+    sharpness: float = 0.0  # share of the gradient energy that decoding was fitted to keep; 0: it was not
     ordered: bool = False  # whether channels stand by how much of the picture they hold, the most first
     window: int = 1  # frames that a latent depends on, its own included
     decoder_window: int = 1  # frames of latents that a decoded frame depends on, its own included

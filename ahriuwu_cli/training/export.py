@@ -176,8 +176,7 @@ def card(name: str, world: World, weights: str, scores: dict[str, Any] | None, n
     """The model card, Markdown. scores: an eval.json's object."""
     facts, train, tokenizer = world.facts, world.facts.get("train") or {}, world.tokenizer
     parameters = sum(p.numel() for p in world.dynamics.parameters())
-    share = getattr(tokenizer, "sharpness", 0)
-    sharp = f", decoded with {share:g} of the gradient energy" if share else ""
+    sharp = f", decoded with {tokenizer.sharpness:g} of the gradient energy" if tokenizer.sharpness else ""
     threads, minutes = train.get("threads") or "all", (facts.get("train_seconds") or 0) / 60
     rows = {
         "frames": f"{tokenizer.height} x {tokenizer.width}, {world.fps:g} a second",
