@@ -70,7 +70,7 @@ def imagine(model, prompt_frames, config, noise):
     ],
     ids=lambda f: "-".join(f"{k}={v}" for k, v in f.items()) or "default",
 )
-@pytest.mark.parametrize("sampler", ["shortcut", "euler", "renoise"])
+@pytest.mark.parametrize("sampler", ["shortcut", "euler", "multistep", "renoise"])
 def test_the_cached_rollout_equals_full_recomputation_five_windows_long(make_dynamics, fields, sampler):
     model = make_dynamics(**fields)
     recorder = Recorder(model)

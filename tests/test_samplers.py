@@ -15,6 +15,7 @@ K_MAX = 64
 STEPS = [2, 4, 8, 16, 64]
 SPREADS = {  # std of z_hat for N(0, 1) data and the exact denoiser, walked to tau_ctx = 0 (SPEC 3.1)
     "implied noise": [0.50, 0.72, 0.85, 0.92, 0.98],
+    "second order": [0.30, 0.79, 0.94, 0.985, 1.0],  # no fact of SPEC: `two_step_walk` below, typed apart
     "fresh noise": [0.50, 0.56, 0.62, 0.66, 0.69],
     "frozen noise": [0.50, 0.88, 1.32, 1.83, 3.24],
 }
@@ -88,6 +89,7 @@ def check_spreads(sample, row):
     [
         (SAMPLERS["euler"], "implied noise"),
         (SAMPLERS["shortcut"], "implied noise"),
+        (SAMPLERS["multistep"], "second order"),
         (SAMPLERS["renoise"], "fresh noise"),
         (frozen, "frozen noise"),
     ],
@@ -130,7 +132,7 @@ def test_a_bootstrapped_shortcut_model_reaches_in_one_step_the_spread_of_64():
 
 @pytest.mark.parametrize("tau_ctx", TAU_CTXS)
 @pytest.mark.parametrize("steps", [1, 2, 4, 16])
-@pytest.mark.parametrize("name", ["euler", "shortcut", "renoise"])
+@pytest.mark.parametrize("name", ["euler", "shortcut", "multistep", "renoise"])
 def test_the_label_of_every_call_is_the_level_that_was_really_applied(name, steps, tau_ctx):
     spy, noise = spy_and_noise()
     z_hat, z_end, tau_end = SAMPLERS[name](spy, noise, steps, tau_ctx=tau_ctx, k_max=K_MAX, generator=seeded())
@@ -153,6 +155,16 @@ def test_euler_and_renoise_take_equal_steps_and_are_told_d_min(name, steps, tau_
     SAMPLERS[name](spy, noise, steps, tau_ctx=tau_ctx, k_max=K_MAX, generator=seeded())
     labels = [label for label, _, _ in spy.calls]
     assert labels == pytest.approx([1 - i * (1 - tau_ctx) / steps for i in range(steps)], abs=1e-6)
+    assert {d for _, d, _ in spy.calls} == {1 / K_MAX}
+
+
+@pytest.mark.parametrize("tau_ctx", TAU_CTXS)
+@pytest.mark.parametrize("steps", [1, 3, 4, 10])
+def test_multistep_takes_steps_equal_in_the_root_of_tau_and_is_told_d_min(steps, tau_ctx):
+    spy, noise = spy_and_noise(8)
+    SAMPLERS["multistep"](spy, noise, steps, tau_ctx=tau_ctx, k_max=K_MAX)
+    roots = [label**0.5 for label, _, _ in spy.calls]
+    assert roots == pytest.approx([1 - i * (1 - tau_ctx**0.5) / steps for i in range(steps)], abs=1e-6)
     assert {d for _, d, _ in spy.calls} == {1 / K_MAX}
 
 
@@ -201,6 +213,60 @@ def test_each_state_follows_from_the_last_by_keeping_the_implied_noise(name):
     assert tau == pytest.approx(0.1, abs=1e-6)
 
 
+def two_step_walk(denoise, noise, steps, tau_ctx, order=2):
+    """Adams and Bashforth's rule in the paper's direction: signal s from 0 up, dz/ds = (z_hat - z) / (1 - s).
+
+    Each step integrates the line through the last two slopes, given as a line, over the step."""
+    nodes = [1 - (1 + (tau_ctx**0.5 - 1) * i / steps) ** 2 for i in range(steps + 1)]
+    z, slopes, ends = noise, [], []
+    for i, (here, there) in enumerate(itertools.pairwise(nodes)):
+        whole = noise.shape[:2]
+        z_hat = denoise(z, torch.full(whole, 1 - here), torch.full(whole, 1 / K_MAX))
+        slopes.append((z_hat - z) / (1 - here))
+        if i == 0 or order == 1:
+            z = z + (there - here) * slopes[-1]
+        else:
+            rise = (slopes[-1] - slopes[-2]) / (here - nodes[i - 1])
+            z = z + (there - here) * slopes[-1] + (there - here) ** 2 / 2 * rise
+        ends.append((z_hat, z))
+    return ends
+
+
+def gaussian_end_error(sample, steps, tau_ctx=0.1):
+    """How far from the exact end of the flow: on N(0, 1) data z keeps sqrt(signal^2 + tau^2) of the noise."""
+    noise = torch.randn(1, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    end = sample(gaussian, noise, steps, tau_ctx=tau_ctx, k_max=K_MAX)[1]
+    return (end / noise - ((1 - tau_ctx) ** 2 + tau_ctx**2) ** 0.5).abs().max().item()
+
+
+@pytest.mark.parametrize("tau_ctx", [0.0, 0.1, 0.5])
+def test_multistep_is_the_two_step_rule_of_adams_and_bashforth(tau_ctx):
+    noise = torch.randn(2, 1, 3, 4, generator=seeded())
+    states = list(WALKS["multistep"](curved, noise, 5, tau_ctx=tau_ctx, k_max=K_MAX))
+    for (z_hat, z, _), (same_hat, same_z) in zip(states, two_step_walk(curved, noise, 5, tau_ctx), strict=True):
+        torch.testing.assert_close(z_hat, same_hat, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(z, same_z, atol=1e-4, rtol=1e-4)
+    one_step = two_step_walk(curved, noise, 5, tau_ctx, order=1)[-1][1]
+    assert (states[-1][1] - one_step).abs().max() > 1e-2
+
+
+def test_multistep_is_of_second_order_and_euler_of_first():
+    for name, order in (("multistep", 2), ("euler", 1)):
+        coarse, fine = (gaussian_end_error(SAMPLERS[name], steps) for steps in (32, 64))
+        assert coarse / fine == pytest.approx(2**order, rel=0.06), name
+    assert gaussian_end_error(SAMPLERS["multistep"], 8) < gaussian_end_error(SAMPLERS["euler"], 32)
+
+
+def test_one_step_of_multistep_is_eulers():
+    noise = torch.randn(1, 1, 3, 4, generator=seeded())
+    for a, b in zip(
+        SAMPLERS["multistep"](curved, noise, 1, k_max=K_MAX),
+        SAMPLERS["euler"](curved, noise, 1, k_max=K_MAX),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_renoise_mixes_every_prediction_with_fresh_noise_at_the_next_level():
     noise = torch.randn(2, 1, 3, 4, generator=seeded())
     keyed = [torch.randn(2, 1, 3, 4, generator=seeded(10 + i)) for i in range(4)]
@@ -233,7 +299,7 @@ def test_renoise_draws_from_the_generator_it_is_given_and_the_others_draw_nothin
     assert torch.equal(end("renoise", 1)[0], end("renoise", 1)[0])
     assert not torch.equal(end("renoise", 1)[0], end("renoise", 2)[0])
     assert end("renoise", 1)[1]
-    for name in ("euler", "shortcut"):
+    for name in ("euler", "multistep", "shortcut"):
         assert torch.equal(end(name, 1)[0], end(name, 2)[0])
         assert not end(name, 1)[1]
 

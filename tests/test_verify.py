@@ -117,6 +117,7 @@ TURNED_ROUND = {
     ),
     "fresh noise for Euler": ("5", _entry(samplers.SAMPLERS, "euler", renoise)),
     "frozen noise for Euler": ("5", _entry(samplers.SAMPLERS, "euler", _frozen)),
+    "first order for multistep": ("5", _entry(samplers.SAMPLERS, "multistep", euler)),
     "implied noise for renoise": ("5", _entry(samplers.SAMPLERS, "renoise", euler)),
     "walk past tau_ctx": ("6", _entry(samplers.SAMPLERS, "euler", _walk_to_clean)),
     "next level as label": ("6", _entry(samplers.SAMPLERS, "euler", _next_label)),

@@ -36,7 +36,7 @@ def export(
         "random", "--pick", options.PICKS, "Prompts at random, or the busiest (most edges in view) of 64."
     ),
     steps: int = options.passes("Another default K, model passes a frame."),
-    sampler: str = options.sampler("Another default sampler: shortcut, euler or renoise."),
+    sampler: str = options.sampler("Another default sampler: shortcut, euler, multistep or renoise."),
     seed: int = options.seed("Seed by which prompts are drawn."),
     average: Path = typer.Option(
         None, help="World trained on from this one, or this from it: the weights become the mean of both."

@@ -70,7 +70,7 @@ def passes(help: str = "K, model passes a frame (default: the checkpoint's).") -
     return whole(None, "--steps", *ranges.STEPS, help)
 
 
-def sampler(help: str = "shortcut, euler or renoise (default: the checkpoint's).") -> Any:
+def sampler(help: str = "shortcut, euler, multistep or renoise (default: the checkpoint's).") -> Any:
     return name(None, "--sampler", SAMPLERS, help)
 
 

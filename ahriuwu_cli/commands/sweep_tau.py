@@ -48,7 +48,7 @@ def sweep_tau(
         None, "--steps", _STEPS, "K to try, model passes a frame, by commas (default: the checkpoint's)."
     ),
     sampler: str = options.text(
-        None, "--sampler", _SAMPLERS, "shortcut, euler, renoise, by commas (default: the checkpoint's)."
+        None, "--sampler", _SAMPLERS, "shortcut, euler, multistep, renoise, by commas (default: the checkpoint's)."
     ),
     ctx_mode: str = options.text(
         None,

@@ -12,6 +12,7 @@ Shapes: latents (B, T, N, D); tau and d are (B, T), (B,) or a float, and are bro
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -83,6 +84,14 @@ def step(z_tau: Tensor, z_hat: Tensor, tau: Level, s: Level) -> tuple[Tensor, Le
     return z_tau - expand(s, z_tau) * velocity(z_tau, z_hat, tau), lower(tau, s)
 
 
+def two_step_velocity(v: Tensor, v_before: Tensor, s: float, s_before: float) -> Tensor:
+    """The velocity for a step of length s, from those here and one step of length s_before ago: their line, halfway on.
+
+    Adams and Bashforth's rule of second order for unequal steps: v + s / (2 s_before) (v - v_before).
+    """
+    return v + s / (2 * s_before) * (v - v_before)
+
+
 def gaussian_gain(tau: Level, spread: Tensor) -> Tensor:
     """Best linear denoiser of N(0, spread^2) data: E[z_clean | z_tau] = gain * z_tau (Wiener). At tau = 0 it is 1.
 
@@ -138,6 +147,16 @@ def equal_walk(steps: int, tau_ctx: float) -> list[tuple[float, float]]:
     """[(tau, step length s)] of K equal steps from 1 to tau_ctx, each (1 - tau_ctx) / K long."""
     _check_walk(steps, tau_ctx)
     stops = [between(1.0, tau_ctx, i / steps) for i in range(steps)] + [tau_ctx]
+    return [(a, a - b) for a, b in itertools.pairwise(stops)]
+
+
+def quadratic_walk(steps: int, tau_ctx: float) -> list[tuple[float, float]]:
+    """[(tau, step length s)] of K steps from 1 to tau_ctx, equal in the square root of tau: short ones near clean.
+
+    Song et al. 2021, "Denoising Diffusion Implicit Models", appendix D.2, the quadratic choice.
+    """
+    _check_walk(steps, tau_ctx)
+    stops = [between(1.0, math.sqrt(tau_ctx), i / steps) ** 2 for i in range(steps)] + [tau_ctx]
     return [(a, a - b) for a, b in itertools.pairwise(stops)]
 
 

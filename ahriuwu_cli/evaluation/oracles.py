@@ -18,6 +18,7 @@ Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 SPREAD_STEPS = (2, 4, 8, 16, 64)
 SPREAD_EULER = (0.50, 0.72, 0.85, 0.92, 0.98)
 SPREAD_FRESH_NOISE = (0.50, 0.56, 0.62, 0.66, 0.69)
+SPREAD_MULTISTEP = (0.30, 0.79, 0.94, 0.985, 1.0)
 TWO_HALF_STEPS = 0.6  # where two half steps with d = 1/2 end, of an input at pure noise, on the same oracle
 
 

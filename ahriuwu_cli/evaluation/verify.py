@@ -111,7 +111,12 @@ def _forcing() -> Iterator[Line]:
 
 def _euler() -> Iterator[Line]:
     noise = normal(1, 1, 100, 400)
-    for name, wanted in (("euler", oracles.SPREAD_EULER), ("renoise", oracles.SPREAD_FRESH_NOISE)):
+    spreads = {
+        "euler": oracles.SPREAD_EULER,
+        "multistep": oracles.SPREAD_MULTISTEP,
+        "renoise": oracles.SPREAD_FRESH_NOISE,
+    }
+    for name, wanted in spreads.items():
         for steps, spread in zip(oracles.SPREAD_STEPS, wanted, strict=True):
             z_hat, _, _ = samplers.SAMPLERS[name](
                 oracles.gaussian_denoiser,
@@ -126,7 +131,7 @@ def _euler() -> Iterator[Line]:
 
 def _stop() -> Iterator[Line]:
     z_clean, noise = normal(2, 1, 1, 16, 16)
-    for name in ("euler", "shortcut"):
+    for name in ("euler", "multistep", "shortcut"):
         worst_end, spy = 0.0, oracles.LabelSpy(z_clean, noise)
         for tau_ctx in (0.0, 0.02, 0.1, 0.25, 0.3, 0.5, 0.9):
             z_hat, z_end, tau_end = samplers.SAMPLERS[name](spy, noise, 4, tau_ctx=tau_ctx, k_max=64)
@@ -136,7 +141,7 @@ def _stop() -> Iterator[Line]:
             )
         yield below(f"{name}: end of the walk against tau_ctx", worst_end, 1e-5)
         yield below(f"{name}: content of every call against its label", spy.worst, 1e-5)
-        told = 1 / 64 if name == "euler" else 1 / 4
+        told = 1 / 4 if name == "shortcut" else 1 / 64
         yield near(f"{name}: step size told, K = 4", max(spy.sizes), told, 0)
 
 
