@@ -1148,6 +1148,10 @@ def test_weights_of_a_world_of_other_latents_are_no_start_and_those_of_the_same_
     with pytest.raises(CheckpointError, match="latents of another tokenizer"):
         run((store, other), tmp_path / "other", stop_at=1, init_from=tmp_path / "r" / "last")
     assert not (tmp_path / "other").exists()
+    sharp = data[1].sharpened((torch.from_numpy(store.frames(e.id)) for e in store.episodes("train")), 1.0)
+    assert sharp.fingerprint() != data[1].fingerprint()  # another decoder, and the same latents
+    run((store, sharp), tmp_path / "sharp", init_from=tmp_path / "r" / "last")
+    assert load_world(tmp_path / "sharp" / "last", "cpu").tokenizer.sharpness == 1
 
 
 def test_a_run_on_other_data_starts_with_all_tensors_of_the_world_that_it_starts_from(data, tmp_path):

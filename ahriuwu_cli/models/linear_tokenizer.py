@@ -162,7 +162,7 @@ class LinearTokenizer(Tokenizer):
         return after.to(self.mean.device).train(self.training)
 
     def same_latents(self, other: Tokenizer) -> bool:
-        """Whether the other encodes every frame as this one does: it may decode what this one encoded."""
+        """As for every tokenizer. Two that differ in their decoders alone encode alike."""
         if not isinstance(other, LinearTokenizer):
             return False
         sizes = [{n: v for n, v in t.to_json().items() if n != "sharpness"} for t in (self, other)]

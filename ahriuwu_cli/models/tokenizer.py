@@ -68,6 +68,10 @@ class Tokenizer(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    def same_latents(self, other: Tokenizer) -> bool:
+        """Whether the other encodes every frame as this one does: it may decode what this one encoded."""
+        return self.fingerprint() == other.fingerprint()
+
 
 def as_pixels(frames: Tensor) -> Tensor:
     """Frames in [0, 1] as uint8 on the CPU."""

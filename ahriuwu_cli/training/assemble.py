@@ -263,7 +263,7 @@ def start_from(path: Path, architecture: DynamicsConfig, tokenizer: Tokenizer | 
         differs = ", ".join(f"{k} {its[k]!r}" for k in mine if mine[k] != its[k])
         raise CheckpointError(f"{path} has another architecture ({differs}): --init-from needs the same")
     # another one of the same shape: every number means something else
-    if tokenizer is not None and world.tokenizer.fingerprint() != tokenizer.fingerprint():
+    if tokenizer is not None and not tokenizer.same_latents(world.tokenizer):
         raise CheckpointError(
             f"{path} was trained on the latents of another tokenizer: give --tokenizer {world.path / 'tokenizer'}"
         )

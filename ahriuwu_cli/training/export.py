@@ -27,7 +27,6 @@ from ahriuwu_cli.evaluation.metrics import gradient_energy
 from ahriuwu_cli.evaluation.report import in_markdown
 from ahriuwu_cli.folders import replacing
 from ahriuwu_cli.models.dynamics import count_parameters
-from ahriuwu_cli.models.linear_tokenizer import LinearTokenizer
 from ahriuwu_cli.models.tokenizer import Tokenizer
 from ahriuwu_cli.prompts import CANDIDATES, PICKS
 from ahriuwu_cli.training.checkpoint import fill_with_world, load_world
@@ -107,7 +106,7 @@ def _shareable(facts: dict[str, Any]) -> dict[str, Any]:
 
 def with_decoder(world: World, tokenizer: Tokenizer) -> World:
     """The world with another decoder of the same latents. CheckpointError where the tokenizer encodes otherwise."""
-    if not (isinstance(tokenizer, LinearTokenizer) and tokenizer.same_latents(world.tokenizer)):
+    if not tokenizer.same_latents(world.tokenizer):
         raise CheckpointError(
             f"{world.path} was trained on latents of another encoder: give --tokenizer one that was made of its own by "
             "`ahriuwu train tokenizer --encoder`"
