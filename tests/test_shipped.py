@@ -27,9 +27,9 @@ def test_there_is_a_world_to_play_with():
 def test_a_shipped_world_is_small_and_has_a_card_and_passes_its_questions(folder):
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 8_000_000
     card = (folder / "README.md").read_text()
-    for words in ("gain over persistence", "Action delta", "Licence"):
+    for words in ("gain over persistence", "Action delta", "Licence", "ahriuwu train dynamics"):
         assert words in card
-    assert re.search(r"(\bahriuwu|-m ahriuwu_cli) train dynamics\b", card)  # torchrun starts the module
+    assert re.search(r"(\bahriuwu|-m ahriuwu_cli) train dynamics\b.* --out ", card)  # torchrun starts the module
     assert folder.name in (ROOT / "README.md").read_text()
     assert [c.name for c in verify_world(load_world(folder)) if not c.ok] == []
 

@@ -57,7 +57,7 @@ def multistep_walk(
         v = tau_.velocity(z, z_hat, tau)
         along = tau_.two_step_velocity(v, before[0], s, before[1]) if before else v
         before = v, s
-        z, tau = tau_.step(z, tau_.clean_from_velocity(z, along, tau), tau, s)
+        z, tau = tau_.move(z, along, tau, s)
         yield z_hat, z, tau
 
 

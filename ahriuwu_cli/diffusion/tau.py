@@ -81,7 +81,12 @@ def step(z_tau: Tensor, z_hat: Tensor, tau: Level, s: Level) -> tuple[Tensor, Le
 
     z - s (z_tau - z_hat) / tau is the same as mixing z_hat and the implied noise anew at tau - s. 0 < s <= tau.
     """
-    return z_tau - expand(s, z_tau) * velocity(z_tau, z_hat, tau), lower(tau, s)
+    return move(z_tau, velocity(z_tau, z_hat, tau), tau, s)
+
+
+def move(z_tau: Tensor, v: Tensor, tau: Level, s: Level) -> tuple[Tensor, Level]:
+    """(z at tau - s, tau - s): s towards clean along a velocity dz/dtau."""
+    return z_tau - expand(s, z_tau) * v, lower(tau, s)
 
 
 def two_step_velocity(v: Tensor, v_before: Tensor, s: float, s_before: float) -> Tensor:
@@ -146,8 +151,7 @@ def levels(k_max: int) -> list[float]:
 def equal_walk(steps: int, tau_ctx: float) -> list[tuple[float, float]]:
     """[(tau, step length s)] of K equal steps from 1 to tau_ctx, each (1 - tau_ctx) / K long."""
     _check_walk(steps, tau_ctx)
-    stops = [between(1.0, tau_ctx, i / steps) for i in range(steps)] + [tau_ctx]
-    return [(a, a - b) for a, b in itertools.pairwise(stops)]
+    return _steps_of([between(1.0, tau_ctx, i / steps) for i in range(steps)] + [tau_ctx])
 
 
 def quadratic_walk(steps: int, tau_ctx: float) -> list[tuple[float, float]]:
@@ -156,8 +160,7 @@ def quadratic_walk(steps: int, tau_ctx: float) -> list[tuple[float, float]]:
     Song et al. 2021, "Denoising Diffusion Implicit Models", appendix D.2, the quadratic choice.
     """
     _check_walk(steps, tau_ctx)
-    stops = [between(1.0, math.sqrt(tau_ctx), i / steps) ** 2 for i in range(steps)] + [tau_ctx]
-    return [(a, a - b) for a, b in itertools.pairwise(stops)]
+    return _steps_of([between(1.0, math.sqrt(tau_ctx), i / steps) ** 2 for i in range(steps)] + [tau_ctx])
 
 
 def grid_walk(steps: int, tau_ctx: float, k_max: int) -> list[tuple[float, float]]:
@@ -175,6 +178,10 @@ def grid_walk(steps: int, tau_ctx: float, k_max: int) -> list[tuple[float, float
             break
         walk.append((here, here - max(there, tau_ctx)))
     return walk
+
+
+def _steps_of(stops: list[float]) -> list[tuple[float, float]]:
+    return [(a, a - b) for a, b in itertools.pairwise(stops)]
 
 
 def _check_walk(steps: int, tau_ctx: float) -> None:
